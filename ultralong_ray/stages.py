@@ -1,0 +1,125 @@
+"""The stages of a run, what feeds each, and where each writes. Pure planning: nothing is computed here.
+
+    prepare ----+                 prepare_sft --+
+                +--> pretrain ------------------+--> sft --> export --> evaluate --> report
+    extend -----+
+
+A stage writes `<workdir>/<stage>-<fingerprint>/`. The fingerprint covers the stage's own fields of the recipe, the
+version of its output format and the fingerprints of its inputs, so a changed recipe never reads a stale result and an
+unchanged one never computes twice. Content behind a URI is not hashed: give new data a new name.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any
+
+from ultralong_ray.config import Recipe
+from ultralong_ray.storage import Location, StageDirectory
+from ultralong_ray.types import MissingInput
+
+# Raised when a stage's output format or meaning changes, so that older directories are not mistaken for new ones.
+FORMAT_VERSIONS = {
+    "prepare": 1,
+    "prepare_sft": 1,
+    "extend": 1,
+    "pretrain": 1,
+    "sft": 1,
+    "export": 1,
+    "evaluate": 1,
+    "report": 1,
+}
+
+# The script that runs each stage.
+JOB_OF_STAGE = {"prepare_sft": "prepare"}
+
+
+def stages(recipe: Recipe) -> list[str]:
+    """The stages of this recipe, in the order in which they can run."""
+    names = ["prepare", "extend", "pretrain"]
+    if recipe.sft is not None:
+        names[1:1] = ["prepare_sft"]
+        names.append("sft")
+    names.append("export")
+    if recipe.evaluate is not None:
+        names.append("evaluate")
+    names.append("report")
+    return names
+
+
+def inputs(recipe: Recipe, stage: str) -> list[str]:
+    """The stages whose output `stage` reads."""
+    last_training = "sft" if recipe.sft is not None else "pretrain"
+    if stage == "pretrain":
+        return ["prepare", "extend"]
+    if stage == "sft":
+        return ["prepare_sft", "pretrain"]
+    if stage == "export":
+        return [last_training]
+    if stage == "evaluate":
+        assert recipe.evaluate is not None
+        return ["prepare", *sorted({stage_of_model(recipe, m) for m in recipe.evaluate.models} - {"base"})]
+    if stage == "report":
+        return [s for s in stages(recipe) if s in ("prepare", "pretrain", "sft", "export", "evaluate")]
+    return []
+
+
+def stage_of_model(recipe: Recipe, model: str) -> str:
+    """The stage whose `model/` folder holds an evaluated model; "base" is the recipe's own."""
+    return {"base": "base", "extended": "extend", "pretrained": "pretrain", "final": "export"}[model]
+
+
+def stage_directory(recipe: Recipe, stage: str) -> StageDirectory:
+    fingerprint = stage_fingerprint(recipe, stage)
+    return StageDirectory(stage, fingerprint, Location.of(recipe.workdir) / f"{stage}-{fingerprint}")
+
+
+def stage_fingerprint(recipe: Recipe, stage: str) -> str:
+    """12 hex digits over the stage's own fields and its inputs' fingerprints."""
+    content = {
+        "stage": stage,
+        "format": FORMAT_VERSIONS[stage],
+        "fields": _own_fields(recipe, stage),
+        "inputs": {name: stage_fingerprint(recipe, name) for name in inputs(recipe, stage)},
+    }
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def _own_fields(recipe: Recipe, stage: str) -> dict[str, Any]:
+    tokenizer = {"base": recipe.model.base, "revision": recipe.model.revision}
+    if stage == "prepare":
+        return {**tokenizer, **recipe.corpus.fingerprint_fields(), **recipe.prepare.fingerprint_fields()}
+    if stage == "prepare_sft":
+        assert recipe.sft is not None
+        names = ("sources", "sequence_length", "max_sample_tokens", "num_samples", "seed")
+        fields = recipe.sft.fingerprint_fields()
+        return {**tokenizer, **{name: fields[name] for name in names}}
+    if stage == "extend":
+        return recipe.model.fingerprint_fields()
+    if stage == "pretrain":
+        return recipe.pretrain.fingerprint_fields()
+    if stage == "sft":
+        assert recipe.sft is not None
+        return recipe.sft.fingerprint_fields()
+    if stage == "export":
+        return {"name": recipe.name}
+    if stage == "evaluate":
+        assert recipe.evaluate is not None
+        return {**tokenizer, **recipe.evaluate.fingerprint_fields()}
+    return {"name": recipe.name}
+
+
+def require_inputs(recipe: Recipe, stage: str, recipe_path: str) -> None:
+    """Refuse to run `stage` before its inputs are done, naming each and the command that makes it."""
+    missing = [stage_directory(recipe, name) for name in inputs(recipe, stage)]
+    missing = [directory for directory in missing if not directory.done]
+    if missing:
+        lines = [
+            f"  {d.location} is missing: run  python jobs/{JOB_OF_STAGE.get(d.stage, d.stage)}.py {recipe_path}"
+            for d in missing
+        ]
+        raise MissingInput(
+            f"{stage} cannot start, its input has not been made:\n" + "\n".join(lines) + "\n"
+            f"or run the whole pipeline:  python jobs/pipeline.py {recipe_path}"
+        )

@@ -1,0 +1,216 @@
+"""Files, local or remote, and stage directories.
+
+A `Location` is a URI that can be pickled into any process; its pyarrow filesystem is made where it is used. Local
+paths, `s3://`, `gs://` come from pyarrow; every other scheme from fsspec when the package for it is installed. Writes
+are atomic for a reader: a local file is renamed into place, an object appears when its upload ends.
+
+Many S3-compatible servers refuse the trailing checksums that recent AWS clients send (411 MissingContentLength, seen
+with Ceph 16): set AWS_REQUEST_CHECKSUM_CALCULATION=when_required for those.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import pyarrow.fs as pafs
+
+from ultralong_ray.types import UserError
+
+SUCCESS_FILE = "_SUCCESS.json"
+
+
+@lru_cache(maxsize=64)
+def _filesystem_of(root: str) -> pafs.FileSystem:
+    """Filesystem for `scheme://authority`; the empty root is the local disk."""
+    if not root:
+        return pafs.LocalFileSystem()
+    scheme = root.split("://", 1)[0]
+    try:
+        filesystem, _ = pafs.FileSystem.from_uri(root if scheme != "s3" else f"{root}/")
+        return filesystem
+    except (ValueError, NotImplementedError):
+        return _fsspec_filesystem(scheme, root)
+
+
+def _fsspec_filesystem(scheme: str, root: str) -> pafs.FileSystem:
+    import fsspec
+
+    try:
+        return pafs.PyFileSystem(pafs.FSSpecHandler(fsspec.filesystem(scheme)))
+    except (ValueError, ImportError) as error:
+        raise UserError(f"{root}: no filesystem for the scheme {scheme!r} ({error})") from error
+
+
+@dataclass(frozen=True, slots=True)
+class Location:
+    """A file or folder by URI. `Location("s3://b/x") / "y"` is `s3://b/x/y`."""
+
+    uri: str
+
+    @staticmethod
+    def of(uri: str | Path | Location) -> Location:
+        """Normalise: a path without scheme becomes absolute, `file://` becomes a path."""
+        if isinstance(uri, Location):
+            return uri
+        text = str(uri)
+        if text.startswith("file://"):
+            text = text[len("file://") :]
+        if "://" not in text:
+            text = os.path.abspath(os.path.expanduser(text))
+        return Location(text.rstrip("/") if len(text) > 1 else text)
+
+    @property
+    def is_local(self) -> bool:
+        return "://" not in self.uri
+
+    @property
+    def path(self) -> str:
+        """Path as the filesystem wants it: without scheme; buckets first for object stores."""
+        return self.uri if self.is_local else self.uri.split("://", 1)[1]
+
+    @property
+    def filesystem(self) -> pafs.FileSystem:
+        if self.is_local:
+            return _filesystem_of("")
+        scheme, rest = self.uri.split("://", 1)
+        return _filesystem_of(f"{scheme}://{rest.split('/', 1)[0]}")
+
+    @property
+    def name(self) -> str:
+        return self.uri.rsplit("/", 1)[-1]
+
+    @property
+    def parent(self) -> Location:
+        return Location(self.uri.rsplit("/", 1)[0])
+
+    def __truediv__(self, name: str) -> Location:
+        return Location(f"{self.uri}/{name}")
+
+    def __str__(self) -> str:
+        return self.uri
+
+    def exists(self) -> bool:
+        return self.filesystem.get_file_info(self.path).type != pafs.FileType.NotFound
+
+    def is_dir(self) -> bool:
+        return self.filesystem.get_file_info(self.path).type == pafs.FileType.Directory
+
+    def size(self) -> int:
+        return self.filesystem.get_file_info(self.path).size
+
+    def files(self, *, recursive: bool = False) -> list[Location]:
+        """Files below a folder, sorted by path; an absent folder has none."""
+        selector = pafs.FileSelector(self.path, recursive=recursive, allow_not_found=True)
+        infos = self.filesystem.get_file_info(selector)
+        prefix = "" if self.is_local else self.uri.split("://", 1)[0] + "://"
+        return [Location(prefix + info.path) for info in sorted(infos, key=lambda i: i.path) if info.is_file]
+
+    def read_bytes(self) -> bytes:
+        with self.filesystem.open_input_stream(self.path, compression=None) as stream:
+            return stream.read()
+
+    def read_json(self) -> Any:
+        return json.loads(self.read_bytes())
+
+    def make_dir(self) -> Location:
+        self.filesystem.create_dir(self.path, recursive=True)
+        return self
+
+    def delete_dir(self) -> None:
+        if self.exists():
+            self.filesystem.delete_dir(self.path)
+
+    @contextlib.contextmanager
+    def open_for_write(self) -> Iterator[Any]:
+        """A binary sink whose file appears only when the block ends without an error."""
+        if self.is_local:
+            os.makedirs(os.path.dirname(self.path), exist_ok=True)
+            target = f"{self.path}.{uuid.uuid4().hex[:8]}.tmp"
+        else:
+            target = self.path
+        try:
+            with explain_full_disk(self.uri), self.filesystem.open_output_stream(target, compression=None) as sink:
+                yield sink
+            if self.is_local:
+                os.replace(target, self.path)
+        except BaseException:
+            if self.is_local and os.path.exists(target):
+                os.unlink(target)
+            raise
+
+    def write_bytes(self, data: bytes) -> None:
+        with self.open_for_write() as sink:
+            sink.write(data)
+
+    def write_json(self, value: Any) -> None:
+        self.write_bytes((json.dumps(value, indent=2, sort_keys=True) + "\n").encode())
+
+
+@contextlib.contextmanager
+def explain_full_disk(where: str) -> Iterator[None]:
+    """Turn ENOSPC into a message that names the place and the remedy."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise UserError(
+            f"{where}: no space left. Free space there, or set `workdir` to a larger disk or an s3:// URI, "
+            f"and submit again: finished stages and checkpoints are kept"
+        ) from error
+
+
+def copy_files(source: Location, target: Location, *, skip: tuple[str, ...] = ()) -> None:
+    """Copy every file below `source` to the same relative path below `target`."""
+    for item in source.files(recursive=True):
+        relative = item.uri[len(source.uri) + 1 :]
+        if relative not in skip:
+            with explain_full_disk(target.uri):
+                (target / relative).parent.make_dir()
+                pafs.copy_files(
+                    item.path,
+                    (target / relative).path,
+                    source_filesystem=item.filesystem,
+                    destination_filesystem=target.filesystem,
+                )
+
+
+def local_folder(location: Location, cache: Path) -> Path:
+    """A local folder with the same files: the folder itself where it is local, else a copy below `cache`."""
+    if location.is_local:
+        return Path(location.path)
+    copy = cache / location.uri.replace("://", "_").replace("/", "_")
+    done = copy / ".complete"
+    if not done.exists():
+        copy_files(location, Location.of(copy))
+        done.touch()
+    return copy
+
+
+@dataclass(frozen=True, slots=True)
+class StageDirectory:
+    """`<workdir>/<stage>-<fingerprint>/`. It counts as done when `_SUCCESS.json`, written last, is there."""
+
+    stage: str
+    fingerprint: str
+    location: Location
+
+    @property
+    def done(self) -> bool:
+        return (self.location / SUCCESS_FILE).exists()
+
+    def summary(self) -> dict[str, Any]:
+        """What the stage recorded when it finished."""
+        return (self.location / SUCCESS_FILE).read_json()
+
+    def mark_done(self, summary: dict[str, Any]) -> None:
+        (self.location / SUCCESS_FILE).write_json({"stage": self.stage, "fingerprint": self.fingerprint, **summary})

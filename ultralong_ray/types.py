@@ -1,0 +1,143 @@
+"""The nouns that rooms exchange, in the order in which data flows. Numpy and the standard library only.
+
+Document -> TokenizedDocument -> Placement / PackedSequence -> SequenceSlice -> StepMetrics, then
+PasskeyPrompt -> CellResult. Two contracts are stated here and tested where they are kept:
+
+*Label shift.* `SequenceSlice` is the one place where labels are shifted: `labels[t]` is the token after
+`input_ids[t]` in the same sequence. Nothing downstream shifts again.
+
+*Loss weight.* `loss_weight[t]` belongs to the *predicted* token after the shift. 0 means "not a target". The loss of
+a step is sum(weight * cross_entropy) / sum(weight) over the whole global batch, whatever rank holds a token.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+IntArray = NDArray[np.int32]
+ByteArray = NDArray[np.uint8]
+
+
+class UserError(Exception):
+    """Something the user can mend. The message names the field or file, the value, the limit and the remedy.
+
+    Jobs print it without a traceback and exit with 2.
+    """
+
+
+class MissingInput(UserError):
+    """A stage was asked to run before the stage that feeds it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Document:
+    """One text of the corpus. `id` is unique within a corpus; `domain` is the unit whose token share is held."""
+
+    id: str
+    domain: str
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class TokenizedDocument:
+    """A document as token ids, without separator. `loss_weight` is None when every token counts once."""
+
+    id: str
+    domain: str
+    input_ids: IntArray  # [num_tokens]
+    loss_weight: ByteArray | None = None  # [num_tokens], weight of this token as a target
+
+
+@dataclass(frozen=True, slots=True)
+class DocumentLength:
+    """What the plan needs to know of a document: sampling never looks at text."""
+
+    id: str
+    domain: str
+    num_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class SampledDocument:
+    """Copy number `copy` (0, 1, ...) of a document; only its first `num_tokens` tokens are used."""
+
+    id: str
+    domain: str
+    copy: int
+    num_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """Tokens [document_start, document_end) of a document copy stand at [start, end) of a packed sequence."""
+
+    sequence: int
+    start: int
+    end: int
+    id: str
+    domain: str
+    copy: int
+    document_start: int
+    document_end: int
+
+
+@dataclass(frozen=True, slots=True)
+class SequenceSlice:
+    """What one sequence-parallel rank reads of a micro-batch: its part of every sequence.
+
+    `document_ids` covers the whole sequence, not the slice, since a mask needs it after the all-to-all; it is None
+    when attention is plain causal over the pack (the recipe's "no cross-document mask").
+    """
+
+    input_ids: NDArray[np.int64]  # [batch, seq_local]
+    labels: NDArray[np.int64]  # [batch, seq_local], already shifted; the last token of a sequence has label -100
+    loss_weight: NDArray[np.float32]  # [batch, seq_local], 0 where labels are -100
+    position_ids: NDArray[np.int64]  # [batch, seq_local]
+    document_ids: NDArray[np.int32] | None  # [batch, seq_global]
+
+
+@dataclass(frozen=True, slots=True)
+class StepMetrics:
+    """One optimizer step, as logged to `metrics.jsonl`, TensorBoard and the Ray dashboard."""
+
+    step: int  # 1-based: the number of optimizer steps taken
+    num_steps: int
+    loss: float  # weighted mean over the global batch, nats per token
+    grad_norm: float  # of the whole gradient, before clipping
+    learning_rate: float
+    tokens: int  # tokens consumed so far, over all ranks
+    tokens_per_second: float
+    step_seconds: float
+    model_flops: float  # causal model FLOPs of this step: 6*N*s + 6*L*h*s^2 per sequence
+    mfu: float | None  # model FLOP utilisation, None where the peak of the device is unknown
+    memory_gib: float  # peak of the fullest rank: GPU memory, or resident memory on CPU
+    epoch: int
+    sequence: int  # sequences of the current epoch consumed so far
+
+
+@dataclass(frozen=True, slots=True)
+class PasskeyPrompt:
+    """One needle question. `depth_percent` 0 is the start of the haystack, 100 its end."""
+
+    context_length_tokens: int
+    depth_percent: float
+    sample: int
+    prompt: str
+    expected: str
+    prompt_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class CellResult:
+    """One cell of a passkey grid for one model, with every answer kept so that a reader can look."""
+
+    model: str
+    context_length_tokens: int
+    depth_percent: float
+    score: float  # share of samples answered right, 0 to 1
+    samples: list[dict[str, Any]] = field(default_factory=list)
+    seconds: float = 0.0
