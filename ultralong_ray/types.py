@@ -86,6 +86,15 @@ class Placement:
 
 
 @dataclass(frozen=True, slots=True)
+class PackedSequence:
+    """Exactly `sequence_length` tokens. Where its documents stand is said by `Placement` rows, not here."""
+
+    index: int
+    input_ids: IntArray  # [sequence_length]
+    loss_weight: ByteArray | None = None  # [sequence_length], weight of this token as a target; None: 1 everywhere
+
+
+@dataclass(frozen=True, slots=True)
 class SequenceSlice:
     """What one sequence-parallel rank reads of a micro-batch: its part of every sequence.
 
