@@ -381,8 +381,6 @@ def _check_lengths(recipe: Recipe) -> None:
                 f"sft.max_sample_tokens {recipe.sft.max_sample_tokens} does not fit into sft.sequence_length "
                 f"{recipe.sft.sequence_length}; a sample is never cut"
             )
-    if recipe.sft is None and recipe.evaluate is not None and "final" in recipe.evaluate.models:
-        raise ValueError('evaluate.models names "final", but the recipe has no [sft] section')
 
 
 def _check_parallelism(recipe: Recipe, name: str, train: TrainConfig, length: int) -> None:
@@ -412,11 +410,7 @@ def _check_parallelism(recipe: Recipe, name: str, train: TrainConfig, length: in
 
 def heads_message(name: str, query_heads: int, kv_heads: int, degree: int) -> str:
     """The refusal of a Ulysses degree that the heads cannot take, with the degrees that they can."""
-    legal = [
-        d
-        for d in range(1, query_heads + 1)
-        if query_heads % d == 0 and (kv_heads % d == 0 or d % kv_heads == 0)
-    ]
+    legal = [d for d in range(1, query_heads + 1) if query_heads % d == 0 and (kv_heads % d == 0 or d % kv_heads == 0)]
     return (
         f"{name}.sequence_parallel_degree {degree} cannot split {query_heads} query heads and {kv_heads} key-value "
         f"heads; degrees that can: {', '.join(map(str, legal))}"

@@ -86,7 +86,9 @@ def write_sequences(target: Location, sequences: Iterable[PackedSequence], seque
     with target.open_for_write() as sink, pq.ParquetWriter(sink, schema, compression="zstd") as writer:
         for sequence in sequences:
             if len(sequence.input_ids) != sequence_length:
-                raise ValueError(f"sequence {sequence.index} has {len(sequence.input_ids)} tokens, not {sequence_length}")
+                raise ValueError(
+                    f"sequence {sequence.index} has {len(sequence.input_ids)} tokens, not {sequence_length}"
+                )
             count += 1
             for start in range(0, sequence_length, chunk_tokens):
                 row = {"input_ids": sequence.input_ids[start : start + chunk_tokens]}
@@ -184,4 +186,6 @@ class PackedReader:
 
 
 def _rows(column: pa.ChunkedArray) -> list[np.ndarray]:
-    return [row for chunk in column.chunks for row in np.split(chunk.flatten().to_numpy(), chunk.offsets[1:-1].to_numpy())]
+    return [
+        row for chunk in column.chunks for row in np.split(chunk.flatten().to_numpy(), chunk.offsets[1:-1].to_numpy())
+    ]

@@ -35,10 +35,27 @@ def _filesystem_of(root: str) -> pafs.FileSystem:
         return pafs.LocalFileSystem()
     scheme = root.split("://", 1)[0]
     try:
-        filesystem, _ = pafs.FileSystem.from_uri(root if scheme != "s3" else f"{root}/")
+        if scheme == "s3":
+            return _s3_filesystem(root)
+        filesystem, _ = pafs.FileSystem.from_uri(root)
         return filesystem
+    except OSError as error:
+        raise UserError(
+            f"{root} cannot be reached: {error}. Check the bucket's name, the network, AWS_ENDPOINT_URL (for a server "
+            f"other than AWS), AWS_REGION and the credentials of the usual AWS chain"
+        ) from error
     except (ValueError, NotImplementedError):
         return _fsspec_filesystem(scheme, root)
+
+
+def _s3_filesystem(root: str) -> pafs.FileSystem:
+    """An endpoint or region from the environment is taken as it is; else pyarrow asks AWS for the bucket's region."""
+    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+    region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
+    if endpoint or region:
+        return pafs.S3FileSystem(endpoint_override=endpoint, region=region or "us-east-1")
+    filesystem, _ = pafs.FileSystem.from_uri(f"{root}/")
+    return filesystem
 
 
 def _fsspec_filesystem(scheme: str, root: str) -> pafs.FileSystem:

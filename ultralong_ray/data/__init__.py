@@ -1,0 +1,1 @@
+"""Corpus shards to packed sequences: read, tokenise, sample by length, pack, and say what was done."""

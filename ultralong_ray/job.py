@@ -1,0 +1,163 @@
+"""What every script in `jobs/` shares: read the recipe, run one stage (or print the plan), say where the result is.
+
+    python jobs/<stage>.py RECIPE.toml [--dry-run] [--section.key value ...]
+
+Exit status: 0 done (or already done), 2 a mistake that the message explains, 130 / 143 stopped by Ctrl-C / SIGTERM
+(`ray job stop`); whatever was finished is kept and the next submission continues.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from types import FrameType
+from typing import Any
+
+from ultralong_ray.config import Recipe
+from ultralong_ray.plan import describe
+from ultralong_ray.recipe import load_recipe
+from ultralong_ray.stages import require_inputs, stage_directory, stage_of_model, stages
+from ultralong_ray.storage import Location, StageDirectory
+from ultralong_ray.types import UserError
+
+log = logging.getLogger("ultralong_ray")
+
+
+class Stopped(BaseException):
+    """SIGTERM arrived."""
+
+
+def run_stages(*names: str) -> None:
+    """Entry point of a stage's script: run the named stages that the recipe has and that are not done."""
+    guarded(lambda recipe, path, _: [run_stage(recipe, name, path) for name in names if name in stages(recipe)])
+
+
+def guarded(action: Callable[[Recipe, str, list[str]], Any]) -> None:
+    """Parse the command line, run `action(recipe, recipe_path, overrides)`, turn mistakes into messages."""
+    parser = argparse.ArgumentParser(
+        description="Runs one part of a recipe. Any key of the recipe can be overridden: --pretrain.learning_rate 1e-5",
+        allow_abbrev=False,
+    )
+    parser.add_argument("recipe", help="TOML file, for example jobs/recipes/quickstart.toml")
+    parser.add_argument("--dry-run", action="store_true", help="print the resolved plan and stop")
+    arguments, overrides = parser.parse_known_args()
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stdout)
+    signal.signal(signal.SIGTERM, _raise_stopped)
+    try:
+        recipe = load_recipe(arguments.recipe, overrides)
+        if arguments.dry_run:
+            print(describe(recipe))
+        else:
+            action(recipe, arguments.recipe, overrides)
+    except UserError as error:
+        _leave(2, f"error: {error}")
+    except KeyboardInterrupt:
+        _leave(130, "stopped by Ctrl-C; finished stages and checkpoints are kept, submit again to continue")
+    except Stopped:
+        _leave(143, "stopped by SIGTERM; finished stages and checkpoints are kept, submit again to continue")
+
+
+def _raise_stopped(signum: int, frame: FrameType | None) -> None:
+    raise Stopped
+
+
+def _leave(status: int, message: str) -> None:
+    print(message, file=sys.stderr, flush=True)
+    sys.exit(status)
+
+
+def run_stage(recipe: Recipe, stage: str, recipe_path: str) -> StageDirectory:
+    """Compute a stage unless it is done, and record its summary last."""
+    directory = stage_directory(recipe, stage)
+    if directory.done:
+        log.info("%s is done already: %s", stage, directory.location)
+        return directory
+    require_inputs(recipe, stage, recipe_path)
+    connect_to_ray()
+    log.info("%s starts: %s", stage, directory.location)
+    began = time.monotonic()
+    (directory.location / "recipe.json").write_json(recipe.model_dump(mode="json"))
+    summary = compute(recipe, stage, directory)
+    directory.mark_done({**summary, "seconds": round(time.monotonic() - began, 1)})
+    log.info("%s is done in %.0f s: %s", stage, time.monotonic() - began, directory.location)
+    return directory
+
+
+def connect_to_ray() -> None:
+    """Join the cluster that RAY_ADDRESS names (set inside a Ray job), else the one running here, else start one."""
+    import ray
+
+    if ray.is_initialized():
+        return
+    # The workers import this package from the submitted working directory or from site-packages; when a script is
+    # run directly from a clone that is not installed, they need to be told where it is.
+    package_root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    python_path = os.pathsep.join(filter(None, [package_root, os.environ.get("PYTHONPATH")]))
+    ray.init(log_to_driver=True, logging_level=logging.WARNING, runtime_env={"env_vars": {"PYTHONPATH": python_path}})
+
+
+def compute(recipe: Recipe, stage: str, directory: StageDirectory) -> dict[str, Any]:
+    """Call the room that computes `stage`. Imports are local: a stage loads only what it needs."""
+    if stage == "prepare":
+        from ultralong_ray.data.pipeline import prepare
+
+        return prepare(recipe, directory)
+    if stage == "prepare_sft":
+        from ultralong_ray.data.pipeline import prepare_sft
+
+        return prepare_sft(recipe, directory)
+    if stage == "extend":
+        from ultralong_ray.model.extend import extend
+
+        return extend(recipe, directory)
+    if stage in ("pretrain", "sft"):
+        return _train(recipe, stage, directory)
+    if stage == "export":
+        from ultralong_ray.export import export
+
+        return export(recipe, _trained_model(recipe), directory, _provenance(recipe))
+    if stage == "evaluate":
+        return _evaluate(recipe, directory)
+    from ultralong_ray.report.page import write_report
+
+    finished = {name: stage_directory(recipe, name) for name in stages(recipe) if name != "report"}
+    return write_report(recipe, finished, directory)
+
+
+def _output(recipe: Recipe, stage: str) -> Location:
+    return stage_directory(recipe, stage).location
+
+
+def _train(recipe: Recipe, stage: str, directory: StageDirectory) -> dict[str, Any]:
+    from ultralong_ray.train.trainer import train
+
+    if stage == "pretrain":
+        return train(recipe, "pretrain", _output(recipe, "prepare"), _output(recipe, "extend") / "model", directory)
+    return train(recipe, "sft", _output(recipe, "prepare_sft"), _output(recipe, "pretrain") / "model", directory)
+
+
+def _trained_model(recipe: Recipe) -> Location:
+    return _output(recipe, "sft" if recipe.sft is not None else "pretrain") / "model"
+
+
+def _provenance(recipe: Recipe) -> dict[str, Any]:
+    """Summaries of the stages that led to the exported model, for its card."""
+    names = [name for name in ("prepare", "prepare_sft", "pretrain", "sft") if name in stages(recipe)]
+    return {name: stage_directory(recipe, name).summary() for name in names}
+
+
+def _evaluate(recipe: Recipe, directory: StageDirectory) -> dict[str, Any]:
+    from ultralong_ray.eval.fanout import evaluate
+
+    assert recipe.evaluate is not None
+    models: dict[str, Location] = {}
+    for name in recipe.evaluate.models:
+        stage = stage_of_model(recipe, name)
+        models[name] = Location.of(recipe.model.base) if stage == "base" else _output(recipe, stage) / "model"
+    holdout = _output(recipe, "prepare") / "holdout.parquet"
+    return evaluate(recipe, models, holdout if holdout.exists() else None, directory)

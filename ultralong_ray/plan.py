@@ -1,0 +1,117 @@
+"""What a recipe will do, in words and numbers, before anything starts: `--dry-run` of every job prints this."""
+
+from __future__ import annotations
+
+from ultralong_ray.config import Recipe, TrainConfig
+from ultralong_ray.stages import inputs, stage_directory, stages
+from ultralong_ray.types import UserError
+
+
+def num_steps(train: TrainConfig, num_sequences: int) -> int:
+    """Optimizer steps: as given, else one epoch over `num_sequences` (at least one step)."""
+    return train.steps or max(1, num_sequences // train.global_batch_sequences)
+
+
+def describe(recipe: Recipe) -> str:
+    """The resolved plan: window, RoPE, tokens, sequences, steps, degrees, paths and what is already done."""
+    lines = [f"recipe {recipe.name}", *_model_lines(recipe), *_prepare_lines(recipe)]
+    for name, train, length in recipe.train_stages():
+        lines += _train_lines(recipe, name, train, length)
+    return "\n".join([*lines, *_evaluate_lines(recipe), *_stage_lines(recipe)])
+
+
+def _stage_lines(recipe: Recipe) -> list[str]:
+    """Where each stage writes. A workdir that cannot be reached from here does not spoil a dry run."""
+    directories = [stage_directory(recipe, stage) for stage in stages(recipe)]
+    try:
+        states = ["done" if directory.done else "to do" for directory in directories]
+        note = []
+    except UserError as error:
+        states = ["?" for _ in directories]
+        note = [f"  (what is done already is not known from here: {error})"]
+    lines = ["", "stages, in order:", *note]
+    for directory, state in zip(directories, states, strict=True):
+        reads = ", ".join(inputs(recipe, directory.stage))
+        lines.append(
+            f"  {directory.stage:<12} {state:<6} {directory.location}" + (f"  (reads {reads})" if reads else "")
+        )
+    return lines
+
+
+def _model_lines(recipe: Recipe) -> list[str]:
+    model = recipe.model
+    rope = model.rope
+    lines = [
+        "",
+        f"model       {model.base}" + (" (random weights)" if model.init == "random" else ""),
+        f"  window    {model.base_context_length:,} -> {model.target_context_length:,} tokens, "
+        f"max_position_embeddings {model.exported_max_position_embeddings:,}",
+        f"  rope      {rope.scheme}, factor s = {rope.factor:g} over the original {model.original_context_length:,} "
+        f"tokens, alpha {rope.low_freq_factor:g}, beta {rope.high_freq_factor:g}",
+    ]
+    if rope.scheme != "none" and rope.factor * model.original_context_length < model.target_context_length:
+        reach = int(rope.factor * model.original_context_length)
+        lines.append(
+            f"  note      factor x original length reaches {reach:,} tokens, short of the target; "
+            f"model.rope.factor = {model.target_context_length / model.original_context_length:g} would cover it"
+        )
+    return lines
+
+
+def _prepare_lines(recipe: Recipe) -> list[str]:
+    prepare = recipe.prepare
+    tokens = prepare.num_sequences * prepare.sequence_length
+    sources = ", ".join(source.uri or source.kind for source in recipe.corpus.sources)
+    encoding = f" as {prepare.separator_encoding}" if prepare.separator == "<s>" else ""
+    mask = "attention masked at document boundaries" if recipe.pretrain.mask_documents else "no cross-document mask"
+    return [
+        "",
+        f"prepare     {sources}",
+        f"  tokens    budget {prepare.token_budget:,} ({prepare.token_budget / 1e9:.3g}B): {prepare.num_sequences:,} "
+        f"sequences of {prepare.sequence_length:,} = {tokens:,}",
+        f"  lengths   < {prepare.short_below_tokens:,} tokens: {prepare.short_keep:.0%} kept; "
+        f"> {prepare.long_above_tokens:,}: {prepare.long_repeat} copies, at most {prepare.max_repeats}",
+        f"  separator {prepare.separator!r}{encoding}, {mask}",
+    ]
+
+
+def _train_lines(recipe: Recipe, name: str, train: TrainConfig, length: int) -> list[str]:
+    degree = recipe.sequence_parallel_degree(train)
+    workers = recipe.cluster.num_workers
+    groups = workers // degree
+    accumulation = train.global_batch_sequences // (groups * train.micro_batch_sequences)
+    known = recipe.prepare.num_sequences if name == "pretrain" else None
+    steps = num_steps(train, known) if known or train.steps else None
+    step_tokens = train.global_batch_sequences * length
+    lines = [
+        "",
+        f"{name:<11} learning rate {train.learning_rate:g}, {train.schedule}, warmup {train.warmup_steps} steps",
+    ]
+    if steps is None:
+        lines.append(f"  steps     one epoch over the packed samples, batch {train.global_batch_sequences} sequences")
+    else:
+        total = steps * step_tokens
+        epochs = f", {steps * train.global_batch_sequences / known:.2f} epochs" if known else ""
+        lines.append(
+            f"  steps     {steps:,} iterations x batch {train.global_batch_sequences} x {length:,} tokens = "
+            f"{total:,} tokens ({total / 1e9:.3g}B){epochs}"
+        )
+    lines.append(
+        f"  degrees   {workers} workers = {groups} data-parallel x {degree} sequence-parallel (Ulysses), ZeRO-"
+        f"{train.zero_stage}; {length // degree:,} tokens of a sequence per worker; micro-batch "
+        f"{train.micro_batch_sequences}, accumulation {accumulation}; {train.precision}"
+    )
+    return lines
+
+
+def _evaluate_lines(recipe: Recipe) -> list[str]:
+    evaluate = recipe.evaluate
+    if evaluate is None:
+        return []
+    cells = len(evaluate.context_lengths) * len(evaluate.depths_percent)
+    return [
+        "",
+        f"evaluate    passkey, {len(evaluate.context_lengths)} lengths to {max(evaluate.context_lengths):,} tokens x "
+        f"{len(evaluate.depths_percent)} depths x {evaluate.samples_per_cell} samples = {cells} cells, for "
+        f"{', '.join(evaluate.models)}",
+    ]
