@@ -1,0 +1,121 @@
+"""Recipes: what is refused and how it is said, overrides, and the published values of the 8B recipes."""
+
+from pathlib import Path
+
+import pytest
+
+from ultralong_ray.plan import describe
+from ultralong_ray.recipe import load_recipe
+from ultralong_ray.types import UserError
+
+RECIPES = Path(__file__).resolve().parents[1] / "jobs" / "recipes"
+QUICKSTART = str(RECIPES / "quickstart.toml")
+
+
+@pytest.mark.parametrize("path", sorted(RECIPES.glob("*.toml")), ids=lambda p: p.stem)
+def test_every_shipped_recipe_is_valid(path: Path):
+    recipe = load_recipe(str(path))
+    assert recipe.name == path.stem
+
+
+@pytest.mark.parametrize(
+    ("tag", "factor", "window", "max_positions", "iterations", "batch"),
+    [
+        ("1m", 128, 1_048_576, 1_073_152, 125, 8),
+        ("2m", 256, 2_097_152, 2_146_304, 140, 4),
+        ("4m", 512, 4_194_304, 4_292_608, 150, 2),
+    ],
+)
+def test_published_values(tag: str, factor: int, window: int, max_positions: int, iterations: int, batch: int):
+    recipe = load_recipe(str(RECIPES / f"llama31_8b_{tag}.toml"), ["--workdir", "/nowhere"])
+    assert recipe.model.rope.scheme == "llama3"
+    assert recipe.model.rope.factor == factor == window / recipe.model.original_context_length
+    assert (recipe.model.rope.low_freq_factor, recipe.model.rope.high_freq_factor) == (1, 4)
+    assert recipe.model.target_context_length == recipe.prepare.sequence_length == window
+    assert recipe.model.exported_max_position_embeddings == max_positions
+    assert recipe.pretrain.learning_rate == 3e-5
+    assert not recipe.pretrain.mask_documents
+    assert recipe.prepare.separator == "<s>"
+    assert recipe.prepare.token_budget == 10**9
+    assert (recipe.pretrain.steps, recipe.pretrain.global_batch_sequences) == (iterations, batch)
+    assert recipe.sft is not None
+    assert (recipe.sft.num_samples, recipe.sft.global_batch_sequences) == (100_000, 128)
+    assert (recipe.sft.learning_rate, recipe.sft.max_sample_tokens) == (5e-6, 8192)
+    plan = describe(recipe)
+    for fact in (
+        f"s = {factor} ",
+        "learning rate 3e-05",
+        "separator '<s>'",
+        "(1B)",
+        f"{iterations} iterations x batch",
+    ):
+        assert fact in plan
+
+
+@pytest.mark.parametrize(
+    ("overrides", "facts"),
+    [
+        (["--pretrain.learning_rate", "-1"], ["pretrain.learning_rate", "-1", "greater than 0"]),
+        (["--pretrain.lerning_rate", "1"], ["lerning_rate"]),
+        (["--prepare.sequence_length", "8192"], ["8192", "4096", "target_context_length"]),
+        (
+            ["--prepare.sequence_length", "4095", "--prepare.token_budget", "327600"],
+            ["4095", "sequence_parallel_degree 2", "4094", "4096"],
+        ),
+        (["--pretrain.sequence_parallel_degree", "3"], ["num_workers 2", "sequence_parallel_degree 3"]),
+        (["--pretrain.global_batch_sequences", "7", "--pretrain.micro_batch_sequences", "2"], ["7", "multiple of 2"]),
+        (["--prepare.short_below_tokens", "2048"], ["2048", "1024"]),
+        (["--prepare.long_repeat", "9"], ["long_repeat 9", "max_repeats 4"]),
+        (["--prepare.token_budget", "100"], ["100", "4096"]),
+        (["--model.rope.factor", "0.5"], ["0.5", "shrink"]),
+        (["--model.rope.low_freq_factor", "5"], ["5", "below"]),
+        (["--model.target_context_length", "256"], ["256", "512"]),
+        (["--sft.max_sample_tokens", "2048"], ["2048", "1024", "never cut"]),
+        (["--prepare.separator", "</s>"], ["prepare.separator", "</s>"]),
+    ],
+)
+def test_contradictions_are_refused_with_numbers(overrides: list[str], facts: list[str]):
+    with pytest.raises(UserError) as refusal:
+        load_recipe(QUICKSTART, overrides)
+    for fact in facts:
+        assert fact in str(refusal.value)
+
+
+def test_heads_that_the_degree_cannot_split_name_the_degrees_that_can():
+    with pytest.raises(UserError, match=r"degree 64 cannot split 32 query heads.*1, 2, 4, 8, 16, 32"):
+        load_recipe(
+            str(RECIPES / "llama31_8b_4m.toml"),
+            ["--cluster.num_workers", "64", "--pretrain.sequence_parallel_degree", "64"],
+        )
+
+
+def test_auto_degree_is_the_largest_legal_one():
+    recipe = load_recipe(
+        str(RECIPES / "llama31_8b_4m.toml"),
+        ["--cluster.num_workers", "64", "--pretrain.sequence_parallel_degree", "auto"],
+    )
+    assert recipe.sequence_parallel_degree(recipe.pretrain) == 32
+
+
+def test_unknown_key_in_the_file(tmp_path: Path):
+    file = tmp_path / "bad.toml"
+    file.write_text(Path(QUICKSTART).read_text().replace("token_budget", "tokens_budget"))
+    with pytest.raises(UserError, match=r"prepare\.tokens_budget.*unknown key"):
+        load_recipe(str(file))
+
+
+def test_broken_toml_and_absent_file(tmp_path: Path):
+    file = tmp_path / "bad.toml"
+    file.write_text("name = \n")
+    with pytest.raises(UserError, match="no valid TOML"):
+        load_recipe(str(file))
+    with pytest.raises(UserError, match="does not exist"):
+        load_recipe(str(tmp_path / "absent.toml"))
+
+
+def test_overrides_reach_nested_keys_in_both_spellings():
+    recipe = load_recipe(QUICKSTART, ["--pretrain.learning_rate", "2e-4", "model.rope.factor=32", "--prepare.seed=7"])
+    assert recipe.pretrain.learning_rate == 2e-4
+    assert recipe.model.rope.factor == 32
+    assert recipe.model.rope.high_freq_factor == 4
+    assert recipe.prepare.seed == 7

@@ -1,0 +1,105 @@
+"""Files on local disk and behind the S3 protocol: atomic writes, listing, copying, and a full disk's message."""
+
+import errno
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from ultralong_ray.storage import Location, StageDirectory, copy_files, explain_full_disk, local_folder
+from ultralong_ray.types import UserError
+
+
+@pytest.fixture(scope="module")
+def s3_uri() -> Iterator[str]:
+    """A bucket on a server that speaks the S3 protocol (moto, from the s3-test extra)."""
+    pytest.importorskip("moto.server", reason="the s3-test extra is not installed")
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    server = subprocess.Popen(
+        [sys.executable, "-m", "moto.server", "-p", str(port)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    endpoint = f"http://127.0.0.1:{port}"
+    saved = dict(os.environ)
+    os.environ.update(
+        AWS_ENDPOINT_URL=endpoint, AWS_ACCESS_KEY_ID="ak", AWS_SECRET_ACCESS_KEY="sk", AWS_REGION="us-east-1"
+    )
+    try:
+        for _ in range(100):
+            try:
+                urllib.request.urlopen(endpoint, timeout=1)
+                break
+            except OSError:
+                time.sleep(0.1)
+        import boto3
+
+        boto3.client("s3").create_bucket(Bucket="ultralong-test")
+        yield "s3://ultralong-test/run"
+    finally:
+        server.kill()
+        os.environ.clear()
+        os.environ.update(saved)
+
+
+def exercise(root: Location, tmp_path: Path) -> None:
+    stage = StageDirectory("prepare", "abc", root / "prepare-abc")
+    assert not stage.done
+    assert stage.location.files(recursive=True) == []
+    (stage.location / "sequences" / "part-00000").write_bytes(b"x" * 1000)
+    (stage.location / "manifest.json").write_json({"n": 1})
+    stage.mark_done({"tokens": 5})
+    assert stage.done
+    assert stage.summary() == {"stage": "prepare", "fingerprint": "abc", "tokens": 5}
+    names = [f.uri[len(stage.location.uri) + 1 :] for f in stage.location.files(recursive=True)]
+    assert names == ["_SUCCESS.json", "manifest.json", "sequences/part-00000"]
+    assert (stage.location / "sequences" / "part-00000").size() == 1000
+    copy_files(stage.location, root / "copy", skip=("_SUCCESS.json",))
+    assert (root / "copy" / "sequences" / "part-00000").read_bytes() == b"x" * 1000
+    assert not (root / "copy" / "_SUCCESS.json").exists()
+    folder = local_folder(stage.location, tmp_path / "cache")
+    assert (folder / "sequences" / "part-00000").read_bytes() == b"x" * 1000
+    (root / "copy").delete_dir()
+    assert (root / "copy").files(recursive=True) == []
+
+
+def test_local(tmp_path: Path):
+    exercise(Location.of(tmp_path / "run"), tmp_path)
+
+
+def test_s3(s3_uri: str, tmp_path: Path):
+    exercise(Location.of(s3_uri), tmp_path)
+
+
+def test_an_interrupted_write_leaves_the_old_file(tmp_path: Path):
+    target = Location.of(tmp_path / "a" / "file")
+    target.write_bytes(b"old")
+    with pytest.raises(KeyboardInterrupt), target.open_for_write() as sink:
+        sink.write(b"new, half")
+        raise KeyboardInterrupt
+    assert target.read_bytes() == b"old"
+    assert [f.name for f in target.parent.files()] == ["file"]
+
+
+def test_paths_are_normalised(tmp_path: Path):
+    assert Location.of(f"file://{tmp_path}/x/").uri == f"{tmp_path}/x"
+    assert Location.of("~/x").uri == f"{Path.home()}/x"
+    assert (Location.of("s3://bucket/a/") / "b").uri == "s3://bucket/a/b"
+    assert Location("s3://bucket/a/b").path == "bucket/a/b"
+
+
+def test_a_full_disk_is_explained():
+    with pytest.raises(UserError, match=r"/data/run: no space left.*workdir"), explain_full_disk("/data/run"):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    with pytest.raises(PermissionError), explain_full_disk("/data/run"):
+        raise PermissionError(errno.EACCES, "denied")
+
+
+def test_an_unknown_scheme_is_refused():
+    with pytest.raises(UserError, match="no filesystem for the scheme 'nosuch'"):
+        Location.of("nosuch://x/y").exists()
