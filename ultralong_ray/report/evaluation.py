@@ -11,13 +11,19 @@ from typing import Any
 
 from ultralong_ray.config import Recipe
 from ultralong_ray.report.reading import StageReader, finite, json_safe
-from ultralong_ray.report.words import percent, tokens
+from ultralong_ray.report.words import UNIT, percent, tokens
 
 LABELS = {
     "base": "Base model",
     "extended": "Extended, not trained",
     "pretrained": "After continued pretraining",
     "final": "Final model",
+}
+
+SUBJECTS = {
+    "final": "The final model",
+    "pretrained": "The model after continued pretraining",
+    "extended": "The extended model, not yet trained,",
 }
 
 Cell = dict[str, Any]
@@ -106,36 +112,42 @@ def verdict(passkey: dict[str, Any] | None) -> list[str]:
     grids = {grid["model"]: grid for grid in passkey["models"] if grid["num_cells"]} if passkey else {}
     if not passkey or not grids:
         return []
-    window = tokens(passkey["base_window_tokens"])
+    window = passkey["base_window_tokens"]
+    longest = passkey["context_lengths_tokens"][-1]
     sentences = []
     if base := grids.get("base"):
         sentences.append(
-            f"The base model finds the passkey in {percent(base['mean_within_base_window'])} of the questions within "
-            f"its window of {window} tokens and in {percent(base['mean_beyond_base_window'])} beyond it."
+            f"The base model, whose window is {tokens(window)} tokens, finds the passkey in "
+            f"{_where_found(base, window)}."
         )
     last = next((grids[name] for name in ("final", "pretrained", "extended") if name in grids), None)
     if last is not None:
-        longest = passkey["context_lengths_tokens"][-1]
         sentences.append(
-            f"{_subject(last['model'])} finds it in {percent(last['mean_beyond_base_window'])} beyond that window, up "
-            f"to {tokens(longest)} tokens ({longest / passkey['base_window_tokens']:g} times the window), and in "
-            f"{percent(last['mean'])} over the whole grid; its weakest cell is {percent(last['min_cell'])}, at "
-            f"{tokens(last['min_cell_context_length_tokens'])} tokens and depth {last['min_cell_depth_percent']:g} %."
+            f"{SUBJECTS[last['model']]} finds it in {_where_found(last, window)}; over the whole grid, up to "
+            f"{tokens(longest)} tokens or {longest / window:.3g} times the window, in {percent(last['mean'])}. Its "
+            f"weakest cell is {percent(last['min_cell'])}, at {tokens(last['min_cell_context_length_tokens'])} tokens "
+            f"and depth {last['min_cell_depth_percent']:g}{UNIT}."
         )
     before = grids.get("pretrained")
     if last is not None and last["model"] == "final" and before is not None:
         sentences.append(f"Before fine-tuning the same grid gave {percent(before['mean'])}.")
     if missing := sum(grid["num_missing"] for grid in passkey["models"]):
-        sentences.append(f"{missing} cells that the recipe asks for are missing and enter no mean.")
+        cells = "1 cell is" if missing == 1 else f"{missing} cells are"
+        sentences.append(f"{cells} missing and left out of every mean.")
     return sentences
 
 
-def _subject(model: str) -> str:
-    return {
-        "final": "The final model",
-        "pretrained": "The model after continued pretraining",
-        "extended": "The extended model, not yet trained,",
-    }[model]
+def _where_found(grid: dict[str, Any], window: int) -> str:
+    """Shares within and beyond the base window, naming only the part of the grid that was measured."""
+    within, beyond = grid["mean_within_base_window"], grid["mean_beyond_base_window"]
+    parts = [f"{percent(within)} of the questions within {tokens(window)} tokens"] if within is not None else []
+    if beyond is not None:
+        parts.append(
+            f"{percent(beyond)} beyond"
+            if parts
+            else f"{percent(beyond)} of the questions beyond {tokens(window)} tokens"
+        )
+    return " and in ".join(parts)
 
 
 def _perplexity(recipe: Recipe, reader: StageReader) -> dict[str, Any] | None:

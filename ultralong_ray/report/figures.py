@@ -7,7 +7,8 @@ green look alike to some eyes, the score is also printed in the cell, or shown o
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -15,7 +16,7 @@ from typing import Any
 from markupsafe import Markup
 
 from ultralong_ray.report.svg import Scale, ScaleKind, element, figure
-from ultralong_ray.report.words import percent, short_tokens, tokens
+from ultralong_ray.report.words import UNIT, percent, short_tokens, tokens
 
 COLOUR_STOPS = ((0.0, (0xF0, 0x49, 0x6E)), (0.5, (0xEB, 0xB8, 0x39)), (1.0, (0x0C, 0xD7, 0x9F)))
 PRINTED_VALUE_PIXELS = 26  # narrower cells have no room for "100"
@@ -58,7 +59,7 @@ def heatmap(grid: dict[str, Any], passkey: dict[str, Any]) -> Markup:
     for column, length in enumerate(lengths):
         x = left + (column + 0.5) * cell_width
         parts.append(_length_label(short_tokens(length), x, bottom + (10 if turned else 17), turned))
-    label_depth = 50 if turned else 26
+    label_depth = _turned_pixels(map(short_tokens, lengths)) if turned else 26
     parts += [
         element(
             "text",
@@ -79,6 +80,11 @@ def heatmap(grid: dict[str, Any], passkey: dict[str, Any]) -> Markup:
     return figure(f"heatmap-{grid['model']}", title, description, right + 12, bottom + label_depth + 22, parts)
 
 
+def _turned_pixels(labels: Iterable[str]) -> float:
+    """Room below the axis for labels turned by 60 degrees, at about 6.5 pixels a character."""
+    return 22 + max(map(len, labels)) * 6.5 * math.sin(math.radians(60))
+
+
 def _length_label(text: str, x: float, y: float, turned: bool) -> str:
     if not turned:
         return element("text", text=text, class_="tick", x=x, y=y, text_anchor="middle")
@@ -91,7 +97,7 @@ def _cell(
     cell: dict[str, Any] | None, length: int, depth: float, x: float, y: float, width: float, height: float
 ) -> str:
     where = f"{tokens(length)} tokens, depth {depth:g} %"
-    box = {"x": x + 0.75, "y": y + 0.75, "width": width - 1.5, "height": height - 1.5, "rx": 2.0}
+    box: dict[str, Any] = {"x": x + 0.75, "y": y + 0.75, "width": width - 1.5, "height": height - 1.5, "rx": 2.0}
     if cell is None:
         cross = element("path", d=f"M{x + 8:g} {y + 8:g}L{x + width - 8:g} {y + height - 8:g}", class_="missing-cross")
         return element("g", element("title", text=f"{where}: missing"), element("rect", class_="missing", **box), cross)
@@ -101,7 +107,7 @@ def _cell(
         element("rect", class_="cell", fill=score_colour(cell["score"]), **box),
     ]
     if width >= PRINTED_VALUE_PIXELS:
-        value = percent(cell["score"], digits=0).removesuffix(" %")
+        value = percent(cell["score"], digits=0).removesuffix(UNIT)
         parts.append(
             element(
                 "text",
@@ -164,7 +170,7 @@ def line_chart(
     left, right, top, bottom = 58.0, 548.0, 26.0, height - 42
     across = _scale(x, [p[0] for p in points], left, right, padded=False)
     up = _scale(y, [p[1] for p in points], bottom, top, padded=True)
-    parts = _frame(across, up, x, y, ticks_up=max(2, round((bottom - top) / 42)))
+    parts = _frame(across, up, x, y, ticks_up=max(2, round((bottom - top) / 30)))
     if edge is not None and across.low <= edge <= across.high:
         at = across(edge)
         parts += [
@@ -293,4 +299,4 @@ def length_histogram(identity: str, title: str, labels: list[str], before: list[
     description = "Share of tokens by document length in tokens, before and after sampling: " + "; ".join(
         f"{label} {percent(b)} and {percent(a)}" for label, b, a in zip(labels, before, after, strict=False)
     )
-    return figure(identity, title, description, 390, 200, parts)
+    return figure(identity, title, description, 390, bottom + _turned_pixels(labels), parts)

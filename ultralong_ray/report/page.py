@@ -93,20 +93,16 @@ def _loss_charts(name: str, training: dict[str, Any]) -> list[Markup]:
     loss = Line("loss", "loss", curves["step"], curves["loss"])
     rate = Line("learning rate", "rate", curves["step"], curves["learning_rate"])
     return [
-        line_chart(f"{name}-loss", f"{what}: loss", [loss], steps, Axis("loss, nats per token", "linear", _figures)),
+        line_chart(f"{name}-loss", f"{what}: loss", [loss], steps, Axis("loss, nats per token", "linear", words.tick)),
         line_chart(
             f"{name}-rate",
             f"{what}: learning rate",
             [rate],
             steps,
-            Axis("learning rate", "linear", _figures, from_zero=True),
+            Axis("learning rate", "linear", words.tick, from_zero=True),
             height=150,
         ),
     ]
-
-
-def _figures(value: float) -> str:
-    return words.number(value)
 
 
 def _perplexity_chart(perplexity: dict[str, Any]) -> Markup:
@@ -127,7 +123,7 @@ def _perplexity_chart(perplexity: dict[str, Any]) -> Markup:
             "log2" if max(ends) >= 8 * min(ends) > 0 else "linear",
             lambda end: words.short_tokens(round(end)),
         ),
-        Axis("perplexity", "log10" if wide else "linear", _figures),
+        Axis("perplexity", "log10" if wide else "linear", words.tick),
         height=300,
         edge=perplexity["base_window_tokens"],
     )

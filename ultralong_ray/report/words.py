@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 ABSENT = "\N{EN DASH}"
+UNIT = "\N{NO-BREAK SPACE}%"  # a line never ends between a number and its sign
 
 
 def percent(share: float | None, digits: int = 1) -> str:
@@ -15,7 +16,7 @@ def percent(share: float | None, digits: int = 1) -> str:
         value = 100 - step
     if value <= 0 < share:
         value = step
-    return f"{value:.{digits}f}".removesuffix("." + "0" * digits) + " %"
+    return f"{value:.{digits}f}".removesuffix("." + "0" * digits) + UNIT
 
 
 def tokens(count: float | None) -> str:
@@ -31,13 +32,16 @@ def short_tokens(count: int) -> str:
     return f"{count:,}"
 
 
-def number(value: float | None, digits: int = 3) -> str:
-    """A measured quantity to `digits` significant figures, integers in full, tiny ones in scientific notation."""
+def number(value: float | None) -> str:
+    """A measured quantity to three significant figures, whole numbers from 100 on, scientific where tiny."""
     if value is None:
         return ABSENT
-    if value == 0 or abs(value) >= 10 ** (digits - 1):
-        return f"{value:,.0f}"
-    return f"{value:.{digits}g}"
+    return f"{value:,.0f}" if value == 0 or abs(value) >= 99.95 else f"{value:#.3g}"
+
+
+def tick(value: float) -> str:
+    """A round value on an axis, no longer than it has to be."""
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
 
 
 def duration(seconds: float | None) -> str:
