@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 import subprocess
+from html import escape
 from pathlib import Path
 
 import pytest
@@ -26,22 +27,41 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return Path(directories["report"].location.path) / "report.html"
 
 
+FLAGS = [
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--disable-extensions",
+    "--no-first-run",
+    "--disable-default-apps",
+    "--host-resolver-rules=MAP * ~NOTFOUND",
+    "--enable-logging=stderr",
+    "--hide-scrollbars",
+    "--v=0",
+    "--window-size=1200,3000",
+]
+
+
 def _visit(page: Path, folder: Path) -> tuple[str, set[str]]:
     """(Chromium's log with console lines, URLs requested by the page) of one headless visit that takes a picture."""
     assert BROWSER is not None
     log = folder / "net.json"
     done = subprocess.run(
         [
-            BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking",
-            "--disable-component-update", "--disable-sync", "--disable-extensions", "--no-first-run",
-            "--disable-default-apps", "--host-resolver-rules=MAP * ~NOTFOUND", "--enable-logging=stderr", "--v=0",
-            f"--user-data-dir={folder / 'profile'}", f"--log-net-log={log}", "--window-size=1200,3000",
-            f"--screenshot={folder / 'page.png'}", page.as_uri(),
+            BROWSER,
+            *FLAGS,
+            f"--user-data-dir={folder / 'profile'}",
+            f"--log-net-log={log}",
+            f"--screenshot={folder / 'page.png'}",
+            page.as_uri(),
         ],
         capture_output=True,
         text=True,
         timeout=120,
-    )  # fmt: skip
+    )
     assert (folder / "page.png").stat().st_size > 10_000, done.stderr
     # The browser may end before it closes the log's array; the URLs are complete lines of their own.
     text = log.read_text(errors="replace")
@@ -68,3 +88,18 @@ def test_the_probe_sees_errors_and_requests(report: Path, tmp_path: Path) -> Non
     log, urls = _visit(bad, tmp_path)
     assert "CONSOLE" in log and "planted" in log
     assert _from_network(urls) == {"http://made-up.example/x.png"}
+
+
+@pytest.mark.parametrize("width_pixels", [360, 820])
+def test_only_tables_and_wide_charts_scroll_sideways(report: Path, tmp_path: Path, width_pixels: int) -> None:
+    """Chromium opens no window below 500 pixels, so the page is measured in a frame of the asked width."""
+    assert BROWSER is not None
+    frame = tmp_path / "frame.html"
+    measure = "document.body.dataset.width = this.contentDocument.documentElement.scrollWidth"
+    frame.write_text(
+        f'<meta charset="utf-8"><body><iframe style="width:{width_pixels}px;height:900px;border:0" onload="{measure}" '
+        f'srcdoc="{escape(report.read_text())}"></iframe>'
+    )
+    command = [BROWSER, *FLAGS, f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom", frame.as_uri()]
+    dom = subprocess.run(command, capture_output=True, text=True, timeout=120).stdout
+    assert re.findall(r'<body data-width="(\d+)"', dom) == [str(width_pixels)]

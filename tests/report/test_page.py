@@ -24,7 +24,7 @@ from made_run import (
 
 from ultralong_ray.config import Recipe
 from ultralong_ray.report import page
-from ultralong_ray.report.page import shown_samples, write_report
+from ultralong_ray.report.page import shown_answers, write_report
 from ultralong_ray.report.recipe_toml import recipe_toml
 from ultralong_ray.storage import StageDirectory
 
@@ -206,17 +206,20 @@ def test_a_resumed_run_counts_a_step_once_and_a_torn_line_is_a_note(tmp_path: Pa
     assert [note for note in facts["notes"] if "metrics.jsonl line 6 is not valid JSON" in note]
 
 
-def test_samples_stay_within_their_room_wrong_ones_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_answers_stay_within_their_room_wrong_ones_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = made_recipe(tmp_path)
-    _, facts, _ = _write(recipe, write_run(recipe))
-    everything = shown_samples(facts["passkey"])
-    assert everything["num_shown"] == everything["num_stored"] == 120
-    assert [s["right"] for s in everything["cells"]["final", 4096, 50.0]] == [False, True, True, True, True]
+    directories = write_run(recipe)
+    outline, facts, _ = _write(recipe, directories)
+    assert facts["answers"] == {"num_shown": 120, "num_stored": 120}
+    assert [s["right"] for s in shown_answers(facts["passkey"])["final", 4096, 50.0]] == [False, True, True, True, True]
+    assert "120 of 120 stored answers" in outline.text
     monkeypatch.setattr(page, "SAMPLE_CHARACTERS", 24 * 300)
-    few = shown_samples(facts["passkey"])
-    assert 24 <= few["num_shown"] < 48 and few["num_stored"] == 120
-    assert all(few["cells"].values()), "every cell shows one answer before any shows two"
-    assert few["cells"]["final", 4096, 50.0][0]["right"] is False
+    outline, facts, _ = _write(recipe, directories)
+    few = shown_answers(facts["passkey"])
+    assert 24 <= facts["answers"]["num_shown"] == sum(map(len, few.values())) < 48
+    assert all(few.values()), "every cell shows one answer before any shows two"
+    assert few["final", 4096, 50.0][0]["right"] is False
+    assert "of 120 stored answers, wrong ones first; the rest" in outline.text
 
 
 def test_long_prompts_keep_their_end(tmp_path: Path) -> None:
@@ -226,7 +229,7 @@ def test_long_prompts_keep_their_end(tmp_path: Path) -> None:
     cell["samples"][0]["prompt_end"] = "x" * 5000 + "the question"
     write_cell(directories["evaluate"], cell)
     _, facts, _ = _write(recipe, directories)
-    shown = shown_samples(facts["passkey"])["cells"]["base", 256, 0.0][0]["prompt_end"]
+    shown = shown_answers(facts["passkey"])["base", 256, 0.0][0]["prompt_end"]
     assert shown.startswith("[...] ") and shown.endswith("the question") and len(shown) < 700
 
 

@@ -5,6 +5,7 @@ The dict is report.json. Sections whose stage is absent, unfinished or without i
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import os
 import platform
@@ -194,10 +195,8 @@ def environment() -> dict[str, Any]:
     """The machine and the versions that wrote the report."""
     versions = {}
     for package in PACKAGES:
-        try:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            versions[package] = None
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),

@@ -10,6 +10,7 @@ jinja2 was read at 3.1.6.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,9 @@ SAMPLE_CHARACTERS = 1_000_000
 SAMPLE_FIELD_CHARACTERS = 600
 DECODED_SAMPLE_CHARACTERS = 6_000
 
+# (model, context length in tokens, depth in per cent) -> answers of that cell
+Answers = dict[tuple[str, int, float], list[dict[str, Any]]]
+
 
 def write_report(recipe: Recipe, directories: dict[str, StageDirectory], stage: StageDirectory) -> dict[str, Any]:
     """Write the four files into `stage` and return its summary: where the page is, the verdict, the notes.
@@ -36,21 +40,18 @@ def write_report(recipe: Recipe, directories: dict[str, StageDirectory], stage: 
     the reason on the page. Nothing but finished stages is read, so the report can be made anywhere the files are.
     """
     facts = run_facts(recipe, directories)
+    answers = shown_answers(facts["passkey"])
+    facts["answers"] = {"num_shown": sum(map(len, answers.values())), "num_stored": _num_stored(facts["passkey"])}
     toml = recipe_toml(recipe)
-    html = render_html(facts, toml)
     (stage.location / "recipe.toml").write_bytes(toml.encode())
     (stage.location / "report.json").write_json(facts)
-    (stage.location / "report.md").write_bytes(_render("page.md.j2", facts, toml).encode())
-    (stage.location / "report.html").write_bytes(html.encode())
+    (stage.location / "report.md").write_bytes(_render("page.md.j2", facts, toml, answers).encode())
+    (stage.location / "report.html").write_bytes(_render("page.html.j2", facts, toml, answers).encode())
     return {"report": (stage.location / "report.html").uri, "verdict": facts["verdict"], "notes": facts["notes"]}
 
 
-def render_html(facts: dict[str, Any], toml: str) -> str:
-    """The page. `facts` is `facts.run_facts`, `toml` the resolved recipe."""
-    return _render("page.html.j2", facts, toml)
-
-
-def _render(template: str, facts: dict[str, Any], toml: str) -> str:
+def _render(template: str, facts: dict[str, Any], toml: str, answers: Answers) -> str:
+    """`facts` is report.json, `toml` the resolved recipe, `answers` those that have room on the page."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=jinja2.select_autoescape(enabled_extensions=("html.j2",), default=False),
@@ -67,11 +68,7 @@ def _render(template: str, facts: dict[str, Any], toml: str) -> str:
         colour=score_colour,
     )
     return environment.get_template(template).render(
-        facts=facts,
-        toml=toml,
-        charts=_charts(facts),
-        samples=shown_samples(facts["passkey"]),
-        max_decoded=DECODED_SAMPLE_CHARACTERS,
+        facts=facts, toml=toml, charts=_charts(facts), answers=answers, max_decoded=DECODED_SAMPLE_CHARACTERS
     )
 
 
@@ -153,39 +150,36 @@ def _bucket_label(lower: int | None, upper: int | None) -> str:
     return f"{words.short_tokens(lower)}-{words.short_tokens(upper)}"
 
 
-def shown_samples(passkey: dict[str, Any] | None) -> dict[str, Any]:
-    """`{"cells": {(model, length, depth): [sample, ...]}, "num_shown", "num_stored"}` within SAMPLE_CHARACTERS.
-
-    Wrong answers come first, and every cell gets its first sample before any gets its second.
-    """
-    queues = {
+def shown_answers(passkey: dict[str, Any] | None) -> Answers:
+    """The answers that fit into SAMPLE_CHARACTERS: every cell gets one before any gets two, wrong ones first."""
+    stored = {
         (grid["model"], cell["context_length_tokens"], cell["depth_percent"]): sorted(
             cell["samples"], key=lambda sample: bool(sample.get("right"))
         )
-        for grid in (passkey or {"models": []})["models"]
-        for row in grid["cells"]
-        for cell in row
-        if cell is not None
+        for grid, cell in _cells(passkey)
     }
     left = SAMPLE_CHARACTERS
-    shown: dict[tuple[str, int, float], list[dict[str, Any]]] = {key: [] for key in queues}
-    for turn in range(max(map(len, queues.values()), default=0)):
-        for key, samples in queues.items():
+    shown: Answers = {key: [] for key in stored}
+    for turn in range(max(map(len, stored.values()), default=0)):
+        for key, samples in stored.items():
             if turn >= len(samples):
                 continue
-            sample = {
-                "right": bool(samples[turn].get("right")),
-                **{name: _clipped(samples[turn].get(name)) for name in ("prompt_end", "expected", "answer")},
-            }
-            cost = sum(len(value) for value in sample.values() if isinstance(value, str)) + 250  # 250: the markup
+            texts = {name: _clipped(samples[turn].get(name)) for name in ("prompt_end", "expected", "answer")}
+            cost = sum(map(len, texts.values())) + 250  # 250: the markup
             if cost <= left:
                 left -= cost
-                shown[key].append(sample)
-    return {
-        "cells": shown,
-        "num_shown": sum(map(len, shown.values())),
-        "num_stored": sum(map(len, queues.values())),
-    }
+                shown[key].append({"right": bool(samples[turn].get("right")), **texts})
+    return shown
+
+
+def _num_stored(passkey: dict[str, Any] | None) -> int:
+    return sum(len(cell["samples"]) for _, cell in _cells(passkey))
+
+
+def _cells(passkey: dict[str, Any] | None) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
+    """(grid, cell) of every cell that is there."""
+    for grid in passkey["models"] if passkey else []:
+        yield from ((grid, cell) for row in grid["cells"] for cell in row if cell is not None)
 
 
 def _clipped(value: Any) -> str:
