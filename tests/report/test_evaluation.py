@@ -36,8 +36,11 @@ def test_grid_holds_the_stored_scores_by_depth_and_length(tmp_path: Path) -> Non
 
 def test_means_split_at_the_base_window_which_belongs_to_the_window(tmp_path: Path) -> None:
     recipe, stage = _facts(tmp_path)
+    write_cell(stage, made_cell("base", 512, 0.0, 2))
     base, final = evaluation_facts(recipe, StageReader(stage))["passkey"]["models"]
-    assert (base["mean"], base["mean_within_base_window"], base["mean_beyond_base_window"]) == (0.5, 1.0, 0.0)
+    assert base["mean_within_base_window"] == pytest.approx(5.4 / 6)
+    assert base["mean_beyond_base_window"] == 0.0
+    assert base["mean"] == pytest.approx(5.4 / 12)
     assert final["mean_beyond_base_window"] == pytest.approx(5.8 / 6)
     assert final["mean"] == pytest.approx(11.8 / 12)
     assert (final["min_cell"], final["min_cell_context_length_tokens"], final["min_cell_depth_percent"]) == (

@@ -1,7 +1,7 @@
 """Tolerant reading of a stage's files: text in, JSON values out, and a plain sentence for everything that is amiss.
 
-A report is read when something went wrong as often as when all went well, so a damaged file costs its own section and
-a sentence under "Notes", never the report.
+A report is read when something went wrong as often as when all went well, so a file that is missing or no JSON costs
+its own section and a sentence under "Notes", never the report.
 """
 
 from __future__ import annotations
