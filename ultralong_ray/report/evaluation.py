@@ -1,0 +1,186 @@
+"""What the evaluate stage found: `cells/**.json` and `perplexity/*.json` in, one JSON-ready dict out.
+
+A cell that was asked for and is not there stays None all the way to the page; it is left out of means, never counted
+as 0.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from ultralong_ray.config import Recipe
+from ultralong_ray.report.reading import StageReader, finite, json_safe
+from ultralong_ray.report.words import UNIT, percent, tokens
+
+LABELS = {
+    "base": "Base model",
+    "extended": "Extended, not trained",
+    "pretrained": "After continued pretraining",
+    "final": "Final model",
+}
+
+SUBJECTS = {
+    "final": "The final model",
+    "pretrained": "The model after continued pretraining",
+    "extended": "The extended model, not yet trained,",
+}
+
+Cell = dict[str, Any]
+
+
+def evaluation_facts(recipe: Recipe, reader: StageReader) -> dict[str, Any]:
+    """`{"passkey": {...}, "perplexity": {...} | None}`; every cell and curve names its file."""
+    return {"passkey": _passkey(recipe, reader), "perplexity": _perplexity(recipe, reader)}
+
+
+def _passkey(recipe: Recipe, reader: StageReader) -> dict[str, Any]:
+    """Grids by model: `cells[row][column]` at depth `depths_percent[row]`, `context_lengths_tokens[column]`."""
+    assert recipe.evaluate is not None
+    cells = _read_cells(reader)
+    lengths = sorted({*recipe.evaluate.context_lengths, *(length for _, length, _ in cells)})
+    depths = sorted({*recipe.evaluate.depths_percent, *(depth for _, _, depth in cells)})
+    models = [*recipe.evaluate.models, *sorted({m for m, _, _ in cells} - set(recipe.evaluate.models))]
+    window = recipe.model.base_context_length
+    grids = []
+    for model in models:
+        rows = [[cells.get((model, length, depth)) for length in lengths] for depth in depths]
+        grids.append({"model": model, "label": LABELS.get(model, model), "cells": rows, **_means(rows, window)})
+    return {
+        "base_window_tokens": window,
+        "context_lengths_tokens": lengths,
+        "depths_percent": depths,
+        "samples_per_cell": recipe.evaluate.samples_per_cell,
+        "means_are": "mean of cell scores, every cell counting once, missing cells left out",
+        "models": grids,
+    }
+
+
+def _read_cells(reader: StageReader) -> dict[tuple[str, int, float], Cell]:
+    """(model, context length in tokens, depth in per cent) -> cell. Content counts, not the name of the file."""
+    cells = {}
+    for name in reader.relative_names("cells"):
+        value = reader.read_json(name) if name.endswith(".json") else None
+        if value is None:
+            continue
+        try:
+            key = (str(value["model"]), int(value["context_length_tokens"]), float(value["depth_percent"]))
+            score = finite(value["score"])
+        except (KeyError, TypeError, ValueError) as error:
+            reader.notes.append(f"{reader.name(name)} is no passkey cell ({type(error).__name__}: {error}).")
+            continue
+        if score is None or not 0 <= score <= 1:
+            reader.notes.append(f"{reader.name(name)} has score {value['score']!r}, which is no share of 1.")
+            continue
+        samples = [sample for sample in value.get("samples", []) if isinstance(sample, dict)]
+        cells[key] = {
+            "context_length_tokens": key[1],
+            "depth_percent": key[2],
+            "score": score,
+            "num_samples": len(samples),
+            "num_right": sum(bool(sample.get("right")) for sample in samples),
+            "seconds": finite(value.get("seconds")),
+            "samples": json_safe(samples),
+            "file": reader.name(name),
+        }
+    return cells
+
+
+def _means(rows: list[list[Cell | None]], window: int) -> dict[str, Any]:
+    """Means over all cells, within and beyond the base window, and the weakest cell."""
+    asked = [cell for row in rows for cell in row]
+    cells = [cell for cell in asked if cell is not None]
+    weakest = min(cells, key=lambda cell: cell["score"], default=None)
+    return {
+        "mean": _mean(cells),
+        "mean_within_base_window": _mean([c for c in cells if c["context_length_tokens"] <= window]),
+        "mean_beyond_base_window": _mean([c for c in cells if c["context_length_tokens"] > window]),
+        "min_cell": weakest and weakest["score"],
+        "min_cell_context_length_tokens": weakest and weakest["context_length_tokens"],
+        "min_cell_depth_percent": weakest and weakest["depth_percent"],
+        "num_cells": len(cells),
+        "num_missing": len(asked) - len(cells),
+    }
+
+
+def _mean(cells: list[Cell]) -> float | None:
+    return math.fsum(cell["score"] for cell in cells) / len(cells) if cells else None
+
+
+def verdict(passkey: dict[str, Any] | None) -> list[str]:
+    """The run in a few sentences, every figure computed from the cells; empty without passkey results."""
+    grids = {grid["model"]: grid for grid in passkey["models"] if grid["num_cells"]} if passkey else {}
+    if not passkey or not grids:
+        return []
+    window = passkey["base_window_tokens"]
+    longest = passkey["context_lengths_tokens"][-1]
+    sentences = []
+    if base := grids.get("base"):
+        sentences.append(
+            f"The base model, whose window is {tokens(window)} tokens, finds the passkey in "
+            f"{_where_found(base, window)}."
+        )
+    last = next((grids[name] for name in ("final", "pretrained", "extended") if name in grids), None)
+    if last is not None:
+        sentences.append(
+            f"{SUBJECTS[last['model']]} finds it in {_where_found(last, window)}; over the whole grid, up to "
+            f"{tokens(longest)} tokens or {longest / window:.3g} times the window, in {percent(last['mean'])}. Its "
+            f"weakest cell is {percent(last['min_cell'])}, at {tokens(last['min_cell_context_length_tokens'])} tokens "
+            f"and depth {last['min_cell_depth_percent']:g}{UNIT}."
+        )
+    before = grids.get("pretrained")
+    if last is not None and last["model"] == "final" and before is not None:
+        sentences.append(f"Before fine-tuning the same grid gave {percent(before['mean'])}.")
+    if missing := sum(grid["num_missing"] for grid in passkey["models"]):
+        cells = "1 cell is" if missing == 1 else f"{missing} cells are"
+        sentences.append(f"{cells} missing and left out of every mean.")
+    return sentences
+
+
+def _where_found(grid: dict[str, Any], window: int) -> str:
+    """Shares within and beyond the base window, naming only the part of the grid that was measured."""
+    within, beyond = grid["mean_within_base_window"], grid["mean_beyond_base_window"]
+    parts = [f"{percent(within)} of the questions within {tokens(window)} tokens"] if within is not None else []
+    if beyond is not None:
+        parts.append(
+            f"{percent(beyond)} beyond"
+            if parts
+            else f"{percent(beyond)} of the questions beyond {tokens(window)} tokens"
+        )
+    return " and in ".join(parts)
+
+
+def _perplexity(recipe: Recipe, reader: StageReader) -> dict[str, Any] | None:
+    """Curves by model: `perplexity[i]` = exp(mean loss in nats) of the tokens up to position `bucket_end_tokens[i]`."""
+    curves = []
+    for name in reader.relative_names("perplexity"):
+        value = reader.read_json(name) if name.endswith(".json") else None
+        if value is None:
+            continue
+        ends = [finite(end) for end in value.get("bucket_end_tokens", [])]
+        loss = [finite(item) for item in value.get("loss", [])]
+        if not ends or len(ends) != len(loss) or None in ends:
+            reader.notes.append(
+                f"{reader.name(name)} has {len(ends)} bucket ends and {len(loss)} losses; the curve is not drawn."
+            )
+            continue
+        model = str(value.get("model", name.rsplit("/", 1)[-1].removesuffix(".json")))
+        curves.append(
+            {
+                "model": model,
+                "label": LABELS.get(model, model),
+                "bucket_end_tokens": ends,
+                "loss": loss,
+                "perplexity": [_exp(item) for item in loss],
+                "num_sequences": finite(value.get("num_sequences")),
+                "file": reader.name(name),
+            }
+        )
+    order = list(LABELS)
+    curves.sort(key=lambda curve: order.index(curve["model"]) if curve["model"] in order else len(order))
+    return {"base_window_tokens": recipe.model.base_context_length, "models": curves} if curves else None
+
+
+def _exp(loss: float | None) -> float | None:
+    """exp(loss); a loss past 700 nats has no float perplexity and counts as not finite."""
+    return None if loss is None or loss > 700 else math.exp(loss)

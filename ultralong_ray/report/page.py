@@ -1,0 +1,190 @@
+"""Writes the report of a run: files of finished stages in, one page and its numbers out.
+
+    <stage>/report.html   self-contained: no script, no request, readable from disk, on a phone, on paper, in the dark
+    <stage>/report.json   every number of the page, each beside the file it came from
+    <stage>/report.md     the verdict and the main tables, for a terminal or a pull request
+    <stage>/recipe.toml   the resolved recipe, to run it again
+
+jinja2 was read at 3.1.6.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from markupsafe import Markup
+
+from ultralong_ray.config import Recipe
+from ultralong_ray.report import words
+from ultralong_ray.report.facts import run_facts
+from ultralong_ray.report.figures import Axis, Line, heatmap, length_histogram, line_chart, score_colour
+from ultralong_ray.report.recipe_toml import recipe_toml
+from ultralong_ray.storage import StageDirectory
+
+# A page of a 40 x 10 grid with 5 samples a cell would pass 3 MB; what is left out is counted on the page.
+SAMPLE_CHARACTERS = 1_000_000
+SAMPLE_FIELD_CHARACTERS = 600
+DECODED_SAMPLE_CHARACTERS = 6_000
+
+# (model, context length in tokens, depth in per cent) -> answers of that cell
+Answers = dict[tuple[str, int, float], list[dict[str, Any]]]
+
+
+def write_report(recipe: Recipe, directories: dict[str, StageDirectory], stage: StageDirectory) -> dict[str, Any]:
+    """Write the four files into `stage` and return its summary: where the page is, the verdict, the notes.
+
+    `directories` maps stage names to directories; stages that are absent or unfinished leave their section empty with
+    the reason on the page. Nothing but finished stages is read, so the report can be made anywhere the files are.
+    """
+    facts = run_facts(recipe, directories)
+    answers = shown_answers(facts["passkey"])
+    facts["answers"] = {"num_shown": sum(map(len, answers.values())), "num_stored": _num_stored(facts["passkey"])}
+    toml = recipe_toml(recipe)
+    (stage.location / "recipe.toml").write_bytes(toml.encode())
+    (stage.location / "report.json").write_json(facts)
+    (stage.location / "report.md").write_bytes(_render("page.md.j2", facts, toml, answers).encode())
+    (stage.location / "report.html").write_bytes(_render("page.html.j2", facts, toml, answers).encode())
+    return {"report": (stage.location / "report.html").uri, "verdict": facts["verdict"], "notes": facts["notes"]}
+
+
+def _render(template: str, facts: dict[str, Any], toml: str, answers: Answers) -> str:
+    """`facts` is report.json, `toml` the resolved recipe, `answers` those that have room on the page."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=jinja2.select_autoescape(enabled_extensions=("html.j2",), default=False),
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters.update(
+        percent=words.percent,
+        tokens=words.tokens,
+        short_tokens=words.short_tokens,
+        number=words.number,
+        duration=words.duration,
+        colour=score_colour,
+    )
+    return environment.get_template(template).render(
+        facts=facts, toml=toml, charts=_charts(facts), answers=answers, max_decoded=DECODED_SAMPLE_CHARACTERS
+    )
+
+
+def _charts(facts: dict[str, Any]) -> dict[str, Any]:
+    """Every chart of the page as inline SVG; an empty one where there is nothing to draw."""
+    passkey = facts["passkey"]
+    return {
+        "heatmaps": [heatmap(grid, passkey) for grid in passkey["models"]] if passkey else [],
+        "loss": {name: _loss_charts(name, training) for name, training in facts["training"].items() if training},
+        "perplexity": _perplexity_chart(facts["perplexity"]) if facts["perplexity"] else Markup(""),
+        "lengths": _length_charts(facts["data"]) if facts["data"] else [],
+    }
+
+
+def _loss_charts(name: str, training: dict[str, Any]) -> list[Markup]:
+    curves = training["curves"]
+    steps = Axis("optimizer step", "linear", words.tokens)
+    what = "Continued pretraining" if name == "pretrain" else "Fine-tuning"
+    loss = Line("loss", "loss", curves["step"], curves["loss"])
+    rate = Line("learning rate", "rate", curves["step"], curves["learning_rate"])
+    return [
+        line_chart(f"{name}-loss", f"{what}: loss", [loss], steps, Axis("loss, nats per token", "linear", words.tick)),
+        line_chart(
+            f"{name}-rate",
+            f"{what}: learning rate",
+            [rate],
+            steps,
+            Axis("learning rate", "linear", words.tick, from_zero=True),
+            height=150,
+        ),
+    ]
+
+
+def _perplexity_chart(perplexity: dict[str, Any]) -> Markup:
+    """Logarithmic where the curves span a factor of ten: a model beyond its window leaves every linear axis."""
+    lines = [
+        Line(curve["label"], f"model-{curve['model']}", curve["bucket_end_tokens"], curve["perplexity"])
+        for curve in perplexity["models"]
+    ]
+    ends = [end for line in lines for end in line.xs]
+    values = [value for line in lines for value in line.ys if value is not None]
+    wide = bool(values) and max(values) > 10 * min(values)
+    return line_chart(
+        "perplexity",
+        "Perplexity by position",
+        lines,
+        Axis(
+            "position of the predicted token",
+            "log2" if max(ends) >= 8 * min(ends) > 0 else "linear",
+            lambda end: words.short_tokens(round(end)),
+        ),
+        Axis("perplexity", "log10" if wide else "linear", words.tick),
+        height=300,
+        edge=perplexity["base_window_tokens"],
+    )
+
+
+def _length_charts(data: dict[str, Any]) -> list[dict[str, Any]]:
+    """One histogram over all domains, then one per domain."""
+    labels = [_bucket_label(lower, upper) for lower, upper in data["bucket_bounds_tokens"]]
+    return [
+        {
+            "domain": chart["domain"],
+            "svg": length_histogram(
+                f"lengths-{index}",
+                f"Document lengths, {chart['domain'] or 'all domains'}",
+                labels,
+                chart["before"],
+                chart["after"],
+            ),
+        }
+        for index, chart in enumerate(data["bucket_shares"])
+    ]
+
+
+def _bucket_label(lower: int | None, upper: int | None) -> str:
+    if lower is None or upper is None:
+        return f"< {words.short_tokens(upper)}" if upper is not None else f"{words.short_tokens(lower or 0)} +"
+    return f"{words.short_tokens(lower)}-{words.short_tokens(upper)}"
+
+
+def shown_answers(passkey: dict[str, Any] | None) -> Answers:
+    """The answers that fit into SAMPLE_CHARACTERS: every cell gets one before any gets two, wrong ones first."""
+    stored = {
+        (grid["model"], cell["context_length_tokens"], cell["depth_percent"]): sorted(
+            cell["samples"], key=lambda sample: bool(sample.get("right"))
+        )
+        for grid, cell in _cells(passkey)
+    }
+    left = SAMPLE_CHARACTERS
+    shown: Answers = {key: [] for key in stored}
+    for turn in range(max(map(len, stored.values()), default=0)):
+        for key, samples in stored.items():
+            if turn >= len(samples):
+                continue
+            texts = {name: _clipped(samples[turn].get(name)) for name in ("prompt_end", "expected", "answer")}
+            cost = sum(map(len, texts.values())) + 250  # 250: the markup
+            if cost <= left:
+                left -= cost
+                shown[key].append({"right": bool(samples[turn].get("right")), **texts})
+    return shown
+
+
+def _num_stored(passkey: dict[str, Any] | None) -> int:
+    return sum(len(cell["samples"]) for _, cell in _cells(passkey))
+
+
+def _cells(passkey: dict[str, Any] | None) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
+    """(grid, cell) of every cell that is there."""
+    for grid in passkey["models"] if passkey else []:
+        yield from ((grid, cell) for row in grid["cells"] for cell in row if cell is not None)
+
+
+def _clipped(value: Any) -> str:
+    """The end of a long text: a prompt's question and an answer's last words are what one looks for."""
+    text = "" if value is None else str(value)
+    if len(text) <= SAMPLE_FIELD_CHARACTERS:
+        return text
+    return "[...] " + text[-SAMPLE_FIELD_CHARACTERS:]
