@@ -29,7 +29,8 @@ for _ in $(seq 120); do
   sleep 0.5
 done
 echo "Ray dashboard: $address  (it asks for the token that 'ray get-auth-token' prints)"
-ray job submit --address "$address" --working-dir . -- \
+commit=$(git rev-parse HEAD 2>/dev/null || echo unknown)
+ray job submit --address "$address" --working-dir . --runtime-env-json "{\"env_vars\": {\"GIT_COMMIT\": \"$commit\"}}" -- \
   python jobs/pipeline.py jobs/recipes/quickstart.toml --workdir "$PWD/runs/quickstart" "$@"
 report=$(ls -t runs/quickstart/report-*/report.html | head -n 1)
 echo "Report: $PWD/$report"

@@ -20,6 +20,8 @@ MAY_IMPORT: dict[str, set[str] | None] = {
     "config": {"types"},
     "storage": {"types"},
     "stages": {"types", "config", "storage"},
+    "recipe": {"types", "config"},
+    "plan": {"types", "config", "stages"},
     "packed": {"types", "storage"},
     "data": {"types", "config", "storage", "packed", "stages"},
     "model": {"types", "config", "storage"},
@@ -34,13 +36,12 @@ MAY_IMPORT: dict[str, set[str] | None] = {
 
 # Heavy library -> patterns of the files, relative to the package, that may import it.
 HEAVY: dict[str, str] = {
-    "ray": r"data/pipeline\.py|train/(trainer|loop|checkpoint|metrics|worker)\.py|eval/fanout\.py|(job|pipeline)\.py",
+    "ray": r"data/pipeline\.py|train/(trainer|loop|checkpoint|metrics|worker)\.py|eval/fanout\.py|job\.py",
     "deepspeed": r"train/(engine|checkpoint)\.py",
     "torch": r"(model|parallel|train|eval)/.*|export\.py|export/.*",
     "transformers": r"(data|model|parallel|train|eval)/.*|export\.py|export/.*",
-    "pydantic": r"(config|job|pipeline)\.py",
-    "pydantic_settings": r"(config|job|pipeline)\.py",
-    "matplotlib": r"report/.*",
+    "pydantic": r"(config|recipe)\.py",
+    "pydantic_settings": r"recipe\.py",
     "jinja2": r"report/.*",
 }
 

@@ -61,7 +61,7 @@ def inputs(recipe: Recipe, stage: str) -> list[str]:
         assert recipe.evaluate is not None
         return ["prepare", *sorted({stage_of_model(recipe, m) for m in recipe.evaluate.models} - {"base"})]
     if stage == "report":
-        return [s for s in stages(recipe) if s in ("prepare", "pretrain", "sft", "export", "evaluate")]
+        return [name for name in stages(recipe) if name not in ("extend", "report")]
     return []
 
 

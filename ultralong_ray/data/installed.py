@@ -14,6 +14,7 @@ import random
 import sys
 import sysconfig
 from collections.abc import Iterable, Iterator
+from itertools import groupby
 from pathlib import Path
 
 import pyarrow as pa
@@ -36,12 +37,17 @@ def installed_text_key() -> str:
     return hashlib.sha256("\n".join([sys.version, *names]).encode()).hexdigest()[:12]
 
 
+def installed_documents(max_megabytes: float | None) -> Iterator[Document]:
+    """Every distinct text, domain after domain, at most `max_megabytes` in all."""
+    for domain, reader in {"code": _code, "prose": _prose, "legal": _legal}.items():
+        limit = None if max_megabytes is None else int(max_megabytes * DOMAIN_SHARES[domain] * 1e6)
+        yield from _distinct(reader(), limit)
+
+
 def write_installed_corpus(target: Location, max_megabytes: float | None) -> None:
     """Write `<domain>-NNNNN.parquet` shards (columns id, domain, text) below `target`."""
-    readers = {"code": _code, "prose": _prose, "legal": _legal}
-    for domain, share in DOMAIN_SHARES.items():
-        limit = None if max_megabytes is None else int(max_megabytes * share * 1e6)
-        for index, batch in enumerate(_batches(_distinct(readers[domain](), limit))):
+    for domain, documents in groupby(installed_documents(max_megabytes), key=lambda d: d.domain):
+        for index, batch in enumerate(_batches(documents)):
             table = pa.table(
                 {"id": [d.id for d in batch], "domain": [d.domain for d in batch], "text": [d.text for d in batch]}
             )

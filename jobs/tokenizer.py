@@ -1,0 +1,21 @@
+"""Train the tokenizer of the quickstart's base model on the text that is on this machine."""
+
+import argparse
+from pathlib import Path
+
+from ultralong_ray.data.bpe import train_tokenizer
+from ultralong_ray.data.installed import installed_documents
+from ultralong_ray.data.tasks import INTRODUCTION, NOISE
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", type=Path, help="where the tokenizer is saved")
+    parser.add_argument("--vocab-size", type=int, default=2048)
+    parser.add_argument("--context-length", type=int, default=512, help="tokens, written as model_max_length")
+    parser.add_argument("--max-megabytes", type=float, default=12)
+    arguments = parser.parse_args()
+    texts = [document.text for document in installed_documents(arguments.max_megabytes)]
+    # The wording of the retrieval tasks is met often in training, so it deserves tokens.
+    texts += [INTRODUCTION, NOISE, "What is the pass key? The pass key is. Remember it.", "user", "assistant"] * 200
+    train_tokenizer(texts, arguments.vocab_size, arguments.context_length, arguments.folder)
+    print(f"tokenizer: {arguments.folder}")
