@@ -31,6 +31,8 @@ def parse_messages(value: Any) -> list[dict[str, str]]:
     if not isinstance(value, list) or not value:
         raise ValueError("messages is empty or no list of {role, content}")
     messages = [_parse_message(i, message) for i, message in enumerate(value)]
+    if messages[0]["role"] == "assistant":
+        raise ValueError("messages opens with the assistant's turn; start with a user or system turn")
     if not any(m["role"] == "assistant" for m in messages):
         raise ValueError("messages has no turn of role assistant, so nothing to learn from")
     return messages
@@ -60,7 +62,8 @@ def assistant_spans(tokenizer: Any, messages: Sequence[Message]) -> tuple[str, l
     """The rendered conversation and the character spans [start, end) of the assistant's turns, end of turn included.
 
     White space that a template writes after the end-of-turn token is no part of a span. Raises UserError when the
-    template renders the start of a conversation differently from the same start within the whole.
+    template renders the start of a conversation differently from the same start within the whole, ValueError when it
+    refuses these messages.
     """
     whole = _render(tokenizer, messages, prompt=False)
     spans: list[tuple[int, int]] = []
@@ -80,18 +83,19 @@ def assistant_spans(tokenizer: Any, messages: Sequence[Message]) -> tuple[str, l
 
 
 def _render(tokenizer: Any, messages: Sequence[Message], *, prompt: bool) -> str:
-    if not messages:
-        # Templates refuse an empty conversation; a sample that opens with the assistant is not what they are made for.
-        raise UserError("sft: a sample opens with the assistant's turn; start it with a user or system turn")
-    return tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=prompt)
+    from jinja2 import TemplateError
+
+    try:
+        return tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=prompt)
+    except TemplateError as error:
+        raise ValueError(f"messages refused by the chat template ({error})") from None
 
 
 def _end_of_turn(tokenizer: Any, rendered: str, start: int) -> int:
     """The end of a turn, without white space behind its closing special token."""
     stripped = rendered.rstrip()
-    closed = len(stripped) > start and stripped.endswith(tuple(tokenizer.all_special_tokens) or ("\0",))
-    added = tuple(t.content for t in tokenizer.added_tokens_decoder.values())
-    return len(stripped) if closed or (added and stripped.endswith(added)) else len(rendered)
+    closing = tuple(token.content for token in tokenizer.added_tokens_decoder.values())
+    return len(stripped) if len(stripped) > start and stripped.endswith(closing) else len(rendered)
 
 
 def tokenize_chat(tokenizer: Any, sample_id: str, domain: str, messages: Sequence[Message]) -> TokenizedDocument:

@@ -51,6 +51,7 @@ class ShardPart:
     first_group: int = 0
     end_group: int = 0
     first_row: int = 0
+    version: str = ""  # size and time of the file, so that work on a replaced file is not taken for work on this one
 
 
 @dataclass(slots=True)
@@ -83,25 +84,33 @@ def list_shards(source: SourceConfig) -> list[Shard]:
     Raises UserError when nothing is there, when a folder or glob holds no shard, or when a file's format is unclear.
     """
     assert source.uri is not None
-    location = Location.of(source.uri)
-    if re.search(r"[*?\[]", source.uri) and not location.exists():
-        pattern = _glob_pattern(location.path)
-        files = [f for f in _fixed_parent(location).files(recursive=True) if pattern.fullmatch(f.path)]
-        found = [f for f in files if source.format or _format_of(f)]
-    elif location.is_dir():
-        wanted = _SUFFIXES[source.format] if source.format else (*_SUFFIXES["parquet"], ".jsonl", ".ndjson")
-        plain = [(f, f.name.removesuffix(".gz").removesuffix(".zst")) for f in location.files(recursive=True)]
-        found = [f for f, name in plain if name.endswith(wanted) and not f.name.startswith(("_", "."))]
-    elif location.exists():
-        found = [location]
-    else:
-        raise UserError(f"corpus source {source.uri}: nothing is there. Check the path, the bucket and its credentials")
+    try:
+        found = _find(source, Location.of(source.uri))
+    except OSError as error:
+        raise UserError(
+            f"corpus source {source.uri}: cannot be listed ({error}). Check the address, the credentials and their rights"
+        ) from error
     if not found:
         raise UserError(
             f"corpus source {source.uri}: holds no shard (looked for .parquet, .jsonl, .jsonl.gz, .jsonl.zst). "
             f"Point uri at the shards, or set format where file names do not say it"
         )
     return [_shard(f, source) for f in found]
+
+
+def _find(source: SourceConfig, location: Location) -> list[Location]:
+    assert source.uri is not None
+    if re.search(r"[*?\[]", source.uri) and not location.exists():
+        pattern = _glob_pattern(location.path)
+        files = [f for f in _fixed_parent(location).files(recursive=True) if pattern.fullmatch(f.path)]
+        return [f for f in files if source.format or _format_of(f)]
+    if location.is_dir():
+        wanted = _SUFFIXES[source.format] if source.format else (*_SUFFIXES["parquet"], ".jsonl", ".ndjson")
+        plain = [(f, f.name.removesuffix(".gz").removesuffix(".zst")) for f in location.files(recursive=True)]
+        return [f for f, name in plain if name.endswith(wanted) and not f.name.startswith(("_", "."))]
+    if location.exists():
+        return [location]
+    raise UserError(f"corpus source {source.uri}: nothing is there. Check the path, the bucket and its credentials")
 
 
 def _shard(location: Location, source: SourceConfig) -> Shard:
@@ -141,10 +150,12 @@ def list_parts(shards: list[Shard], columns: tuple[str, ...]) -> list[ShardPart]
 
 
 def _parts_of(shard: Shard, columns: tuple[str, ...]) -> list[ShardPart]:
-    if shard.location.size() == 0:
+    info = shard.location.filesystem.get_file_info(shard.location.path)
+    version = f"{info.size}-{info.mtime_ns}"
+    if info.size == 0:
         raise UserError(f"{shard.location}: the shard is empty (0 bytes). Remove it or write it again")
     if shard.format == "jsonl":
-        return [ShardPart(shard)]
+        return [ShardPart(shard, version=version)]
     metadata = _open_parquet(shard, columns).metadata
     if metadata.num_rows == 0:
         raise UserError(f"{shard.location}: the shard holds no rows. Remove it or write it again")
@@ -154,7 +165,7 @@ def _parts_of(shard: Shard, columns: tuple[str, ...]) -> list[ShardPart]:
         row += metadata.row_group(group).num_rows
         size += metadata.row_group(group).total_byte_size
         if size >= PART_BYTES or group == metadata.num_row_groups - 1:
-            parts.append(ShardPart(shard, first_group, group + 1, first_row))
+            parts.append(ShardPart(shard, first_group, group + 1, first_row, version))
             first_group, first_row, size = group + 1, row, 0
     return parts
 
@@ -163,7 +174,7 @@ def _open_parquet(shard: Shard, columns: tuple[str, ...]) -> pq.ParquetFile:
     location = shard.location
     try:
         file = pq.ParquetFile(location.filesystem.open_input_file(location.path))
-    except (pa.ArrowInvalid, OSError) as error:
+    except (pa.ArrowException, OSError) as error:
         raise _unreadable(shard, error) from error
     missing = [c for c in columns if c not in file.schema_arrow.names]
     if missing:
@@ -192,7 +203,7 @@ def read_rows(part: ShardPart, columns: tuple[str, ...], bad: BadRows) -> Iterat
             bad.rows += 1
             if row is not None:
                 yield number, row
-    except (pa.ArrowInvalid, OSError) as error:
+    except (pa.ArrowException, OSError) as error:
         raise _unreadable(part.shard, error) from error
 
 

@@ -1,16 +1,16 @@
 """Document copies in, places in sequences of exactly `sequence_length` tokens out; then the tokens put there. Pure.
 
-    concatenate   one stream  [before] doc [after] [before] doc [after] ...  cut every sequence_length tokens: documents
-                  and even separators continue in the next sequence, nothing is padded (Fu et al., arXiv 2402.10171)
-    whole         each [before] doc [after] goes to the fullest sequence that still has room (best fit); only an item
-                  longer than a sequence is cut; the rest of a sequence is padding with loss weight 0
+concatenate   one stream  [before] doc [after] [before] doc [after] ...  cut every sequence_length tokens: documents
+              and even separators continue in the next sequence, nothing is padded (Fu et al., arXiv 2402.10171)
+whole         each [before] doc [after] goes to the fullest sequence that still has room (best fit); only an item
+              longer than a sequence is cut; the rest of a sequence is padding with loss weight 0
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left, insort
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
 import numpy as np
@@ -74,6 +74,16 @@ class PackPlan:
             cut = (low - document_start, high - document_start)
             self.placements.append(Placement(*place, copy.id, copy.domain, copy.copy, *cut))
 
+    def split(self, sequences: int) -> Iterator[PackPlan]:
+        """Plans of `sequences` sequences each (the last may have fewer), each counting its own from 0."""
+        placements, separators = _by_sequence(self.placements), _by_sequence(self.separators)
+        for first in range(0, self.num_sequences, sequences):
+            part = PackPlan(self.sequence_length, min(sequences, self.num_sequences - first))
+            for i in range(part.num_sequences):
+                part.placements += [replace(p, sequence=i) for p in placements.get(first + i, [])]
+                part.separators += [replace(p, sequence=i) for p in separators.get(first + i, [])]
+            yield part
+
 
 def plan_concatenated(
     copies: Iterable[SampledDocument], separators: Separators, sequence_length: int, num_sequences: int
@@ -86,7 +96,7 @@ def plan_concatenated(
     """
     plan = PackPlan(sequence_length, num_sequences)
     total, position = sequence_length * num_sequences, 0
-    for copy in _copies_apart(copies, lambda: position, separators.tokens, sequence_length):
+    for copy in _copies_apart(copies, separators.tokens, sequence_length):
         length = min(copy.num_tokens + separators.tokens, total - position)
         taken = 0
         while taken < length:
@@ -104,31 +114,34 @@ def plan_concatenated(
 
 
 def _copies_apart(
-    copies: Iterable[SampledDocument], position: Callable[[], int], separator_tokens: int, sequence_length: int
+    copies: Iterable[SampledDocument], separator_tokens: int, sequence_length: int
 ) -> Iterator[SampledDocument]:
     """The copies in order, each held back until its document's earlier copy lies in an earlier sequence."""
-    last_sequence: dict[str, int] = {}  # of repeated documents, where their last copy ends
+    position = 0
+    last_sequence: dict[str, int] = {}  # where the last copy of a document ends
     waiting: list[SampledDocument] = []
 
-    def placed(copy: SampledDocument) -> SampledDocument:
-        last_sequence[copy.id] = (position() + copy.num_tokens + separator_tokens - 1) // sequence_length
-        return copy
-
     def free(copy: SampledDocument) -> bool:
-        return last_sequence.get(copy.id, -1) < position() // sequence_length
+        return last_sequence.get(copy.id, -1) < position // sequence_length
+
+    def place(copy: SampledDocument) -> SampledDocument:
+        nonlocal position
+        last_sequence[copy.id] = (position + copy.num_tokens + separator_tokens - 1) // sequence_length
+        position += copy.num_tokens + separator_tokens
+        return copy
 
     for copy in copies:
         while released := next((w for w in waiting if free(w)), None):
             waiting.remove(released)
-            yield placed(released)
+            yield place(released)
         if free(copy):
-            yield placed(copy)
+            yield place(copy)
         else:
             waiting.append(copy)
     while waiting:
         released = next((w for w in waiting if free(w)), waiting[0])
         waiting.remove(released)
-        yield placed(released)
+        yield place(released)
 
 
 def plan_whole(
