@@ -88,7 +88,8 @@ def list_shards(source: SourceConfig) -> list[Shard]:
         found = _find(source, Location.of(source.uri))
     except OSError as error:
         raise UserError(
-            f"corpus source {source.uri}: cannot be listed ({error}). Check the address, the credentials and their rights"
+            f"corpus source {source.uri}: cannot be listed ({error}). Check the address, and the "
+            f"credentials and their rights"
         ) from error
     if not found:
         raise UserError(

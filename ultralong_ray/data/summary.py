@@ -42,6 +42,7 @@ def prepare_report(
     edges = length_edges(max(lengths.values(), default=0))
     names = sorted({d.domain for d in documents})
     tokens_before, tokens_after = _tokens(before), _tokens(after)
+    long_before, long_after = (_tokens([r for r in rows if r[1] > long_above_tokens]) for rows in (before, after))
     documents_before = Counter(d.domain for d in documents)
     domains = {
         name: {
@@ -52,8 +53,8 @@ def prepare_report(
             "documents_after": len(copies[name]),
             "tokens_after": tokens_after[name],
             "share_after": _share(tokens_after[name], tokens_after.total()),
-            "long_share_before": _share(_long(before, name, long_above_tokens), tokens_before[name]),
-            "long_share_after": _share(_long(after, name, long_above_tokens), tokens_after[name]),
+            "long_share_before": _share(long_before[name], tokens_before[name]),
+            "long_share_after": _share(long_after[name], tokens_after[name]),
         }
         for name in names
     }
@@ -99,10 +100,6 @@ def _tokens(rows: Counted) -> Counter[str]:
     for domain, _, tokens in rows:
         total[domain] += tokens
     return total
-
-
-def _long(rows: Counted, name: str, long_above_tokens: int) -> int:
-    return sum(tokens for domain, length, tokens in rows if domain == name and length > long_above_tokens)
 
 
 def _histogram(rows: Counted, names: Sequence[str], edges: Sequence[int]) -> dict[str, list[int]]:
