@@ -81,7 +81,7 @@ def write_sequences(target: Location, sequences: Iterable[PackedSequence], seque
     chunk_tokens, rows_per_group = chunking(sequence_length)
     columns = [("input_ids", pa.list_(pa.int32()))] + ([("loss_weight", pa.list_(pa.uint8()))] if weights else [])
     schema = pa.schema(columns)
-    rows: list[dict[str, np.ndarray]] = []
+    rows: list[dict[str, IntArray | ByteArray]] = []
     count = 0
     with target.open_for_write() as sink, pq.ParquetWriter(sink, schema, compression="zstd") as writer:
         for sequence in sequences:
@@ -91,7 +91,7 @@ def write_sequences(target: Location, sequences: Iterable[PackedSequence], seque
                 )
             count += 1
             for start in range(0, sequence_length, chunk_tokens):
-                row = {"input_ids": sequence.input_ids[start : start + chunk_tokens]}
+                row: dict[str, IntArray | ByteArray] = {"input_ids": sequence.input_ids[start : start + chunk_tokens]}
                 if weights:
                     assert sequence.loss_weight is not None
                     row["loss_weight"] = sequence.loss_weight[start : start + chunk_tokens]
@@ -104,7 +104,7 @@ def write_sequences(target: Location, sequences: Iterable[PackedSequence], seque
     return count
 
 
-def _table(rows: Sequence[dict[str, np.ndarray]], schema: pa.Schema) -> pa.Table:
+def _table(rows: Sequence[dict[str, IntArray | ByteArray]], schema: pa.Schema) -> pa.Table:
     return pa.table({name: [row[name] for row in rows] for name in schema.names}, schema=schema)
 
 

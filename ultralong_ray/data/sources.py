@@ -1,0 +1,48 @@
+"""Sources as the recipe names them in, sources that can be read as files or made on the fly out.
+
+The text installed on this machine is written once as shards below the working directory and read like any others.
+The folder's name covers what is installed, so another Python or another package never reads stale shards.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import sys
+from collections.abc import Sequence
+
+from ultralong_ray.config import SourceConfig
+from ultralong_ray.storage import SUCCESS_FILE, Location
+from ultralong_ray.types import UserError
+
+
+def materialise(sources: Sequence[SourceConfig], workdir: Location, *, chat: bool) -> list[SourceConfig]:
+    """The same sources, with every "installed" one replaced by the files written for it.
+
+    Raises UserError for a source of kind "tasks" among chat sources: tasks are documents, not conversations.
+    """
+    if chat and any(source.kind == "tasks" for source in sources):
+        raise UserError('sft.sources: kind "tasks" makes documents, not conversations; use "files" or "installed"')
+    return [_installed_files(s, workdir, chat=chat) if s.kind == "installed" else s for s in sources]
+
+
+def _installed_files(source: SourceConfig, workdir: Location, *, chat: bool) -> SourceConfig:
+    from ultralong_ray.data.installed import write_installed_corpus, write_installed_sft
+
+    folder = workdir / f"{'installed-sft' if chat else 'corpus'}-{_installed_fingerprint(source.max_megabytes)}"
+    if not (folder / SUCCESS_FILE).exists():
+        folder.delete_dir()
+        if chat:
+            write_installed_sft(folder)
+        else:
+            write_installed_corpus(folder, source.max_megabytes)
+        (folder / SUCCESS_FILE).write_json({"kind": "installed", "max_megabytes": source.max_megabytes})
+    return SourceConfig(kind="files", uri=folder.uri, domain=source.domain)
+
+
+def _installed_fingerprint(max_megabytes: float | None) -> str:
+    """12 hex digits over the Python version, the installed distributions and the limit."""
+    packages = sorted(f"{d.name}=={d.version}" for d in importlib.metadata.distributions())
+    content = json.dumps([sys.version, packages, max_megabytes])
+    return hashlib.sha256(content.encode()).hexdigest()[:12]

@@ -1,0 +1,128 @@
+"""Texts in, int32 token ids out; and the ids that stand between documents. Needs transformers, no torch, no Ray.
+
+Read against transformers 5.17 and 5.23: `split_special_tokens=True` makes a fast tokenizer treat the text of a special
+token as ordinary text, so that a document which quotes `<|eot_id|>` cannot end a turn.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tempfile
+from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ultralong_ray.storage import Location, copy_files
+from ultralong_ray.types import IntArray, UserError
+
+SEPARATOR_TEXT = "<s>"
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack")
+
+
+@lru_cache(maxsize=4)
+def load_tokenizer(base: str, revision: str | None = None) -> Any:
+    """The tokenizer of a Hugging Face folder (local path or URI) or hub id; code from the hub is never run.
+
+    Raises UserError when there is none.
+    """
+    from transformers import AutoTokenizer
+
+    name = _tokenizer_folder(base)
+    try:
+        return AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=False)
+    except (OSError, ValueError, ImportError) as error:
+        raise UserError(
+            f"model.base {base!r}: no tokenizer could be loaded ({str(error).splitlines()[0]}). Give a folder that "
+            f"holds tokenizer.json, or a hub id that this machine can reach"
+        ) from error
+
+
+def _tokenizer_folder(base: str) -> str:
+    """A name that transformers understands: folders behind a URI are copied to the local disk without their weights."""
+    if "://" not in base:
+        folder = Path(base).expanduser()
+        return str(folder) if folder.exists() else base
+    location = Location.of(base)
+    cache = Path(tempfile.gettempdir()) / "ultralong_ray" / hashlib.sha256(location.uri.encode()).hexdigest()[:16]
+    if location.is_local or cache.exists():
+        return location.path if location.is_local else str(cache)
+    cache.parent.mkdir(parents=True, exist_ok=True)
+    copy = Path(tempfile.mkdtemp(dir=cache.parent))
+    names = [file.uri[len(location.uri) + 1 :] for file in location.files(recursive=True)]
+    copy_files(location, Location.of(copy), skip=tuple(n for n in names if n.endswith(_WEIGHTS)))
+    try:
+        os.rename(copy, cache)
+    except OSError:  # another task of this node was quicker
+        return str(cache if cache.exists() else copy)
+    return str(cache)
+
+
+def separator_ids(tokenizer: Any, mode: str, encoding: str = "pieces") -> tuple[list[int], list[int]]:
+    """(ids before every document, ids after every document) for `prepare.separator` and `separator_encoding`.
+
+    "<s>" stands after each document, so between any two: the UltraLong recipe (arXiv 2504.06214, section 3.1), whose
+    `<s>` is not the reserved begin or end of text. "pieces" are the tokens of ordinary text, "token" one vocabulary
+    entry. Raises UserError when the tokenizer cannot give what is asked.
+    """
+    if mode == "none":
+        return [], []
+    if mode == "bos_eos":
+        bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+        if bos is None or eos is None:
+            lacking = " and ".join(n for n, i in (("BOS", bos), ("EOS", eos)) if i is None)
+            raise UserError(
+                f'prepare.separator = "bos_eos", but the tokenizer has no {lacking} token; use separator = "<s>"'
+            )
+        return [bos], [eos]
+    return [], _single_entry(tokenizer) if encoding == "token" else _plain_pieces(tokenizer)
+
+
+def _single_entry(tokenizer: Any) -> list[int]:
+    index = tokenizer.get_vocab().get(SEPARATOR_TEXT)
+    if index is None:
+        raise UserError(
+            f'prepare.separator_encoding = "token", but {SEPARATOR_TEXT!r} is no entry of the tokenizer\'s vocabulary; '
+            f'use separator_encoding = "pieces"'
+        )
+    return [index]
+
+
+def _plain_pieces(tokenizer: Any) -> list[int]:
+    ids = list(tokenizer(SEPARATOR_TEXT, add_special_tokens=False)["input_ids"])
+    special = set(tokenizer.all_special_ids)
+    special |= {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    if special & set(ids):
+        raise UserError(
+            f'prepare.separator_encoding = "pieces", but {SEPARATOR_TEXT!r} is a special token of this tokenizer '
+            f'(ids {ids}); use separator_encoding = "token" or separator = "bos_eos"'
+        )
+    decoded = tokenizer.decode(ids)
+    if tokenizer.unk_token_id in ids or decoded.strip() != SEPARATOR_TEXT:
+        raise UserError(
+            f"prepare.separator {SEPARATOR_TEXT!r} becomes ids {ids} in this tokenizer, which read back as {decoded!r};"
+            f' use separator = "bos_eos" or "none"'
+        )
+    return ids
+
+
+def encode_batch(tokenizer: Any, texts: Sequence[str]) -> list[IntArray]:
+    """Ids of each text as plain text, without special tokens: one int32 [num_tokens] array per text."""
+    encoded = tokenizer(
+        list(texts),
+        add_special_tokens=False,
+        split_special_tokens=True,
+        return_attention_mask=False,
+        return_token_type_ids=False,
+        verbose=False,
+    )
+    return [np.asarray(ids, dtype=np.int32) for ids in encoded["input_ids"]]
+
+
+def pad_token_id(tokenizer: Any) -> int:
+    """The id that fills a sequence's unused end; never a target, so any id does."""
+    candidates = (tokenizer.pad_token_id, tokenizer.eos_token_id)
+    return next((int(i) for i in candidates if i is not None), 0)
