@@ -47,13 +47,12 @@ class _TiledCrossEntropy(torch.autograd.Function):
             log_probs = (rows @ weight.T).float().log_softmax(-1)  # [tile, vocab]
             target = labels[tile].clamp_min(0).unsqueeze(1)  # [tile, 1]; ignored rows point anywhere, weigh nothing
             scale = loss_weight[tile].float().unsqueeze(1)  # [tile, 1]
-            # where, not product: a masked row may hold inf, and 0 * inf is not 0
-            total -= torch.where(scale != 0, log_probs.gather(1, target) * scale, 0.0).sum()
+            total -= (log_probs.gather(1, target) * scale).sum()
             if grad_hidden is None or grad_weight is None:
                 continue
             grad = log_probs.exp_()
             grad.scatter_add_(1, target, torch.full_like(scale, -1.0))
-            grad = torch.where(scale != 0, grad.mul_(scale), 0.0).to(weight.dtype)
+            grad = grad.mul_(scale).to(weight.dtype)
             grad_hidden[tile] = grad @ weight
             grad_weight += grad.T @ rows
         if grad_hidden is not None and grad_weight is not None:
