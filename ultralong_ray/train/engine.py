@@ -71,18 +71,21 @@ def writable(parameter: nn.Parameter) -> Iterator[bool]:
         yield writes
 
 
-def initialize(
-    model: nn.Module, train: TrainConfig, config: dict[str, Any], device: torch.device
-) -> deepspeed.DeepSpeedEngine:
-    """The engine around `model`, with AdamW that decays matrices only."""
+def make_optimizer(model: nn.Module, train: TrainConfig, device: torch.device) -> torch.optim.Optimizer:
+    """AdamW that decays matrices only."""
     matrices, vectors = [], []
     for parameter in model.parameters():
         shape = getattr(parameter, "ds_shape", parameter.shape)  # ZeRO-3 shows partitioned parameters as flat
         (matrices if len(shape) > 1 else vectors).append(parameter)
     groups = [{"params": matrices, "weight_decay": train.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(
-        groups, lr=train.learning_rate, betas=(train.adam_beta1, train.adam_beta2), fused=device.type == "cuda"
-    )
+    betas = (train.adam_beta1, train.adam_beta2)
+    return torch.optim.AdamW(groups, lr=train.learning_rate, betas=betas, fused=device.type == "cuda")
+
+
+def initialize(
+    model: nn.Module, optimizer: torch.optim.Optimizer, config: dict[str, Any]
+) -> deepspeed.DeepSpeedEngine:
+    """The engine around `model` and `optimizer`, with DeepSpeed's `config`. Collective over all ranks."""
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config, dist_init_required=False)
     return engine
 
@@ -98,9 +101,10 @@ def take_step(engine: deepspeed.DeepSpeedEngine) -> torch.Tensor:
     DeepSpeed keeps that norm for every optimizer of its own; at stage 0 in float32 there is none, so it is computed
     from the averaged gradients, which are whole on every rank.
     """
-    norm: Any = None
-    if not hasattr(engine.optimizer, "_global_grad_norm"):
+    if isinstance(engine.optimizer, torch.optim.Optimizer):
         norm = torch.nn.utils.get_total_norm(p.grad for p in engine.module.parameters() if p.grad is not None)
-    engine.step()
-    norm = engine.get_global_grad_norm() if norm is None else norm
+        engine.step()
+    else:
+        engine.step()
+        norm = engine.get_global_grad_norm()
     return torch.as_tensor(norm, dtype=torch.float32, device=engine.device)

@@ -84,6 +84,6 @@ def train_step(
             engine.step()  # counts the micro-batch; the optimizer runs at the last one only
     grad_norm = take_step(engine)
     mine = torch.stack([local_sum, local_sum.new_tensor(local_weight), local_sum.new_tensor(memory_gib)])
-    rank_sums = mine.new_empty(world_size, 3)
+    rank_sums = mine.new_empty(world_size * 3)
     dist.all_gather_into_tensor(rank_sums, mine)
-    return StepResult(rank_sums, grad_norm)
+    return StepResult(rank_sums.view(world_size, 3), grad_norm)

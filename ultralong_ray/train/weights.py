@@ -39,6 +39,9 @@ def build_model(
     dtype = torch.bfloat16 if train.precision == "bfloat16" else torch.float32
     with partitioned(config, device):
         causal_lm = AutoModelForCausalLM.from_config(shape, attn_implementation=ATTENTION_NAME, dtype=dtype)
+    # zero.Init rounds every tensor made inside it to bfloat16, RoPE's frequencies too: at position 100,000 that turns
+    # an angle by hundreds of radians. Made again outside, they are float32.
+    causal_lm.model.rotary_emb = type(causal_lm.model.rotary_emb)(config=shape).to(device)
     if random_seed is None:
         _read_weights(causal_lm, folder)
     else:
