@@ -31,7 +31,8 @@ def run_distributed(function: Callable[..., Any], world_size: int, *args: Any) -
     context = mp.get_context("spawn")
     queue = context.SimpleQueue()
     processes = [
-        context.Process(target=_entry, args=(function, rank, world_size, port, queue, args)) for rank in range(world_size)
+        context.Process(target=_entry, args=(function, rank, world_size, port, queue, args))
+        for rank in range(world_size)
     ]
     for process in processes:
         process.start()

@@ -83,32 +83,26 @@ def files_of_rank(names: list[str], rank: int) -> list[str]:
 
 
 def full_weights(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
-    """(name as in the Hugging Face model, float32 tensor) of every parameter, one at a time; tied weights once.
+    """(name as in the Hugging Face model, float32 tensor) of every parameter, one at a time; tied ones under each name.
 
     Stages 1-3 give the float32 master weights. At stage 0 there are no shards to join and the parameters come as the
     model computes with them.
     """
     shards = folder / TAG
-    if not any("zero_pp_rank_" in file.name for file in shards.iterdir()):
-        state = torch.load(shards / "mp_rank_00_model_states.pt", map_location="cpu", weights_only=False)["module"]
-    else:
+    if any("zero_pp_rank_" in file.name for file in shards.iterdir()):
         state = get_fp32_state_dict_from_zero_checkpoint(str(folder), tag=TAG, lazy_mode=True)
-    head, embedding = "lm_head.weight", "model.embed_tokens.weight"
+    else:
+        state = torch.load(shards / "mp_rank_00_model_states.pt", map_location="cpu", weights_only=False)["module"]
     for name, value in state.items():
-        hf_name = name.removeprefix(MODEL_PREFIX)
-        if hf_name == head and _same_parameter(value, state.get(MODEL_PREFIX + embedding)):
-            continue
-        yield hf_name, value.contiguous().float()
-
-
-def _same_parameter(head: Any, embedding: Any) -> bool:
-    if isinstance(head, torch.Tensor) and isinstance(embedding, torch.Tensor):
-        return head.data_ptr() == embedding.data_ptr()
-    return head is embedding
+        yield name.removeprefix(MODEL_PREFIX), value.contiguous().float()
 
 
 def _random_state() -> dict[str, Any]:
-    state: dict[str, Any] = {"python": random.getstate(), "numpy": np.random.get_state(), "torch": torch.get_rng_state()}
+    state: dict[str, Any] = {
+        "python": random.getstate(),
+        "numpy": np.random.get_state(),
+        "torch": torch.get_rng_state(),
+    }
     if torch.cuda.is_available():
         state["cuda"] = torch.cuda.get_rng_state()
     return state

@@ -45,7 +45,8 @@ def deepspeed_config(train: TrainConfig, world_size: int, accumulation: int) -> 
         "steps_per_print": 2**31,
         "wall_clock_breakdown": False,
     }
-    if half and train.zero_stage > 0:
+    if half and train.zero_stage >= 2:
+        # At stage 1 this would select BF16_Optimizer, whose checkpoints zero_to_fp32 cannot join; stage 0 refuses it.
         config["data_types"] = {"grad_accum_dtype": "fp32"}
     return config
 
@@ -82,9 +83,7 @@ def make_optimizer(model: nn.Module, train: TrainConfig, device: torch.device) -
     return torch.optim.AdamW(groups, lr=train.learning_rate, betas=betas, fused=device.type == "cuda")
 
 
-def initialize(
-    model: nn.Module, optimizer: torch.optim.Optimizer, config: dict[str, Any]
-) -> deepspeed.DeepSpeedEngine:
+def initialize(model: nn.Module, optimizer: torch.optim.Optimizer, config: dict[str, Any]) -> deepspeed.DeepSpeedEngine:
     """The engine around `model` and `optimizer`, with DeepSpeed's `config`. Collective over all ranks."""
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config, dist_init_required=False)
     return engine

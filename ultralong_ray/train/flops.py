@@ -14,7 +14,7 @@ PEAK_TFLOPS = {"H100": 989.5, "H200": 989.5, "A100": 312.0, "B200": 2250.0}
 
 
 def matmul_parameters(config: dict[str, Any]) -> int:
-    """Parameters that multiply every token: all but the input embedding table. `config` is a Llama-class config.json."""
+    """Parameters that multiply every token: all but the input embeddings. `config`: a Llama-class config.json."""
     hidden, heads = config["hidden_size"], config["num_attention_heads"]
     head_dim = config.get("head_dim") or hidden // heads
     kv_heads = config.get("num_key_value_heads") or heads

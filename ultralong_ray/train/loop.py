@@ -12,22 +12,20 @@ import resource
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from ultralong_ray.config import Recipe, TrainConfig
 from ultralong_ray.packed import PackedReader
 from ultralong_ray.parallel.topology import Topology
 from ultralong_ray.parallel.ulysses import create_group
-from ultralong_ray.storage import Location
 from ultralong_ray.train.batches import accumulation_steps, read_ahead
 from ultralong_ray.train.checkpoint import load_checkpoint, save_checkpoint
 from ultralong_ray.train.engine import deepspeed_config, init_distributed, initialize, make_optimizer, set_learning_rate
 from ultralong_ray.train.flops import mfu, model_flops, peak_flops
+from ultralong_ray.train.job import TrainJob
 from ultralong_ray.train.metrics import MetricsWriter
 from ultralong_ray.train.order import cursor_after, sequences_of_step
 from ultralong_ray.train.schedule import learning_rate
@@ -50,33 +48,6 @@ SHAPE_KEYS = (
     "rope_theta",
     "rope_parameters",
 )
-
-
-@dataclass(frozen=True, slots=True)
-class TrainJob:
-    """Everything a worker must be told."""
-
-    recipe: Recipe
-    section: Literal["pretrain", "sft"]
-    packed: Location  # packed sequences
-    model: Location  # Hugging Face folder to start from
-    stage: Location  # the stage's directory
-    fingerprint: str
-
-    @property
-    def train(self) -> TrainConfig:
-        section = self.recipe.pretrain if self.section == "pretrain" else self.recipe.sft
-        if section is None:
-            raise UserError(f"the recipe has no [{self.section}] section")
-        return section
-
-    def num_steps(self, num_sequences: int) -> int:
-        return self.train.steps or num_sequences // self.train.global_batch_sequences
-
-    @property
-    def random_seed(self) -> int | None:
-        """SFT starts from what pretraining made, so only pretraining draws weights."""
-        return self.train.seed if self.section == "pretrain" and self.recipe.model.init == "random" else None
 
 
 class Trainer:

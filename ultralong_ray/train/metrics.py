@@ -13,6 +13,7 @@ import shutil
 import tempfile
 import time
 from pathlib import Path
+from typing import TextIO
 
 from ray.util.metrics import Gauge
 from tensorboardX import SummaryWriter
@@ -62,7 +63,7 @@ class MetricsWriter:
         }
         self._last_log_seconds = float("-inf")
         self._rewrite()
-        self._sink = Path((stage / METRICS_FILE).path).open("a") if stage.is_local else None
+        self._sink = _appender(stage) if stage.is_local else None
 
     def write(self, metrics: StepMetrics) -> None:
         self.records.append(metrics)
@@ -103,6 +104,10 @@ class MetricsWriter:
             return
         self._last_log_seconds = now
         logger.info("%s %s", self.name, log_line(metrics, self.records[-20:]))
+
+
+def _appender(stage: Location) -> TextIO:
+    return Path((stage / METRICS_FILE).path).open("a")
 
 
 def _line(metrics: StepMetrics) -> str:
