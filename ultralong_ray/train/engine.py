@@ -32,21 +32,24 @@ def init_distributed(device: torch.device) -> None:
 def deepspeed_config(train: TrainConfig, world_size: int, accumulation: int) -> dict[str, Any]:
     """DeepSpeed's configuration of this training section."""
     half = train.precision == "bfloat16"
+    # Stage 0 in bfloat16 is served by stage 1, which also keeps parameters whole on every rank: DeepSpeed's legacy
+    # optimizer for it does not clip (seen: the loss leaves the float32 run's within two steps, stage 1's does not).
+    stage = max(1, train.zero_stage) if half else train.zero_stage
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": train.micro_batch_sequences,
         "gradient_accumulation_steps": accumulation,
         "train_batch_size": train.micro_batch_sequences * accumulation * world_size,
         "gradient_clipping": train.gradient_clip or 0.0,
         "bf16": {"enabled": half},
-        "zero_optimization": {"stage": train.zero_stage},
+        "zero_optimization": {"stage": stage},
         "zero_allow_untested_optimizer": True,
         # DeepSpeed's own AdamW would be compiled on first use.
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 2**31,
         "wall_clock_breakdown": False,
     }
-    if half and train.zero_stage >= 2:
-        # At stage 1 this would select BF16_Optimizer, whose checkpoints zero_to_fp32 cannot join; stage 0 refuses it.
+    if half and stage >= 2:
+        # At stage 1 this would select BF16_Optimizer, whose checkpoints zero_to_fp32 cannot join.
         config["data_types"] = {"grad_accum_dtype": "fp32"}
     return config
 

@@ -83,7 +83,10 @@ def train_step(
         if index < len(micro_batches) - 1:
             engine.step()  # counts the micro-batch; the optimizer runs at the last one only
     grad_norm = take_step(engine)
-    mine = torch.stack([local_sum, local_sum.new_tensor(local_weight), local_sum.new_tensor(memory_gib)])
-    rank_sums = mine.new_empty(world_size * 3)
-    dist.all_gather_into_tensor(rank_sums, mine)
-    return StepResult(rank_sums.view(world_size, 3), grad_norm)
+    # An all-reduce of one row each: torch renamed the all-gather of tensors between 2.11 and 2.13.
+    rank_sums = torch.zeros(world_size, 3, dtype=torch.float64, device=device)
+    rank_sums[dist.get_rank(), 0] = local_sum
+    rank_sums[dist.get_rank(), 1] = local_weight
+    rank_sums[dist.get_rank(), 2] = memory_gib
+    dist.all_reduce(rank_sums)
+    return StepResult(rank_sums, grad_norm)

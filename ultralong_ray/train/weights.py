@@ -47,7 +47,9 @@ def build_model(
     else:
         _draw_weights(causal_lm, shape.initializer_range, random_seed)
     if train.gradient_checkpointing:
-        causal_lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        # transformers renames it on the way to v6; both take the same first argument
+        enable = getattr(causal_lm, "activation_checkpointing_enable", None) or causal_lm.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
     causal_lm.train()
     return LanguageModelLoss(causal_lm, train.loss_tile_tokens)
 
