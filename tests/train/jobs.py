@@ -1,0 +1,80 @@
+"""A whole training job in miniature: recipe, model folder and packed sequences in a temporary directory."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ultralong_ray.config import Recipe
+from ultralong_ray.packed import PackedFile, PackedManifest, chunking, file_name, write_placements, write_sequences
+from ultralong_ray.storage import Location
+from ultralong_ray.train.job import TrainJob
+from ultralong_ray.types import PackedSequence, Placement
+
+VOCAB = 61
+LENGTH = 32
+NUM_SEQUENCES = 12
+ARCHITECTURE = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": VOCAB,
+    "rope_theta": 10000.0,
+}
+
+
+def recipe(folder: Path, cluster: dict[str, Any] | None = None, init: str = "random", **pretrain: Any) -> Recipe:
+    """A recipe of 6 steps of 2 sequences whose pretrain fields can be changed."""
+    values = {
+        "name": "tiny",
+        "workdir": str(folder),
+        "model": {
+            "base": str(folder / "model"),
+            "init": init,
+            "architecture": ARCHITECTURE,
+            "original_context_length": LENGTH,
+            "base_context_length": LENGTH,
+            "target_context_length": LENGTH,
+        },
+        "corpus": {"sources": [{"uri": "corpus.jsonl"}]},
+        "prepare": {"sequence_length": LENGTH, "token_budget": LENGTH * NUM_SEQUENCES},
+        "pretrain": {
+            "global_batch_sequences": 2,
+            "learning_rate": 1e-2,
+            "precision": "float32",
+            "checkpoint_every_steps": 2,
+            **pretrain,
+        },
+        "cluster": cluster or {},
+    }
+    return Recipe.model_validate(values)
+
+
+def write_inputs(folder: Path) -> None:
+    """`folder/model/config.json` and `folder/packed`, whose sequences count up, so that there is something to learn."""
+    config = {
+        "model_type": "llama",
+        "max_position_embeddings": LENGTH,
+        "tie_word_embeddings": False,
+        **{key: value for key, value in ARCHITECTURE.items() if key != "rope_theta"},
+        "rope_parameters": {"rope_type": "default", "rope_theta": ARCHITECTURE["rope_theta"]},
+    }
+    Location.of(folder / "model" / "config.json").write_json(config)
+    packed = Location.of(folder / "packed")
+    ids = [(np.arange(LENGTH) * (i % 3 + 1) + i) % VOCAB for i in range(NUM_SEQUENCES)]
+    sequences = [PackedSequence(i, row.astype(np.int32)) for i, row in enumerate(ids)]
+    write_sequences(packed / file_name(0), sequences, LENGTH, weights=False)
+    write_placements(packed, [Placement(i, 0, LENGTH, str(i), "text", 0, 0, LENGTH) for i in range(NUM_SEQUENCES)])
+    chunk_tokens, rows_per_group = chunking(LENGTH)
+    files = (PackedFile(file_name(0), 0, NUM_SEQUENCES),)
+    PackedManifest(LENGTH, NUM_SEQUENCES, chunk_tokens, rows_per_group, False, VOCAB, files).write(packed)
+
+
+def job(folder: Path, stage: str, **changes: Any) -> TrainJob:
+    """A job over `write_inputs(folder)` in stage directory `folder/stage`."""
+    where = Location.of(folder)
+    return TrainJob(recipe(folder, **changes), "pretrain", where / "packed", where / "model", where / stage, stage)

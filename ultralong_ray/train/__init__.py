@@ -1,0 +1,1 @@
+"""Continued pretraining and fine-tuning: packed sequences and a model folder in, a trained model folder out."""

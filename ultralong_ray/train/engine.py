@@ -1,0 +1,112 @@
+"""The one place that talks to DeepSpeed's engine, read against DeepSpeed 0.19.8.
+
+To DeepSpeed every rank is data-parallel: no mpu is passed, and gradients are averaged over the whole world at every
+ZeRO stage. (With its own sequence-parallel mpu the divisor is world or world / degree, depending on the stage.) The
+loss is scaled for that in `train.step`, which also is why DeepSpeed's division by accumulation steps is not used.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from ultralong_ray.config import TrainConfig
+
+
+def init_distributed(device: torch.device) -> None:
+    """Let DeepSpeed join the torch process group that exists already."""
+    if device.type == "cpu":
+        # On CPU it would JIT-compile a shared-memory all-reduce: half a minute, a C++ compiler and ninja needed, for
+        # an op that changes no result. (`import deepspeed.comm.torch` binds torch itself, hence the look-up.)
+        sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None  # type: ignore[attr-defined]
+    deepspeed.init_distributed("nccl" if device.type == "cuda" else "gloo", dist_init_required=False, verbose=False)
+
+
+def deepspeed_config(train: TrainConfig, world_size: int, accumulation: int) -> dict[str, Any]:
+    """DeepSpeed's configuration of this training section."""
+    half = train.precision == "bfloat16"
+    # Stage 0 in bfloat16 is served by stage 1, which also keeps parameters whole on every rank: DeepSpeed's legacy
+    # optimizer for it does not clip (seen: the loss leaves the float32 run's within two steps, stage 1's does not).
+    stage = max(1, train.zero_stage) if half else train.zero_stage
+    config: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": train.micro_batch_sequences,
+        "gradient_accumulation_steps": accumulation,
+        "train_batch_size": train.micro_batch_sequences * accumulation * world_size,
+        "gradient_clipping": train.gradient_clip or 0.0,
+        "bf16": {"enabled": half},
+        "zero_optimization": {"stage": stage},
+        "zero_allow_untested_optimizer": True,
+        # DeepSpeed's own AdamW would be compiled on first use.
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": 2**31,
+        "wall_clock_breakdown": False,
+    }
+    if half and stage >= 2:
+        # At stage 1 this would select BF16_Optimizer, whose checkpoints zero_to_fp32 cannot join.
+        config["data_types"] = {"grad_accum_dtype": "fp32"}
+    return config
+
+
+def partitioned(config: dict[str, Any], device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """Modules built inside keep 1/world of each parameter on every rank under ZeRO-3, and are ordinary otherwise."""
+    if config["zero_optimization"]["stage"] < 3:
+        return contextlib.nullcontext()
+    return deepspeed.zero.Init(config_dict_or_path=config, remote_device=None if device.type == "cuda" else "cpu")
+
+
+@contextlib.contextmanager
+def writable(parameter: nn.Parameter) -> Iterator[bool]:
+    """The whole parameter for the block; what rank 0 writes there is what all ranks have. Yields: am I to write?
+
+    Below ZeRO-3 the other ranks receive rank 0's parameters when the engine is made.
+    """
+    writes = dist.get_rank() == 0
+    if not hasattr(parameter, "ds_id"):
+        yield writes
+        return
+    with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0), torch.no_grad():
+        yield writes
+
+
+def make_optimizer(model: nn.Module, train: TrainConfig, device: torch.device) -> torch.optim.Optimizer:
+    """AdamW that decays matrices only."""
+    matrices, vectors = [], []
+    for parameter in model.parameters():
+        shape = getattr(parameter, "ds_shape", parameter.shape)  # ZeRO-3 shows partitioned parameters as flat
+        (matrices if len(shape) > 1 else vectors).append(parameter)
+    groups = [{"params": matrices, "weight_decay": train.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    betas = (train.adam_beta1, train.adam_beta2)
+    return torch.optim.AdamW(groups, lr=train.learning_rate, betas=betas, fused=device.type == "cuda")
+
+
+def initialize(model: nn.Module, optimizer: torch.optim.Optimizer, config: dict[str, Any]) -> deepspeed.DeepSpeedEngine:
+    """The engine around `model` and `optimizer`, with DeepSpeed's `config`. Collective over all ranks."""
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config, dist_init_required=False)
+    return engine
+
+
+def set_learning_rate(engine: deepspeed.DeepSpeedEngine, rate: float) -> None:
+    for group in engine.optimizer.param_groups:
+        group["lr"] = rate
+
+
+def take_step(engine: deepspeed.DeepSpeedEngine) -> torch.Tensor:
+    """Clip, update, clear gradients after the last backward of a step. Returns the norm before clipping, float32 [].
+
+    DeepSpeed keeps that norm for every optimizer of its own; at stage 0 in float32 there is none, so it is computed
+    from the averaged gradients, which are whole on every rank.
+    """
+    if isinstance(engine.optimizer, torch.optim.Optimizer):
+        norm = torch.nn.utils.get_total_norm(p.grad for p in engine.module.parameters() if p.grad is not None)
+        engine.step()
+    else:
+        engine.step()
+        norm = engine.get_global_grad_norm()
+    return torch.as_tensor(norm, dtype=torch.float32, device=engine.device)

@@ -1,0 +1,69 @@
+"""What a training worker is told, and the checks that cost a second on the driver instead of a start of the cluster."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from ultralong_ray.config import Recipe, TrainConfig, heads_message
+from ultralong_ray.packed import PackedManifest
+from ultralong_ray.storage import Location
+from ultralong_ray.types import UserError
+
+
+@dataclass(frozen=True, slots=True)
+class TrainJob:
+    """Everything a worker must be told."""
+
+    recipe: Recipe
+    section: Literal["pretrain", "sft"]
+    packed: Location  # packed sequences
+    model: Location  # Hugging Face folder to start from
+    stage: Location  # the stage's directory
+    fingerprint: str
+
+    @property
+    def train(self) -> TrainConfig:
+        section = self.recipe.pretrain if self.section == "pretrain" else self.recipe.sft
+        if section is None:
+            raise UserError(f"the recipe has no [{self.section}] section")
+        return section
+
+    def num_steps(self, num_sequences: int) -> int:
+        return self.train.steps or num_sequences // self.train.global_batch_sequences
+
+    @property
+    def random_seed(self) -> int | None:
+        """SFT starts from what pretraining made, so only pretraining draws weights."""
+        return self.train.seed if self.section == "pretrain" and self.recipe.model.init == "random" else None
+
+
+def check_inputs(job: TrainJob) -> None:
+    """Raise UserError when model, packed sequences and recipe do not fit each other. Reads two small files."""
+    shape: dict[str, Any] = (job.model / "config.json").read_json()
+    manifest = PackedManifest.read(job.packed)
+    name, train = job.section, job.train
+    length, degree = manifest.sequence_length, job.recipe.sequence_parallel_degree(train)
+    heads = shape["num_attention_heads"]
+    kv_heads = shape.get("num_key_value_heads") or heads
+    if heads % degree or (kv_heads % degree and degree % kv_heads):
+        raise UserError(heads_message(name, heads, kv_heads, degree))
+    if length % degree:
+        raise UserError(
+            f"{job.packed}: sequences of {length} tokens are not divisible by {name}.sequence_parallel_degree {degree}"
+        )
+    if manifest.vocab_size > shape["vocab_size"]:
+        raise UserError(
+            f"{job.packed} was tokenised with {manifest.vocab_size} ids, {job.model} embeds {shape['vocab_size']}; "
+            f"prepare the corpus with the tokenizer of this model"
+        )
+    if length > shape.get("max_position_embeddings", length):
+        raise UserError(
+            f"{job.packed}: sequences of {length} tokens are beyond the window of {job.model}, "
+            f"max_position_embeddings {shape['max_position_embeddings']}; extend the model first"
+        )
+    if manifest.num_sequences < train.global_batch_sequences:
+        raise UserError(
+            f"{job.packed} holds {manifest.num_sequences} sequences, one step takes {name}.global_batch_sequences "
+            f"{train.global_batch_sequences}; prepare more tokens or lower it"
+        )

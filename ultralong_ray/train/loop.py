@@ -1,0 +1,166 @@
+"""The training loop of one rank: build, restore, step, record, save. Knows torch.distributed, not Ray.
+
+Flows in: a TrainJob and the process group that the launcher made. Flows out: metrics and TensorBoard below the stage's
+directory, checkpoints through `keep_checkpoint`, and a summary.
+"""
+
+from __future__ import annotations
+
+import gc
+import math
+import resource
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from ultralong_ray.packed import PackedReader
+from ultralong_ray.parallel.topology import Topology
+from ultralong_ray.parallel.ulysses import create_group
+from ultralong_ray.train.batches import accumulation_steps, read_ahead
+from ultralong_ray.train.checkpoint import load_checkpoint, save_checkpoint
+from ultralong_ray.train.engine import deepspeed_config, init_distributed, initialize, make_optimizer, set_learning_rate
+from ultralong_ray.train.flops import mfu, model_flops, peak_flops
+from ultralong_ray.train.job import TrainJob
+from ultralong_ray.train.metrics import MetricsWriter
+from ultralong_ray.train.order import cursor_after, sequences_of_step
+from ultralong_ray.train.schedule import learning_rate
+from ultralong_ray.train.step import StepResult, train_step
+from ultralong_ray.train.weights import build_model
+from ultralong_ray.types import StepMetrics, UserError
+
+KeepCheckpoint = Callable[[dict[str, Any], Path], None]
+
+# Fields of config.json that a checkpoint's tensors, or what they mean, depend on.
+SHAPE_KEYS = (
+    "model_type",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "vocab_size",
+    "tie_word_embeddings",
+    "rope_theta",
+    "rope_parameters",
+)
+
+
+class Trainer:
+    """One rank's engine and data. Making it is collective over all ranks."""
+
+    def __init__(self, job: TrainJob, device: torch.device) -> None:
+        init_distributed(device)
+        self.job, self.train, self.device = job, job.train, device
+        degree = job.recipe.sequence_parallel_degree(job.train)
+        self.topology = Topology(dist.get_world_size(), dist.get_rank(), degree)
+        self.group = create_group(self.topology)
+        self.reader = PackedReader(job.packed)
+        self.num_steps = job.num_steps(self.reader.manifest.num_sequences)
+        self.shape: dict[str, Any] = (job.model / "config.json").read_json()
+        device_name = torch.cuda.get_device_name(device) if device.type == "cuda" else None
+        self.peak_flops = peak_flops(device_name, job.recipe.cluster.peak_tflops_per_worker)
+        config = deepspeed_config(self.train, self.topology.world_size, accumulation_steps(self.train, self.topology))
+        model = build_model(job.model, job.random_seed, self.train, config, device)
+        self.engine = initialize(model, make_optimizer(model, self.train, device), config)
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What a checkpoint must share with the run that loads it."""
+        return {
+            "stage fingerprint": self.job.fingerprint,
+            **{f"{self.job.section}.{key}": value for key, value in self.train.fingerprint_fields().items()},
+            **{f"model {key}": value for key, value in self.shape.items() if key in SHAPE_KEYS},
+            f"{self.job.section}.zero_stage": self.train.zero_stage,
+            "cluster.num_workers": self.topology.world_size,
+        }
+
+    def metrics(self, step: int, result: StepResult, started_seconds: float) -> StepMetrics:
+        """The step as numbers; reading them waits for the device. Raises UserError when the loss is not finite.
+
+        `started_seconds` is what time.perf_counter() said when the step before was done.
+        """
+        sums, grad_norm = result.rank_sums.tolist(), float(result.grad_norm)
+        step_seconds = time.perf_counter() - started_seconds
+        batch, manifest = self.train.global_batch_sequences, self.reader.manifest
+        refuse_broken(step, sums, grad_norm, sequences_of_step(step, batch, manifest.num_sequences, self.train.seed))
+        flops = batch * model_flops(self.shape, manifest.sequence_length)
+        cursor = cursor_after(step, batch, manifest.num_sequences)
+        tokens = batch * manifest.sequence_length
+        return StepMetrics(
+            step=step,
+            num_steps=self.num_steps,
+            loss=sum(row[0] for row in sums) / sum(row[1] for row in sums),
+            grad_norm=grad_norm,
+            learning_rate=learning_rate(self.train, step, self.num_steps),
+            tokens=step * tokens,
+            tokens_per_second=tokens / step_seconds,
+            step_seconds=step_seconds,
+            model_flops=flops,
+            mfu=mfu(flops, step_seconds, self.topology.world_size, self.peak_flops),
+            memory_gib=max(row[2] for row in sums),
+            epoch=cursor.epoch,
+            sequence=cursor.sequence,
+        )
+
+    def close(self) -> None:
+        """Free the engine while all ranks are alive: gloo otherwise aborts a process that leaves first."""
+        del self.engine
+        gc.collect()
+        dist.barrier()
+
+
+def refuse_broken(step: int, sums: list[list[float]], grad_norm: float, sequences: list[int]) -> None:
+    """Raise UserError when a step had no targets or a loss or gradient is NaN or infinite. `sums`: StepResult's."""
+    if sum(row[1] for row in sums) == 0:
+        raise UserError(f"step {step}: no token of sequences {sequences} is a target (all loss weights are 0)")
+    ranks = [rank for rank, row in enumerate(sums) if not math.isfinite(row[0])]
+    if ranks or not math.isfinite(grad_norm):
+        what = f"loss on ranks {ranks}" if ranks else f"gradient norm ({grad_norm})"
+        raise UserError(
+            f"step {step}: the {what} is not finite, sequences {sequences}. The last checkpoint is from before this "
+            f"step; lower learning_rate, lengthen warmup_steps or set gradient_clip, then submit again"
+        )
+
+
+def run(job: TrainJob, device: torch.device, restore_from: Path | None, keep_checkpoint: KeepCheckpoint) -> int:
+    """Train to the last step and return the step that training started from. Collective over all ranks.
+
+    Checkpoints are built below TMPDIR, and `keep_checkpoint(metrics, folder)` must have carried a folder away when it
+    returns.
+    """
+    trainer = Trainer(job, device)
+    topology, train = trainer.topology, job.train
+    restored = 0 if restore_from is None else load_checkpoint(trainer.engine, restore_from, trainer.identity)
+    writer = MetricsWriter(job.stage, restored, job.section) if topology.rank == 0 else None
+    started = time.perf_counter()
+    batches = read_ahead(restored + 1, trainer.num_steps, trainer.reader, train, topology, device)
+    for step, micro_batches in batches:
+        set_learning_rate(trainer.engine, learning_rate(train, step, trainer.num_steps))
+        result = train_step(trainer.engine, micro_batches, trainer.group, topology.degree, peak_memory_gib(device))
+        metrics = trainer.metrics(step, result, started)
+        started = time.perf_counter()
+        if writer is not None:
+            writer.write(metrics)
+        if step % train.checkpoint_every_steps == 0 or step == trainer.num_steps:
+            if writer is not None:
+                writer.flush()
+            with tempfile.TemporaryDirectory(prefix="checkpoint-") as folder:
+                save_checkpoint(trainer.engine, Path(folder), step, trainer.identity)
+                keep_checkpoint({"step": step, "loss": metrics.loss}, Path(folder))
+            started = time.perf_counter()
+    if writer is not None:
+        writer.close()
+    trainer.close()
+    return restored
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """Peak memory of this process so far: of the GPU where there is one, else resident."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux counts in KiB

@@ -1,0 +1,184 @@
+"""The driver's side of training: check, run the loop on Ray workers, join the last checkpoint into a model folder.
+
+Flows in: a recipe, packed sequences, a Hugging Face folder, a stage's directory. Flows out, in that directory: `model/`
+(Hugging Face folder), `metrics.jsonl`, `tensorboard/`, and `ray/train/`, Ray's own folder of checkpoints, from which a
+stopped run continues when it is submitted again. Read against Ray 2.60 (Ray Train V2).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import pyarrow.fs as pafs
+import ray
+import ray.train
+import ray.train.torch
+from ray.train import Checkpoint, CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.v2.api.exceptions import TrainingFailedError, WorkerGroupError
+
+from ultralong_ray.config import Recipe
+from ultralong_ray.storage import Location, StageDirectory, explain_full_disk
+from ultralong_ray.train.job import TrainJob, check_inputs
+from ultralong_ray.train.metrics import read_metrics
+from ultralong_ray.types import UserError
+
+# A worker writes here what the user must mend. Ray would restart the workers as after a crash; restarted ones see the
+# file and leave at once.
+ERROR_FILE = "train_error.txt"
+RAY_SETTINGS = {
+    # The controller looks at its workers every 2 s by default, and a report waits for that look.
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
+}
+
+
+def train(
+    recipe: Recipe, section: Literal["pretrain", "sft"], packed: Location, model: Location, stage: StageDirectory
+) -> dict[str, Any]:
+    """Train `model` on `packed` as `recipe.<section>` says, into `<stage>/model`; Ray must be initialised.
+
+    Continues from the last checkpoint below `stage` where there is one. Returns {steps, tokens, first_loss, last_loss,
+    seconds, resumed_from_step}. Raises UserError for what the user can mend, wherever it was found.
+    """
+    job = TrainJob(recipe, section, packed, model, stage.location, stage.fingerprint)
+    check_inputs(job)
+    error_file = stage.location / ERROR_FILE
+    if error_file.exists():
+        error_file.filesystem.delete_file(error_file.path)
+    for name, value in RAY_SETTINGS.items():
+        os.environ.setdefault(name, value)
+    try:
+        result = _trainer(job).fit()
+    except TrainingFailedError as error:
+        _raise_user_error(error_file, error)
+        raise
+    _raise_user_error(error_file, None)
+    if result.checkpoint is None:
+        raise UserError(f"{stage.location}: training ended without a checkpoint; see the log of the workers")
+    ray.get(ray.remote(num_cpus=1)(_consolidate).remote(job, result.checkpoint))
+    return _summary(job, result.return_value)
+
+
+def _trainer(job: TrainJob) -> TorchTrainer:
+    cluster = job.recipe.cluster
+    resources = {"CPU": cluster.cpus_per_worker}
+    if cluster.gpus_per_worker:
+        resources["GPU"] = cluster.gpus_per_worker
+    storage = job.stage / "ray"
+    return TorchTrainer(
+        _worker,
+        train_loop_config={"job": job},
+        torch_config=TorchConfig(backend="nccl" if cluster.gpus_per_worker else "gloo"),
+        scaling_config=ScalingConfig(
+            num_workers=cluster.num_workers, use_gpu=bool(cluster.gpus_per_worker), resources_per_worker=resources
+        ),
+        run_config=RunConfig(
+            name="train",  # the same name and storage path make Ray continue from the last checkpoint
+            storage_path=storage.path,
+            storage_filesystem=None if storage.is_local else storage.filesystem,
+            failure_config=FailureConfig(max_failures=cluster.max_failures),
+            checkpoint_config=CheckpointConfig(num_to_keep=job.train.keep_checkpoints),
+        ),
+    )
+
+
+def _worker(config: dict[str, Any]) -> int | None:
+    """One rank. Returns the step that it started from, or None where an earlier attempt met a user's error."""
+    job: TrainJob = config["job"]
+    if (job.stage / ERROR_FILE).exists():
+        return None
+    if not job.recipe.cluster.gpus_per_worker:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    package_log = logging.getLogger("ultralong_ray")
+    package_log.setLevel(logging.INFO)
+    package_log.addHandler(logging.StreamHandler(sys.stdout))
+    # deepspeed looks for its accelerator when it is imported, so not before the line above
+    from ultralong_ray.train.loop import run
+
+    try:
+        with _restored(ray.train.get_checkpoint()) as folder:
+            return run(job, ray.train.torch.get_device(), folder, _keep_checkpoint)
+    except UserError as error:
+        (job.stage / ERROR_FILE).write_bytes(str(error).encode())
+        raise
+
+
+def _keep_checkpoint(metrics: dict[str, Any], folder: Path) -> None:
+    """Every rank hands over its files; Ray joins them under one name in storage and returns when they are there."""
+    with explain_full_disk("checkpoint storage"):
+        ray.train.report(metrics, checkpoint=Checkpoint.from_directory(str(folder)))
+
+
+@contextlib.contextmanager
+def _restored(checkpoint: Checkpoint | None) -> Iterator[Path | None]:
+    """The folder from which this rank restores itself; None at the first start."""
+    if checkpoint is None:
+        yield None
+        return
+    from ultralong_ray.train.checkpoint import files_of_rank
+
+    rank = ray.train.get_context().get_world_rank()
+    with _local_copy(checkpoint, lambda names: files_of_rank(names, rank)) as folder:
+        yield folder
+
+
+@contextlib.contextmanager
+def _local_copy(checkpoint: Checkpoint, choose: Callable[[list[str]], list[str]]) -> Iterator[Path]:
+    """The checkpoint's own folder where it is on a local disk, else a copy of the chosen files below TMPDIR."""
+    if isinstance(checkpoint.filesystem, pafs.LocalFileSystem):
+        yield Path(checkpoint.path)
+        return
+    infos = checkpoint.filesystem.get_file_info(pafs.FileSelector(checkpoint.path, recursive=True))
+    names = [info.path[len(checkpoint.path) :].lstrip("/") for info in infos if info.is_file]
+    with tempfile.TemporaryDirectory(prefix="checkpoint-") as copy, explain_full_disk(copy):
+        for name in choose(names):
+            (Path(copy) / name).parent.mkdir(parents=True, exist_ok=True)
+            pafs.copy_files(
+                f"{checkpoint.path}/{name}",
+                f"{copy}/{name}",
+                source_filesystem=checkpoint.filesystem,
+                destination_filesystem=pafs.LocalFileSystem(),
+            )
+        yield Path(copy)
+
+
+def _consolidate(job: TrainJob, checkpoint: Checkpoint) -> None:
+    """A checkpoint's shards to the Hugging Face folder `<stage>/model`. Runs as a Ray task, beside the disk."""
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    import torch
+
+    from ultralong_ray.model.save import save_hf_folder
+    from ultralong_ray.train.checkpoint import full_weights
+
+    dtype = torch.bfloat16 if job.train.precision == "bfloat16" else torch.float32
+    with _local_copy(checkpoint, lambda names: names) as folder:
+        save_hf_folder(job.stage / "model", job.model, full_weights(folder), dtype)
+
+
+def _raise_user_error(error_file: Location, error: TrainingFailedError | None) -> None:
+    """Raise what a worker wrote for the user, or the UserError among the workers' failures."""
+    if error_file.exists():
+        raise UserError(error_file.read_bytes().decode()) from error
+    if isinstance(error, WorkerGroupError):  # the disk may have been too full for the file
+        for failure in error.worker_failures.values():
+            if isinstance(failure, UserError):
+                raise UserError(str(failure)) from error
+
+
+def _summary(job: TrainJob, resumed_from_step: int | None) -> dict[str, Any]:
+    records = read_metrics(job.stage)
+    return {
+        "steps": records[-1].step,
+        "tokens": records[-1].tokens,
+        "first_loss": records[0].loss,
+        "last_loss": records[-1].loss,
+        "seconds": sum(record.step_seconds for record in records),
+        "resumed_from_step": resumed_from_step or 0,
+    }

@@ -1,0 +1,114 @@
+"""A Hugging Face folder, or a seed, to a model ready for the engine.
+
+Reads config.json and, for init = "pretrained", the safetensors shards. Only rank 0 reads weights, one shard at a time;
+under ZeRO-3 no rank ever holds more than one whole tensor and its own part of the rest. (transformers' own ZeRO-3
+loading needs accelerate and a local folder.) Read against transformers 5.23.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors import safe_open
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from ultralong_ray.config import TrainConfig
+from ultralong_ray.parallel.loss import LanguageModelLoss
+from ultralong_ray.parallel.ulysses import ATTENTION_NAME, register_attention
+from ultralong_ray.storage import Location
+from ultralong_ray.train.engine import partitioned, writable
+from ultralong_ray.types import UserError
+
+
+def build_model(
+    folder: Location, random_seed: int | None, train: TrainConfig, config: dict[str, Any], device: torch.device
+) -> LanguageModelLoss:
+    """The model of `folder`, its weights read from there, or drawn from `random_seed` where one is given.
+
+    `config` is DeepSpeed's. Collective: all ranks call it. Raises UserError when shards and config.json disagree.
+    """
+    register_attention()
+    shape = AutoConfig.for_model(**(folder / "config.json").read_json())
+    dtype = torch.bfloat16 if train.precision == "bfloat16" else torch.float32
+    with partitioned(config, device):
+        causal_lm = AutoModelForCausalLM.from_config(shape, attn_implementation=ATTENTION_NAME, dtype=dtype)
+    # zero.Init rounds every tensor made inside it to bfloat16, RoPE's frequencies too: at position 100,000 that turns
+    # an angle by hundreds of radians. Made again outside, they are float32.
+    causal_lm.model.rotary_emb = type(causal_lm.model.rotary_emb)(config=shape).to(device)
+    if random_seed is None:
+        _read_weights(causal_lm, folder)
+    else:
+        _draw_weights(causal_lm, shape.initializer_range, random_seed)
+    if train.gradient_checkpointing:
+        # transformers renames it on the way to v6; both take the same first argument
+        enable = getattr(causal_lm, "activation_checkpointing_enable", None) or causal_lm.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
+    causal_lm.train()
+    return LanguageModelLoss(causal_lm, train.loss_tile_tokens)
+
+
+def _draw_weights(causal_lm: nn.Module, std: float, seed: int) -> None:
+    """Llama's initialisation: matrices normal, norms 1, biases 0. The same for every ZeRO stage and world size."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in causal_lm.named_parameters():
+        with writable(parameter) as writes, torch.no_grad():
+            if not writes:
+                continue
+            if parameter.dim() > 1:
+                drawn = torch.empty(parameter.shape, dtype=torch.float32).normal_(0.0, std, generator=generator)
+                parameter.copy_(drawn)
+            else:
+                parameter.fill_(0.0 if name.endswith("bias") else 1.0)
+
+
+def _read_weights(causal_lm: nn.Module, folder: Location) -> None:
+    """Rank 0 reads, in the order of the shards; the names it will read next are told to the other ranks first."""
+    parameters = dict(causal_lm.named_parameters(remove_duplicate=False))
+    shards = [item for item in folder.files() if item.name.endswith(".safetensors")]
+    if not shards:
+        raise UserError(f"{folder} holds no .safetensors file; export or convert the model first")
+    unread = {id(parameter) for parameter in parameters.values()}
+    for shard in shards:
+        with _opened(shard) if dist.get_rank() == 0 else contextlib.nullcontext() as source:
+            names = [sorted(source.keys()) if source is not None else None]
+            dist.broadcast_object_list(names, src=0)
+            for name in names[0] or []:
+                if name not in parameters:
+                    raise UserError(f"{shard}: tensor {name} is unknown to the model that config.json describes")
+                unread.discard(id(parameters[name]))
+                _write(parameters[name], source.get_tensor(name) if source is not None else None, name, shard)
+    missing = [name for name, parameter in parameters.items() if id(parameter) in unread]
+    if missing:
+        raise UserError(f"{folder} lacks {len(missing)} tensors that config.json asks for, first {missing[0]}")
+
+
+def _write(parameter: nn.Parameter, tensor: torch.Tensor | None, name: str, shard: Location) -> None:
+    with writable(parameter), torch.no_grad():
+        if tensor is None:
+            return
+        if tensor.shape != parameter.shape:
+            raise UserError(f"{shard}: {name} is {list(tensor.shape)}, config.json makes it {list(parameter.shape)}")
+        parameter.copy_(tensor)
+
+
+@contextlib.contextmanager
+def _opened(shard: Location) -> Iterator[Any]:
+    """A shard as safetensors' lazy reader; a remote one is downloaded for as long as it is read."""
+    if shard.is_local:
+        with safe_open(shard.path, framework="pt") as source:
+            yield source
+        return
+    with tempfile.TemporaryDirectory() as cache:
+        local = Path(cache) / shard.name
+        with shard.filesystem.open_input_stream(shard.path, compression=None) as remote, local.open("wb") as target:
+            while block := remote.read(2**24):
+                target.write(block)
+        with safe_open(local, framework="pt") as source:
+            yield source
