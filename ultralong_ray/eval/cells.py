@@ -161,13 +161,13 @@ def bucket_means(losses: list[NDArray[np.float32]], buckets: int) -> tuple[list[
     length = max(len(loss) for loss in losses) + 1
     if length - 1 < buckets:
         raise UserError(f"evaluate.perplexity_buckets {buckets} exceed the {length - 1} targets of a held-out sequence")
-    edges = np.linspace(0, length, buckets + 1).round().astype(int)
-    edges[0] = 1  # token 0 is no target
+    # token 0 is no target; rounding up keeps every bucket filled
+    edges = [1, *(-(-bucket * length // buckets) for bucket in range(1, buckets + 1))]
     means = [
         float(np.concatenate([loss[first - 1 : end - 1] for loss in losses]).mean(dtype=np.float64))
         for first, end in itertools.pairwise(edges)
     ]
-    return [int(end) for end in edges[1:]], means
+    return edges[1:], means
 
 
 def _sequences(file: Any) -> list[NDArray[np.int32]]:

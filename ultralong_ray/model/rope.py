@@ -8,8 +8,8 @@ Notation: d = head_dim, pair i = 0..d/2-1, f_i = theta^(-2i/d), L = original win
 r_i = L * f_i / (2 pi) = full turns of pair i inside the original window.
 
 Sources: YaRN (arXiv 2309.00071, NTK-by-parts ramp and temperature), Llama 3.1 (`apply_scaling` in
-meta-llama/llama-models `models/llama3/model.py`), position interpolation (arXiv 2306.15595), NTK-aware scaling (bloc97, LocalLLaMA 2023), and
-transformers 5.23 `modeling_rope_utils.py` for the spelling of the blocks and for the details of its `yarn`.
+meta-llama/llama-models `models/llama3/model.py`), position interpolation (arXiv 2306.15595), NTK-aware scaling (bloc97,
+LocalLLaMA 2023), and transformers 5.23 `modeling_rope_utils.py` for the spelling of the blocks and its own `yarn`.
 """
 
 from __future__ import annotations
