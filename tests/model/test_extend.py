@@ -1,0 +1,155 @@
+"""Stage `extend`: what it writes, and every base that it refuses."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from ultralong_ray.config import Recipe
+from ultralong_ray.model.extend import extend
+from ultralong_ray.model.rope import inv_freq
+from ultralong_ray.stages import stage_directory
+from ultralong_ray.types import UserError
+
+SHAPE = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 400,
+    "rope_theta": 10_000.0,
+    "rms_norm_eps": 1e-6,
+}
+Make = Callable[..., Recipe]
+
+
+def run(recipe: Recipe) -> tuple[Path, dict[str, Any]]:
+    stage = stage_directory(recipe, "extend")
+    summary = extend(recipe, stage)
+    return Path(stage.location.path) / "model", summary
+
+
+@pytest.fixture
+def changed_base(tmp_path: Path, tiny_llama: Path) -> Callable[..., Path]:
+    """A copy of the tiny model with fields of config.json changed (None removes one)."""
+
+    def make(**fields: Any) -> Path:
+        folder = tmp_path / "base"
+        shutil.copytree(tiny_llama, folder)
+        config = json.loads((folder / "config.json").read_text()) | fields
+        (folder / "config.json").write_text(json.dumps({k: v for k, v in config.items() if v is not None}))
+        return folder
+
+    return make
+
+
+def test_extended_model_loads_with_the_new_window_and_the_same_weights(tiny_recipe: Make, tiny_llama: Path) -> None:
+    recipe = tiny_recipe(model={"architecture": SHAPE, "max_position_embeddings": 544})
+    folder, summary = run(recipe)
+    model: Any = AutoModelForCausalLM.from_pretrained(folder)
+    assert model.config.max_position_embeddings == 544
+    assert AutoTokenizer.from_pretrained(folder).model_max_length == 544
+    expected = inv_freq(recipe.model.rope, 8, 10_000.0, 64)
+    np.testing.assert_allclose(model.model.rotary_emb.inv_freq.numpy(), expected, rtol=1e-6)
+    before, after = load_file(tiny_llama / "model.safetensors"), load_file(folder / "model.safetensors")
+    assert before.keys() == after.keys() and all(torch.equal(before[k], after[k]) for k in before)
+    assert summary["num_parameters"] == sum(p.numel() for p in model.parameters())
+    assert json.loads((folder / "generation_config.json").read_text())["eos_token_id"] == 1
+
+
+def test_old_spelling_of_rope_is_replaced(tiny_recipe: Make, changed_base: Callable[..., Path]) -> None:
+    old = {"type": "linear", "factor": 2.0}
+    base = changed_base(rope_parameters=None, rope_scaling=old, rope_theta=20_000.0, torch_dtype="float32", dtype=None)
+    folder, summary = run(tiny_recipe(model={"base": str(base)}))
+    config = json.loads((folder / "config.json").read_text())
+    assert not {"rope_scaling", "rope_theta", "torch_dtype"} & config.keys() and config["dtype"] == "float32"
+    assert config["rope_parameters"]["rope_theta"] == 20_000.0
+    assert (summary["base_rope_scheme"], summary["base_rope_factor"]) == ("linear", 2.0)
+
+
+def test_random_init_writes_a_config_that_builds_a_model(tiny_recipe: Make) -> None:
+    for model_type in ("llama", "qwen2", "qwen3", "mistral"):
+        shape = SHAPE | {"model_type": model_type, "head_dim": 8, "tie_word_embeddings": True}
+        folder, summary = run(tiny_recipe(model={"init": "random", "architecture": shape}))
+        assert not list(folder.glob("*.safetensors")) and summary["num_parameters"] is None
+        from transformers import AutoConfig
+
+        model: Any = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
+        assert type(model).__name__ == json.loads((folder / "config.json").read_text())["architectures"][0]
+        assert model.config.tie_word_embeddings and model.model.layers[0].mlp.up_proj.out_features == 48
+        assert getattr(model.config, "sliding_window", None) is None
+        assert AutoTokenizer.from_pretrained(folder).chat_template
+
+
+@pytest.mark.parametrize(
+    ("fields", "model", "words"),
+    [
+        ({"model_type": "gpt2"}, {}, "model_type 'gpt2'.*llama"),
+        ({}, {"architecture": SHAPE | {"hidden_size": 64}}, "hidden_size: recipe 64, base 32"),
+        ({}, {"architecture": SHAPE | {"rope_theta": 5e5}}, r"rope_theta: recipe 500000\.0, base 10000\.0"),
+        ({"model_type": "mistral", "sliding_window": 32}, {}, "sliding_window 32"),
+        ({"model_type": "mistral"}, {}, "sliding_window 4096"),  # the default where config.json is silent
+        (
+            {"rope_parameters": {"rope_type": "linear", "factor": 16.0, "rope_theta": 1e4}},
+            {},
+            "rope.factor 8 .*would shrink.*factor 16",
+        ),
+        (
+            {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}},
+            {"rope": {"scheme": "none"}},
+            "would shrink",
+        ),
+        (
+            {
+                "rope_parameters": {
+                    "rope_type": "yarn",
+                    "factor": 2.0,
+                    "rope_theta": 1e4,
+                    "original_max_position_embeddings": 32,
+                }
+            },
+            {},
+            "original_context_length 64 disagrees.*32",
+        ),
+        ({"vocab_size": 300}, {}, "tokenizer has ids up to 375.*vocab_size is 300"),
+    ],
+)
+def test_refusals(
+    tiny_recipe: Make, changed_base: Callable[..., Path], fields: dict[str, Any], model: dict[str, Any], words: str
+) -> None:
+    base = changed_base(**fields)
+    with pytest.raises(UserError, match=words):
+        run(tiny_recipe(model={"base": str(base), **model}))
+
+
+def test_pickled_weights_are_refused(tiny_recipe: Make, changed_base: Callable[..., Path]) -> None:
+    base = changed_base()
+    (base / "model.safetensors").rename(base / "pytorch_model.bin")
+    with pytest.raises(UserError, match=r"pickled weights only \(pytorch_model\.bin\)"):
+        run(tiny_recipe(model={"base": str(base)}))
+
+
+def test_truncated_weights_are_named(tiny_recipe: Make, changed_base: Callable[..., Path]) -> None:
+    base = changed_base()
+    whole = (base / "model.safetensors").read_bytes()
+    (base / "model.safetensors").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(UserError, match=r"model\.safetensors is damaged or cut short"):
+        run(tiny_recipe(model={"base": str(base)}))
+
+
+def test_missing_base_is_named(tiny_recipe: Make, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"model\.base '.*/nowhere/at/all': no such folder"):
+        run(tiny_recipe(model={"base": str(tmp_path / "nowhere/at/all")}))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match=r"has no config\.json"):
+        run(tiny_recipe(model={"base": str(tmp_path / "empty")}))

@@ -1,0 +1,101 @@
+"""Export: the folder loads anywhere, answers as the model in memory does, and its card states the run's facts."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+
+from ultralong_ray.config import Recipe
+from ultralong_ray.export import export
+from ultralong_ray.model.extend import extend
+from ultralong_ray.model.save import save_hf_folder
+from ultralong_ray.stages import stage_directory
+from ultralong_ray.storage import Location
+from ultralong_ray.types import UserError
+
+Make = Callable[..., Recipe]
+PROVENANCE = {"pretrain": {"stage": "pretrain", "steps": 17, "tokens": 8704, "loss": [1, 2]}, "sft": {"steps": 3}}
+
+
+def extended_model(recipe: Recipe) -> tuple[Any, Location]:
+    """The extended model in memory, a little changed as by training, and the folder it was read from."""
+    stage = stage_directory(recipe, "extend")
+    extend(recipe, stage)
+    folder = stage.location / "model"
+    model: Any = transformers.AutoModelForCausalLM.from_pretrained(folder.path)
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.01 * torch.randn(parameter.shape, generator=generator)
+    return model.eval(), folder
+
+
+def exported(recipe: Recipe, tmp_path: Path) -> tuple[Any, Path, dict[str, Any]]:
+    model, source = extended_model(recipe)
+    trained = Location.of(tmp_path / "trained")
+    save_hf_folder(trained, source, model.state_dict().items(), torch.float32)
+    stage = stage_directory(recipe, "export")
+    summary = export(recipe, trained, stage, PROVENANCE)
+    return model, Path((stage.location / "model").path), summary
+
+
+@pytest.mark.parametrize("scheme", ["llama3", "ntk", "linear", "yarn"])
+def test_exported_logits_equal_in_process_logits_beyond_the_base_window(
+    tiny_recipe: Make, tmp_path: Path, scheme: str
+) -> None:
+    recipe = tiny_recipe(model={"rope": {"scheme": scheme, "factor": 8.0}})
+    model, folder, summary = exported(recipe, tmp_path)
+    ids = torch.randint(10, 300, (1, 400), generator=torch.Generator().manual_seed(5))  # the base window is 64
+    fresh: Any = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
+    with torch.inference_mode():
+        difference = (fresh(ids).logits - model(ids).logits).abs().max().item()
+        base: Any = transformers.AutoModelForCausalLM.from_pretrained(recipe.model.base).eval()
+        fresh.model.rotary_emb = base.model.rotary_emb
+        without_rope_change = (fresh(ids).logits - model(ids).logits).abs().max().item()
+    assert difference <= 1e-4
+    assert without_rope_change > 0.1, "the comparison would see a lost RoPE block"
+    assert summary["num_parameters"] == sum(p.numel() for p in model.parameters())
+
+
+def test_pipeline_loads_the_folder_and_the_card_states_the_run(tiny_recipe: Make, tmp_path: Path) -> None:
+    recipe = tiny_recipe()
+    _, folder, _ = exported(recipe, tmp_path)
+    pipeline: Any = transformers.pipeline("text-generation", model=str(folder))
+    messages = [{"role": "user", "content": "What is the pass key?"}]
+    reply = pipeline(messages, max_new_tokens=3, do_sample=False)[0]["generated_text"]
+    assert reply[:-1] == messages and reply[-1]["role"] == "assistant"
+    card = (folder / "README.md").read_text()
+    assert card.startswith("---\nlibrary_name: transformers\n")
+    for fact in ("factor 8 ", "measured from 64 tokens", "'rope_type': 'llama3'", "learning rate 0.001", "512 tokens"):
+        assert fact in card, fact
+    assert "| pretrain | steps | 17 |" in card and "| sft | steps | 3 |" in card and "[1, 2]" not in card
+
+
+def change(folder: Path, edit: Callable[[dict[str, torch.Tensor]], None]) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    edit(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    ("edit", "words"),
+    [
+        (lambda t: t.pop("model.norm.weight"), "missing keys: model.norm.weight"),
+        (lambda t: t.update(extra=torch.ones(1)), "unexpected keys: extra"),
+        (lambda t: t["model.norm.weight"].fill_(float("nan")), "model.norm.weight has values that are not finite"),
+    ],
+)
+def test_a_folder_that_is_not_its_config_is_refused(tiny_recipe: Make, tmp_path: Path, edit: Any, words: str) -> None:
+    recipe = tiny_recipe()
+    trained = tmp_path / "trained"
+    shutil.copytree(recipe.model.base, trained)
+    change(trained, edit)
+    with pytest.raises(UserError, match=words):
+        export(recipe, Location.of(trained), stage_directory(recipe, "export"), {})

@@ -1,0 +1,1 @@
+"""Evaluation room: passkey prompts, in-process generation, and the fan-out of both over a Ray cluster."""

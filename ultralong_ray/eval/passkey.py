@@ -1,0 +1,110 @@
+"""NIAH passkey prompts: a five-digit key between whole lines of noise, asked for at the end. Pure.
+
+In go a tokenizer, a context length, a depth and a seed; out come `PasskeyPrompt`s that fill the length, and a score.
+The text is InfiniteBench's passkey task (OpenBMB/InfiniteBench, `data/construct_synthetic_dataset.py` and the chat
+template of `src/prompt.py`), itself after Mohtashami and Jaggi (arXiv 2305.16300).
+"""
+
+from __future__ import annotations
+
+import math
+import random
+import re
+from typing import Any
+
+from ultralong_ray.types import PasskeyPrompt, UserError
+
+INTRODUCTION = (
+    "There is an important info hidden inside a lot of irrelevant text. Find it and memorize them. "
+    "I will quiz you about the important information there."
+)
+NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
+NEEDLE = "The pass key is {key}. Remember it. {key} is the pass key."
+QUESTION = "What is the pass key?"
+ANSWER_PREFIX = "The pass key is"
+
+UNITS_MEASURED = 64  # noise lines whose token count gives the tokens of one line
+
+
+def passkey_text(key: str, units_before: int, units_after: int) -> str:
+    """Introduction, noise lines with the needle line among them, and the question."""
+    lines = [NOISE] * units_before + [NEEDLE.format(key=key)] + [NOISE] * units_after
+    return f"{INTRODUCTION}\n\n" + "\n".join(lines) + f"\n\n{QUESTION}"
+
+
+def encode_prompt(tokenizer: Any, prompt: str, *, chat_template: bool) -> list[int]:
+    """Token ids of a whole prompt. A rendered chat template brings its own BOS, so none is added to it."""
+    # verbose=False: the tokenizer's own warning about long texts is expected here and nothing is ever cut
+    return tokenizer(prompt, add_special_tokens=not chat_template, verbose=False)["input_ids"]
+
+
+def build_prompt(
+    tokenizer: Any,
+    *,
+    context_length_tokens: int,
+    depth_percent: float,
+    sample: int,
+    seed: int,
+    max_new_tokens: int,
+    chat_template: bool,
+    digits: int = 5,
+) -> PasskeyPrompt:
+    """One prompt, a function of its arguments alone.
+
+    The needle stands between whole noise lines, after round(depth * lines) of them: depth 0 is before all noise, depth
+    100 behind it. Prompt tokens + `max_new_tokens` reach `context_length_tokens` to within one noise line, from below.
+
+    Raises: UserError when not even one noise line fits, or a chat template is asked for and there is none.
+    """
+    if chat_template and not getattr(tokenizer, "chat_template", None):
+        raise UserError("evaluate.chat_template is true, but the model's tokenizer has no chat template; set it false")
+    rng = random.Random(f"{seed}/{context_length_tokens}/{depth_percent:g}/{sample}")
+    key = "".join(rng.choices("0123456789", k=digits))
+
+    def render(units: int) -> str:
+        before = math.floor(units * depth_percent / 100 + 0.5)
+        text = passkey_text(key, before, units - before)
+        if not chat_template:
+            return f"{text}\n\n{ANSWER_PREFIX}"
+        turns = [{"role": "user", "content": text}]
+        return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True) + ANSWER_PREFIX
+
+    def count(units: int) -> int:
+        return len(encode_prompt(tokenizer, render(units), chat_template=chat_template))
+
+    units = _fill(count, context_length_tokens, max_new_tokens)
+    prompt = render(units)
+    tokens = len(encode_prompt(tokenizer, prompt, chat_template=chat_template))
+    return PasskeyPrompt(context_length_tokens, depth_percent, sample, prompt, key, tokens)
+
+
+def _fill(count: Any, context_length_tokens: int, max_new_tokens: int) -> int:
+    """Most noise lines whose prompt still leaves `max_new_tokens` free.
+
+    Two short prompts give the tokens of a line; then the estimate is corrected by counting, once where tokens add up.
+    """
+    budget = context_length_tokens - max_new_tokens
+    short, longer = count(1), count(1 + UNITS_MEASURED)
+    unit_tokens = (longer - short) / UNITS_MEASURED
+    if short > budget:
+        raise UserError(
+            f"evaluate.context_lengths: {context_length_tokens} tokens are too few for a passkey prompt; with this "
+            f"tokenizer and evaluate.max_new_tokens {max_new_tokens} the shortest is {short + max_new_tokens}"
+        )
+    units = 1 + math.floor((budget - short) / unit_tokens)
+    while (tokens := count(units)) > budget:
+        units -= math.ceil((tokens - budget) / unit_tokens)
+    while budget - tokens >= unit_tokens and (tokens := count(units + 1)) <= budget:
+        units += 1
+    return units
+
+
+def first_number(answer: str) -> str | None:
+    """The first run of digits in an answer."""
+    match = re.search(r"[0-9]+", answer)
+    return match.group() if match else None
+
+
+def is_right(answer: str, expected: str) -> bool:
+    """InfiniteBench's rule: the first run of digits equals the key, leading zeros included."""
+    return first_number(answer) == expected

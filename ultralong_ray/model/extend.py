@@ -1,0 +1,217 @@
+"""Stage `extend`: the base model's folder becomes the same model with a longer window. No tensor is touched.
+
+In goes `[model]` of the recipe; out comes `<stage>/model/`: `config.json` with the new RoPE block and window, the
+weights copied as files, generation config and tokenizer with their limits raised. With init = "random" the config is
+built from `[model.architecture]` and there are no weights. Read against transformers 5.17 and 5.23.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from ultralong_ray.config import ArchitectureConfig, ModelConfig, Recipe
+from ultralong_ray.model import rope as rope_schemes
+from ultralong_ray.model.folder import (
+    INDEX_FILE,
+    TOKENIZER_FILES,
+    base_folder,
+    copy_file,
+    read_config,
+    tensor_shapes,
+    weight_files,
+)
+from ultralong_ray.storage import Location, StageDirectory
+from ultralong_ray.types import UserError
+
+MODEL_CLASSES = {
+    "llama": "LlamaForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "mistral": "MistralForCausalLM",
+}
+CHECKED_FIELDS = (
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "vocab_size",
+    "head_dim",
+    "rms_norm_eps",
+    "tie_word_embeddings",
+)
+# Spellings of older transformers releases that the new block replaces.
+REPLACED_KEYS = ("rope_scaling", "rope_theta", "torch_dtype")
+
+
+def extend(recipe: Recipe, stage: StageDirectory) -> dict[str, Any]:
+    """Write `<stage>/model/` and return what was done, for `_SUCCESS.json`.
+
+    Raises: UserError when the base cannot be extended as the recipe asks (see `check_base`).
+    """
+    model = recipe.model
+    folder = base_folder(model)
+    base_rope = None
+    if model.init == "random":
+        assert model.architecture is not None
+        config, parameters = random_config(model, model.architecture), None
+    else:
+        raw = read_config(folder)
+        base_rope, head_dim = check_base(model, folder, raw)
+        config = extended_config(model, raw, base_rope.theta, head_dim)
+        parameters = sum(math.prod(shape) for shape in tensor_shapes(folder).values())
+    target = stage.location / "model"
+    vocabulary = _write_tokenizer(model, folder, target)
+    if vocabulary > config["vocab_size"]:
+        raise UserError(
+            f"{folder}: the tokenizer has ids up to {vocabulary - 1}, the model's vocab_size is {config['vocab_size']}"
+        )
+    (target / "config.json").write_json(config)
+    (target / "generation_config.json").write_json(_generation_config(folder, config))
+    if model.init == "pretrained":
+        _copy_weights(folder, target)
+    return {
+        "base": model.base,
+        "revision": model.revision,
+        "init": model.init,
+        "model_type": config["model_type"],
+        "num_parameters": parameters,
+        "rope_parameters": config["rope_parameters"],
+        "base_rope_scheme": base_rope.rope.scheme if base_rope else None,
+        "base_rope_factor": base_rope.rope.factor if base_rope else None,
+        "max_position_embeddings": config["max_position_embeddings"],
+    }
+
+
+def check_base(model: ModelConfig, folder: Path, raw: dict[str, Any]) -> tuple[rope_schemes.HfRope, int]:
+    """Refuse a base that the recipe does not describe or that cannot be extended; else its RoPE and head dimension.
+
+    Raises: UserError for another model family, a shape unlike `[model.architecture]`, sliding-window attention, a
+    RoPE measured from another original length, or one that is already stretched further.
+    """
+    from transformers import AutoConfig
+
+    if raw.get("model_type") not in MODEL_CLASSES:
+        raise UserError(
+            f"{folder}/config.json: model_type {raw.get('model_type')!r} is not supported; "
+            f"supported: {', '.join(MODEL_CLASSES)}"
+        )
+    full = AutoConfig.from_pretrained(folder, trust_remote_code=False)  # fills in what config.json leaves to defaults
+    _check_sliding_window(folder, full)
+    base = rope_schemes.from_hf({"rope_parameters": full.rope_parameters})
+    if model.architecture is not None:
+        _check_architecture(folder, model.architecture, full, base.theta)
+    _check_stretch(model, folder, base)
+    return base, _head_dim(full)
+
+
+def _check_sliding_window(folder: Path, full: Any) -> None:
+    window = getattr(full, "sliding_window", None)
+    if window is not None or "sliding_attention" in (getattr(full, "layer_types", None) or ()):
+        raise UserError(
+            f"{folder}/config.json: sliding_window {window} limits how far a token sees, so a longer RoPE would not "
+            f"lengthen it; use a model with full attention (sliding_window null)"
+        )
+
+
+def _check_architecture(folder: Path, shape: ArchitectureConfig, full: Any, theta: float) -> None:
+    """Name every field in which the recipe and the base disagree, with both values."""
+    found = {name: getattr(full, name, None) for name in CHECKED_FIELDS}
+    found |= {"model_type": full.model_type, "rope_theta": theta}
+    found["head_dim"] = _head_dim(full)
+    asked = shape.model_dump(exclude={"initializer_range"})
+    asked["head_dim"] = _head_dim(shape)
+    wrong = [f"{name}: recipe {asked[name]}, base {found[name]}" for name in asked if asked[name] != found[name]]
+    if wrong:
+        raise UserError(
+            f"[model.architecture] does not describe {folder} ({'; '.join(wrong)}); mend those fields or leave the "
+            f"section out"
+        )
+
+
+def _check_stretch(model: ModelConfig, folder: Path, base: rope_schemes.HfRope) -> None:
+    if base.rope.scheme == "none":
+        return
+    original = base.original_context_length
+    if original is not None and original != model.original_context_length:
+        raise UserError(
+            f"model.original_context_length {model.original_context_length} disagrees with {folder}/config.json, "
+            f"whose RoPE is measured from original_max_position_embeddings {original}; give {original}"
+        )
+    asked = 1.0 if model.rope.scheme == "none" else model.rope.factor
+    if base.rope.factor > asked:
+        raise UserError(
+            f"model.rope.factor {asked:g} (scheme {model.rope.scheme}) would shrink the window: {folder} already has "
+            f"{base.rope.scheme} factor {base.rope.factor:g}, measured from the same original length; "
+            f"give at least {base.rope.factor:g}"
+        )
+
+
+def extended_config(model: ModelConfig, raw: dict[str, Any], theta: float, head_dim: int) -> dict[str, Any]:
+    """The base's config.json with the new RoPE block and window; every other field stays."""
+    config = {key: value for key, value in raw.items() if key not in REPLACED_KEYS}
+    if "dtype" not in config and "torch_dtype" in raw:
+        config["dtype"] = raw["torch_dtype"]
+    config["rope_parameters"] = rope_schemes.to_hf(model.rope, head_dim, theta, model.original_context_length)
+    config["max_position_embeddings"] = model.exported_max_position_embeddings
+    return config
+
+
+def random_config(model: ModelConfig, shape: ArchitectureConfig) -> dict[str, Any]:
+    """A config.json for a model that does not exist yet, in the shape of `[model.architecture]`."""
+    head_dim = _head_dim(shape)
+    return {
+        "architectures": [MODEL_CLASSES[shape.model_type]],
+        **shape.model_dump(exclude={"rope_theta"}),
+        "head_dim": head_dim,
+        "hidden_act": "silu",
+        "sliding_window": None,
+        "dtype": "float32",
+        "rope_parameters": rope_schemes.to_hf(model.rope, head_dim, shape.rope_theta, model.original_context_length),
+        "max_position_embeddings": model.exported_max_position_embeddings,
+    }
+
+
+def _head_dim(shape: Any) -> int:
+    """Of `[model.architecture]` or of a transformers config, where families without the field leave it out."""
+    return getattr(shape, "head_dim", None) or shape.hidden_size // shape.num_attention_heads
+
+
+def _write_tokenizer(model: ModelConfig, folder: Path, target: Location) -> int:
+    """Copy the tokenizer with model_max_length set to the target; returns the number of ids it can give."""
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder} has no tokenizer that transformers can read ({error})") from error
+    for name in TOKENIZER_FILES:
+        if (folder / name).is_file():
+            copy_file(folder / name, target / name)
+    limits = target / "tokenizer_config.json"
+    settings = limits.read_json() if limits.exists() else {}
+    limits.write_json(settings | {"model_max_length": model.exported_max_position_embeddings})
+    return max(tokenizer.get_vocab().values()) + 1
+
+
+def _generation_config(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
+    """The base's generation config; a limit on the whole length, where it has one, becomes the new window."""
+    path = folder / "generation_config.json"
+    if path.is_file():
+        settings = json.loads(path.read_bytes())
+    else:
+        names = ("bos_token_id", "eos_token_id", "pad_token_id")
+        settings = {name: config[name] for name in names if config.get(name) is not None}
+    if "max_length" in settings:
+        settings["max_length"] = config["max_position_embeddings"]
+    return settings
+
+
+def _copy_weights(folder: Path, target: Location) -> None:
+    for path in weight_files(folder):
+        copy_file(path, target / path.name)
+    if (folder / INDEX_FILE).is_file():
+        copy_file(folder / INDEX_FILE, target / INDEX_FILE)
