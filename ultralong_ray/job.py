@@ -81,8 +81,8 @@ def run_stage(recipe: Recipe, stage: str, recipe_path: str) -> StageDirectory:
     connect_to_ray()
     log.info("%s starts: %s", stage, directory.location)
     began = time.monotonic()
-    (directory.location / "recipe.json").write_json(recipe.model_dump(mode="json"))
     summary = compute(recipe, stage, directory)
+    (directory.location / "recipe.json").write_json(recipe.model_dump(mode="json"))
     directory.mark_done({**summary, "seconds": round(time.monotonic() - began, 1)})
     log.info("%s is done in %.0f s: %s", stage, time.monotonic() - began, directory.location)
     return directory

@@ -36,6 +36,8 @@ def build_model(
     """
     register_attention()
     shape = AutoConfig.for_model(**(folder / "config.json").read_json())
+    # With a pad token the embedding would be made to ignore gradients of its row, and to index a partitioned weight.
+    shape.pad_token_id = None
     dtype = torch.bfloat16 if train.precision == "bfloat16" else torch.float32
     with partitioned(config, device):
         causal_lm = AutoModelForCausalLM.from_config(shape, attn_implementation=ATTENTION_NAME, dtype=dtype)
