@@ -25,7 +25,7 @@ from ultralong_ray.types import DocumentLength, UserError
 
 LENGTH = 512
 SEQUENCES = 40
-WORDS = "the quick brown fox jumps over the lazy dog import os return path".split()
+WORDS = ["the", "quick", "brown", "fox", "jumps", "over", "the", "lazy", "dog", "import", "os", "return", "path"]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -213,7 +213,7 @@ def test_whole_packing_pads_with_weight_zero(tmp_path: Path, tokenizer_folder: P
         assert weight is not None
         assert (ids[weight == 0] == tokenizer.pad_token_id).all() and tokenizer.pad_token_id not in ids[weight == 1]
         padding += int((weight == 0).sum())
-    assert 0 < padding < 0.1 * LENGTH * 20
+    assert 0 < padding < 0.25 * LENGTH * 20
 
 
 def refused(settings: Recipe) -> str:
