@@ -25,7 +25,7 @@ from ultralong_ray.types import DocumentLength, UserError
 
 LENGTH = 512
 SEQUENCES = 40
-WORDS = "the quick brown fox jumps over the lazy dog import os return path".split()
+WORDS = ["the", "quick", "brown", "fox", "jumps", "over", "the", "lazy", "dog", "import", "os", "return", "path"]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -33,7 +33,9 @@ def local_ray() -> Iterator[None]:
     import ray
 
     ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False)
-    yield
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("ultralong_ray.data.pipeline.TOKENS_PER_FILE", 7 * LENGTH)  # several packed files
+        yield
     ray.shutdown()
 
 
@@ -178,7 +180,7 @@ def test_output_is_byte_identical_for_any_number_of_workers(
     # more parts than workers, so that their order of completion varies
     monkeypatch.setattr("ultralong_ray.data.corpus.PART_BYTES", 1)
     again = run(recipe(tmp_path, tokenizer_folder, corpus, num_workers=workers))
-    assert len(content(prepared)) == 6
+    assert sum(name.startswith("/sequences/") for name in content(prepared)) == 6
     assert content(again) == content(prepared)
 
 
@@ -213,7 +215,7 @@ def test_whole_packing_pads_with_weight_zero(tmp_path: Path, tokenizer_folder: P
         assert weight is not None
         assert (ids[weight == 0] == tokenizer.pad_token_id).all() and tokenizer.pad_token_id not in ids[weight == 1]
         padding += int((weight == 0).sum())
-    assert 0 < padding < 0.1 * LENGTH * 20
+    assert 0 < padding < 0.25 * LENGTH * 20
 
 
 def refused(settings: Recipe) -> str:

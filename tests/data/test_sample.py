@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from ultralong_ray.config import PrepareConfig
+from ultralong_ray.data.pack import Separators, plan_concatenated
 from ultralong_ray.data.sample import choose_holdout, draw, sample, target_shares, unit_hash
 from ultralong_ray.types import DocumentLength, SampledDocument, UserError
 
@@ -52,6 +53,26 @@ def test_exact_fit_of_a_whole_corpus() -> None:
     assert sum(c.num_tokens for c in sample(documents, settings, 0, 2)) == 980
     with pytest.raises(UserError, match="too small"):
         sample(documents[:-1], settings, 0, 2)
+
+
+def test_room_for_no_more_than_the_start_of_a_separator_stays_free() -> None:
+    documents = [DocumentLength(f"d{i}", "a", 97) for i in range(11)]
+    settings = config(sequence_length=1002, token_budget=1002, short_below_tokens=0)
+    copies = sample(documents, settings, before_tokens=3)
+    assert [c.num_tokens for c in copies] == [97] * 10  # 10 x (97 + 3) leaves 2
+    plan = plan_concatenated(copies, Separators(before=(1, 2, 3)), 1002, 1)
+    assert (plan.separators[-1].start, plan.separators[-1].end) == (1000, 1002)
+
+
+@pytest.mark.parametrize("separators", [Separators(), Separators((1,), (2,)), Separators((1, 2, 3), (4, 5, 6, 7))])
+def test_packing_places_every_copy_to_the_token(separators: Separators) -> None:
+    for seed in range(5):
+        settings = config(seed=seed, short_keep=0.5, max_repeats=8)
+        copies = sample(corpus(seed), settings, len(separators.before), len(separators.after))
+        placed: Counter[tuple[str, int]] = Counter()
+        for p in plan_concatenated(copies, separators, 1000, 40).placements:
+            placed[p.id, p.copy] += p.end - p.start
+        assert placed == {(c.id, c.copy): c.num_tokens for c in copies}
 
 
 def test_short_kept_by_hash_middle_once_long_repeated() -> None:
