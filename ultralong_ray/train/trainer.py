@@ -12,6 +12,7 @@ import logging
 import os
 import sys
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -96,9 +97,7 @@ def _worker(config: dict[str, Any]) -> int | None:
         return None
     if not job.recipe.cluster.gpus_per_worker:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    package_log = logging.getLogger("ultralong_ray")
-    package_log.setLevel(logging.INFO)
-    package_log.addHandler(logging.StreamHandler(sys.stdout))
+    _quiet_worker_log()
     # deepspeed looks for its accelerator when it is imported, so not before the line above
     from ultralong_ray.train.loop import run
 
@@ -108,6 +107,16 @@ def _worker(config: dict[str, Any]) -> int | None:
     except UserError as error:
         (job.stage / ERROR_FILE).write_bytes(str(error).encode())
         raise
+
+
+def _quiet_worker_log() -> None:
+    """The package's lines to the worker's standard output, once each; torch's notes on its own renames left out."""
+    package_log = logging.getLogger("ultralong_ray")
+    package_log.setLevel(logging.INFO)
+    package_log.addHandler(logging.StreamHandler(sys.stdout))
+    package_log.propagate = False
+    # torch 2.13 renamed collectives that DeepSpeed 0.19.8 calls, and says so at every call.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\..*")
 
 
 def _keep_checkpoint(metrics: dict[str, Any], folder: Path) -> None:
