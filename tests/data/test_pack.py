@@ -8,7 +8,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from ultralong_ray.data.pack import PackPlan, Separators, fill, plan_concatenated, plan_whole, plan_whole_to_fill
+from ultralong_ray.data.pack import PackPlan, Separators, fill, plan_concatenated, plan_whole
 from ultralong_ray.types import ByteArray, IntArray, Placement, SampledDocument
 
 SEPARATORS = Separators(before=(7,), after=(8, 9), pad=99)
@@ -119,23 +119,3 @@ def test_split_keeps_every_place() -> None:
     parts = list(plan.split(5))
     assert [p.num_sequences for p in parts] == [5, 5, 2]
     assert [s for part in parts for s in packed(part)] == packed(plan)
-
-
-def test_whole_to_fill_opens_exactly_the_sequences_and_keeps_the_mix() -> None:
-    short = [SampledDocument(f"d{i}", "short", 0, 60) for i in range(500)]
-    long = [SampledDocument(f"d{i}", "long", 0, 230) for i in range(500, 640)]
-    order = [copy for pair in zip(short[:140], long, strict=True) for copy in pair]
-
-    def copies_for(budget: int) -> list[SampledDocument]:
-        taken, total = [], 0
-        for copy in order:
-            if total >= budget:
-                break
-            taken.append(copy)
-            total += copy.num_tokens
-        return taken
-
-    plan = plan_whole_to_fill(copies_for, Separators(), 256, 50)
-    assert plan.num_sequences == 50
-    counts = Counter(p.domain for p in plan.placements)
-    assert abs(counts["short"] - counts["long"]) <= 2

@@ -177,28 +177,6 @@ def plan_whole(
     return plan
 
 
-def plan_whole_to_fill(
-    copies_for: Callable[[int], Sequence[SampledDocument]],
-    separators: Separators,
-    sequence_length: int,
-    num_sequences: int,
-) -> PackPlan:
-    """The plan of exactly `num_sequences` sequences from the fewest tokens that open them all.
-
-    `copies_for(tokens)` gives copies of about so many tokens, domains in proportion: asking for few enough keeps the
-    domain mix, which dropping the copies that no longer fit would bend towards short ones. The plan has fewer
-    sequences when even `num_sequences * sequence_length` tokens do not open them all.
-    """
-    low, high = 0, num_sequences * sequence_length
-    while high - low > sequence_length:
-        middle = (low + high) // 2
-        if plan_whole(copies_for(middle), separators, sequence_length).num_sequences >= num_sequences:
-            high = middle
-        else:
-            low = middle
-    return plan_whole(copies_for(high), separators, sequence_length, num_sequences)
-
-
 def fill(
     plan: PackPlan, tokens: TokenSource, separators: Separators, *, weights: bool, separator_weight: int = 1
 ) -> Iterator[PackedSequence]:

@@ -25,7 +25,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ultralong_ray.config import PrepareConfig, Recipe, SourceConfig
-from ultralong_ray.data.pack import PackPlan, Separators, plan_concatenated, plan_whole, plan_whole_to_fill
+from ultralong_ray.data.pack import PackPlan, Separators, plan_concatenated, plan_whole
 from ultralong_ray.data.passes import PackItem, TokenizeItem, pack_file, tokenize_items, tokenize_part
 from ultralong_ray.data.sample import choose_holdout, draw, sample, target_shares, unit_hash, whole_copies
 from ultralong_ray.data.sources import materialise
@@ -40,6 +40,8 @@ log = logging.getLogger(__name__)
 
 TOKENS_PER_FILE = 2**22  # one 4M sequence, or as many shorter ones
 PROGRESS_SECONDS = 10.0
+# Documents that are not cut do not fill a budget to the last sequence: this share of it is enough.
+WHOLE_FILL = 0.95
 SAMPLE_TOKENS = 75  # decoded on either side of a separator: about 600 characters of English
 
 Item = TypeVar("Item")
@@ -173,8 +175,8 @@ def _plan(
         copies = sample(lengths, config, len(separators.before), len(separators.after), held_out)
         return plan_concatenated(copies, separators, length, count)
     drawn = draw(lengths, config, separators.tokens, held_out)
-    plan = plan_whole_to_fill(lambda tokens: whole_copies(drawn, tokens), separators, length, count)
-    if plan.num_sequences < count:
+    plan = plan_whole(whole_copies(drawn, count * length), separators, length, count)
+    if plan.num_sequences < WHOLE_FILL * count:
         sample(lengths, config, len(separators.before), len(separators.after), held_out)
         raise UserError(
             f"corpus: its documents fill {plan.num_sequences} of the {count} sequences of prepare.token_budget "
