@@ -22,32 +22,30 @@ TINY_TEXT = [
 TINY_WINDOW = 64  # tokens
 
 
-def write_tiny_tokenizer(
-    folder: Path, *, single_digits: bool = True, chat_template: str | None = CHAT_TEMPLATE
-) -> None:
-    """A byte-level BPE in `folder`; with `single_digits` every digit is a token, else keys differ in token count."""
+def write_tiny_tokenizer(folder: Path) -> None:
+    """A byte-level BPE in which every digit is a token, with a chat template."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 
     tokenizer = Tokenizer(models.BPE())
-    splits: list[Any] = [pre_tokenizers.Digits(individual_digits=single_digits)]
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*splits, pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    splits: list[Any] = [
+        pre_tokenizers.Digits(individual_digits=True),
+        pre_tokenizers.ByteLevel(add_prefix_space=False),
+    ]
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(splits)
     tokenizer.decoder = decoders.ByteLevel()
-    special = ["<s>", "<|end|>", "<|user|>", "<|assistant|>"]
-    numbers = [] if single_digits else ["12 123 1234 12345 777 77"] * 3
     trainer = trainers.BpeTrainer(
         vocab_size=400,
-        special_tokens=special,
+        special_tokens=["<s>", "<|end|>", "<|user|>", "<|assistant|>"],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(TINY_TEXT + numbers, trainer)
+    tokenizer.train_from_iterator(TINY_TEXT, trainer)
     tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token="<s>", eos_token="<|end|>", model_max_length=TINY_WINDOW
     )
-    if chat_template is not None:
-        fast.chat_template = chat_template
+    fast.chat_template = CHAT_TEMPLATE
     fast.save_pretrained(folder)
 
 

@@ -14,9 +14,7 @@ import pytest
 
 from ultralong_ray.config import EvaluateConfig, Recipe
 from ultralong_ray.eval.cells import (
-    BATCH_TOKENS,
     Cell,
-    batches,
     bucket_means,
     grid,
     run_passkey,
@@ -26,7 +24,7 @@ from ultralong_ray.eval.cells import (
 )
 from ultralong_ray.eval.generate import Engine
 from ultralong_ray.storage import Location
-from ultralong_ray.types import CellResult, PasskeyPrompt, UserError
+from ultralong_ray.types import CellResult, UserError
 
 CONFIG = EvaluateConfig(context_lengths=(128, 512), depths_percent=(0.0, 22.2), samples_per_cell=2)
 
@@ -39,13 +37,6 @@ def test_grid_is_longest_first_and_complete(tmp_path: Path) -> None:
     files = {cell.result_file(Location.of("/s")).uri for cell in cells}
     assert len(files) == 10 and "/s/cells/final/512-22.2.json" in files and "/s/perplexity/base.json" in files
     assert len(grid(CONFIG, ["base"], None)) == 4
-
-
-def test_batches_hold_equal_lengths_within_the_limit() -> None:
-    sizes = [100, 101, 100, BATCH_TOKENS, BATCH_TOKENS, BATCH_TOKENS // 2, BATCH_TOKENS // 2, 100]
-    prompts = [PasskeyPrompt(0, 0.0, sample, "", "", size) for sample, size in enumerate(sizes)]
-    found = [[prompt.sample for prompt in batch] for batch in batches(prompts)]
-    assert found == [[0, 2, 7], [1], [5, 6], [3], [4]]
 
 
 def test_bucket_means_cover_every_target_once() -> None:
@@ -78,12 +69,10 @@ def test_a_cell_is_asked_and_kept_with_its_answers(tiny_llama: Path) -> None:
     engine: Any = Engine(tiny_llama, precision="float32", prefill_chunk_tokens=64, device="cpu")
     expected: list[str] = []
 
-    def answer(prompts: list[list[int]], max_new_tokens: int) -> list[str]:
-        """Reads the key from the prompt, as a perfect model would; wrong for the first."""
-        for ids in prompts:
-            text = engine.tokenizer.decode(ids)
-            expected.append(text.split("The pass key is ", 1)[1][:5])
-        return ["no idea", *(f" {key}." for key in expected[1:])]
+    def answer(ids: list[int], max_new_tokens: int) -> str:
+        """Reads the key from the prompt, as a perfect model would; has no idea the first time."""
+        expected.append(engine.tokenizer.decode(ids).split("The pass key is ", 1)[1][:5])
+        return f" {expected[-1]}." if len(expected) > 1 else "no idea"
 
     engine.answer = answer
     result = run_passkey(engine, CONFIG, Cell("base", 512, 22.2, 1024))

@@ -31,9 +31,27 @@ def whole_logits(model: Any, ids: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("chunk", [1000, 64, 50, 1])
 def test_chunked_prefill_equals_one_pass(tiny_llama: Path, ids: torch.Tensor, chunk: int) -> None:
     ours = engine(tiny_llama, chunk)
-    logits, cache = ours.prefill(ids)
-    assert cache.get_seq_length() == LENGTH, "nothing is truncated"
-    torch.testing.assert_close(logits, whole_logits(ours.model, ids)[:, -1], rtol=0, atol=1e-4)
+    logits = ours.prefill(ids[0].tolist())
+    torch.testing.assert_close(logits, whole_logits(ours.model, ids)[0, -1], rtol=0, atol=1e-4)
+
+
+def test_a_shared_beginning_is_not_run_again_and_changes_nothing(tiny_llama: Path, ids: torch.Tensor) -> None:
+    first, other = ids[0].tolist(), ids[1].tolist()
+    second = first[:130] + other[130:180]
+    ours = engine(tiny_llama, 50)
+    run: list[int] = []
+    ours.model.register_forward_pre_hook(lambda module, args: run.append(args[0].shape[1]))
+    for prompt, chunks in (
+        (first, [50, 50, 50, 42]),
+        (second, [50, 30]),  # 130 tokens in common: two whole chunks
+        (second, [30]),  # the last chunk runs for its logits
+        (first[:100], [50]),
+        (other, [50, 50, 50, 42]),
+    ):
+        run.clear()
+        assert torch.equal(ours.prefill(prompt), engine(tiny_llama, 50).prefill(prompt)), "as from a fresh engine"
+        assert run == chunks
+        ours.answer(prompt, 3)  # leaves tokens of its answer in the cache
 
 
 @pytest.mark.parametrize("chunk", [1000, 50])
@@ -48,24 +66,21 @@ def test_token_losses_equal_one_pass(tiny_llama: Path, ids: torch.Tensor, chunk:
 def test_answers_are_transformers_greedy_answers(tiny_llama: Path, ids: torch.Tensor) -> None:
     ours = engine(tiny_llama, 50)
     ours.stop_ids = set()
-    answers = ours.answer(ids.tolist(), 6)
-    for row, answer in zip(ids, answers, strict=True):
-        theirs = ours.model.generate(row[None], max_new_tokens=6, min_new_tokens=6, do_sample=False)[0, LENGTH:]
-        text = ours.tokenizer.decode(theirs, skip_special_tokens=True)
-        assert answer == text.lstrip().split("\n", 1)[0]
-        assert ours.answer([row.tolist()], 6) == [answer], "a batch answers as each prompt alone"
+    for row in ids:
+        theirs: Any = ours.model.generate(row[None], max_new_tokens=6, min_new_tokens=6, do_sample=False)
+        text = ours.tokenizer.decode(theirs[0, LENGTH:], skip_special_tokens=True)
+        assert ours.answer(row.tolist(), 6) == text.lstrip().split("\n", 1)[0]
 
 
 class Scripted:
-    """A model that says given tokens, one list per row, whatever it is asked."""
+    """A model that says the given tokens, whatever it is asked."""
 
-    def __init__(self, rows: list[list[int]]) -> None:
-        self.rows, self.calls, self.config = rows, 0, None
+    def __init__(self, tokens: list[int]) -> None:
+        self.tokens, self.calls, self.config = tokens, 0, None
 
     def __call__(self, input_ids: torch.Tensor, **_: Any) -> Any:
-        logits = torch.zeros(len(self.rows), 1, 400)
-        for row, tokens in enumerate(self.rows):
-            logits[row, 0, tokens[min(self.calls, len(tokens) - 1)]] = 1.0
+        logits = torch.zeros(1, 1, 400)
+        logits[0, 0, self.tokens[self.calls]] = 1.0
         self.calls += 1
         return type("Output", (), {"logits": logits})
 
@@ -73,13 +88,12 @@ class Scripted:
 def test_answers_stop_at_eos_newline_and_limit(tiny_llama: Path) -> None:
     ours = engine(tiny_llama, 1000)
     one, two, newline = (ours.tokenizer(text, add_special_tokens=False)["input_ids"][0] for text in ("1", "2", "\n"))
-    ours.model = Scripted([[newline, one, newline, two], [one, two, 1, two], [one, one, one, one]])
-    assert ours.answer([[5], [5], [5]], 4) == ["1", "12", "1111"]
-    ours.model = Scripted([[one, 1], [1]])
-    assert ours.answer([[5], [5]], 8) == ["1", ""]
-    assert ours.model.calls == 2, "it stops when every row has stopped"
-
-
-def test_prompts_of_different_lengths_are_refused(tiny_llama: Path) -> None:
-    with pytest.raises(ValueError, match="same number of tokens"):
-        engine(tiny_llama, 1000).answer([[5], [5, 6]], 4)
+    eos = ours.tokenizer.eos_token_id
+    for tokens, limit, answer, calls in (
+        ([newline, one, newline, two], 8, "1", 3),  # a newline before any text does not stop it
+        ([one, two, eos, two], 8, "12", 3),
+        ([one, one, one, one], 3, "111", 3),
+        ([eos], 8, "", 1),
+    ):
+        ours.model = Scripted(tokens)
+        assert (ours.answer([5], limit), ours.model.calls) == (answer, calls)

@@ -25,7 +25,6 @@ from ultralong_ray.types import CellResult, PasskeyPrompt, UserError
 logger = logging.getLogger(__name__)
 
 PROMPT_END_CHARACTERS = 400  # of every prompt, kept for a reader
-BATCH_TOKENS = 32_768  # prompts of a cell run together while their KV caches stay below this many tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,37 +79,23 @@ def run_passkey(engine: Any, config: EvaluateConfig, cell: Cell) -> CellResult:
         )
         for sample in range(config.samples_per_cell)
     ]
-    answers: dict[int, str] = {}
-    for batch in batches(prompts):
-        ids = [encode_prompt(engine.tokenizer, p.prompt, chat_template=config.chat_template) for p in batch]
-        texts = engine.answer(ids, config.max_new_tokens)
-        answers |= {prompt.sample: text for prompt, text in zip(batch, texts, strict=True)}
-    samples = [
-        {
-            "prompt_end": prompt.prompt[-PROMPT_END_CHARACTERS:],
-            "prompt_tokens": prompt.prompt_tokens,
-            "answer": answers[prompt.sample],
-            "expected": prompt.expected,
-            "right": is_right(answers[prompt.sample], prompt.expected),
-        }
-        for prompt in prompts
-    ]
+    samples = [_ask(engine, config, prompt) for prompt in prompts]
     score = sum(sample["right"] for sample in samples) / len(samples)
     seconds = time.monotonic() - started
     return CellResult(cell.model, cell.context_length_tokens, cell.depth_percent, score, samples, seconds)
 
 
-def batches(prompts: list[PasskeyPrompt]) -> list[list[PasskeyPrompt]]:
-    """Group prompts of equal token count (so that none is padded) within BATCH_TOKENS; at least one per batch."""
-    groups: list[list[PasskeyPrompt]] = []
-    for prompt in sorted(prompts, key=lambda p: (p.prompt_tokens, p.sample)):
-        last = groups[-1] if groups else []
-        same = bool(last) and last[0].prompt_tokens == prompt.prompt_tokens
-        if same and (len(last) + 1) * prompt.prompt_tokens <= BATCH_TOKENS:
-            last.append(prompt)
-        else:
-            groups.append([prompt])
-    return groups
+def _ask(engine: Any, config: EvaluateConfig, prompt: PasskeyPrompt) -> dict[str, Any]:
+    """One sample as it is stored: enough of the prompt for a reader, the answer, and whether it is right."""
+    ids = encode_prompt(engine.tokenizer, prompt.prompt, chat_template=config.chat_template)
+    answer = engine.answer(ids, config.max_new_tokens)
+    return {
+        "prompt_end": prompt.prompt[-PROMPT_END_CHARACTERS:],
+        "prompt_tokens": prompt.prompt_tokens,
+        "answer": answer,
+        "expected": prompt.expected,
+        "right": is_right(answer, prompt.expected),
+    }
 
 
 def stored_score(config: EvaluateConfig, cell: Cell, stage: Location) -> float | None:

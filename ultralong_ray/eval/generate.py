@@ -7,6 +7,7 @@ Nothing is ever truncated: a prompt beyond the model's window is run as it is. R
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,40 +31,49 @@ class Engine:
         )
         self.model: Any = model.to(self.device).eval()
         self.stop_ids = _stop_ids(self.model, self.tokenizer)
+        self._forget()
+
+    def _forget(self) -> None:
+        """Free the KV cache of the last prompt."""
+        self._prompt = np.empty(0, dtype=np.int64)  # [seq], what the cache holds the keys and values of
+        self._cache = DynamicCache(config=self.model.config)
 
     @torch.inference_mode()
-    def prefill(self, input_ids: torch.Tensor) -> tuple[torch.Tensor, DynamicCache]:
-        """Run prompts of equal length. input_ids: [batch, seq]. Returns: logits [batch, vocab] after the last token."""
-        cache = DynamicCache(config=self.model.config)
-        output: Any = None
-        for chunk in input_ids.split(self.chunk_tokens, dim=1):  # [batch, chunk]
-            output = self.model(chunk, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        return output.logits[:, -1], cache
+    def prefill(self, input_ids: Sequence[int]) -> torch.Tensor:
+        """Run a prompt in chunks. input_ids: [seq]. Returns: logits [vocab] after its last token.
 
-    @torch.inference_mode()
-    def answer(self, prompts: list[list[int]], max_new_tokens: int) -> list[str]:
-        """Greedy answers to prompts of equal token count; each ends before EOS, a newline after text, or the limit.
-
-        Raises: ValueError for prompts of different lengths.
+        Whole chunks that the prompt shares with the one before it are not run again: passkey prompts share all noise
+        before the needle. Chunks start at fixed positions, so the result does not depend on what was asked before.
         """
-        if len({len(prompt) for prompt in prompts}) != 1:
-            raise ValueError("prompts of one batch must have the same number of tokens")
-        input_ids = torch.tensor(prompts, device=self.device)  # [batch, seq]
-        logits, cache = self.prefill(input_ids)
-        answers: list[list[int]] = [[] for _ in prompts]
-        done = [False] * len(prompts)
+        ids = np.asarray(input_ids, dtype=np.int64)  # [seq]
+        # The last chunk always runs, for its logits.
+        keep = min(common_prefix(self._prompt, ids), len(ids) - 1) // self.chunk_tokens * self.chunk_tokens
+        if keep:
+            # Negative: how many tokens to drop. transformers 5.23 refuses the positive form that 5.17 also takes.
+            self._cache.crop(keep - self._cache.get_seq_length())
+        else:
+            self._cache = DynamicCache(config=self.model.config)
+        self._prompt = ids
+        output: Any = None
+        for chunk in torch.from_numpy(ids[None, keep:]).to(self.device).split(self.chunk_tokens, dim=1):  # [1, chunk]
+            output = self.model(chunk, past_key_values=self._cache, use_cache=True, logits_to_keep=1)
+        return output.logits[0, -1]
+
+    @torch.inference_mode()
+    def answer(self, prompt: Sequence[int], max_new_tokens: int) -> str:
+        """Greedy answer to token ids [seq]; it ends before EOS, at a newline after text, or after `max_new_tokens`."""
+        logits = self.prefill(prompt)  # [vocab]
+        ids: list[int] = []
         for step in range(max_new_tokens):
-            next_ids = logits.argmax(dim=-1)  # [batch]
-            for row, token in enumerate(next_ids.tolist()):
-                done[row] = done[row] or token in self.stop_ids
-                if not done[row]:
-                    answers[row].append(token)
-                    done[row] = "\n" in self._text(answers[row]).lstrip()
-            if all(done) or step == max_new_tokens - 1:
+            token = int(logits.argmax())
+            if token in self.stop_ids:
                 break
-            output = self.model(next_ids[:, None], past_key_values=cache, use_cache=True)
-            logits = output.logits[:, -1]
-        return [self._text(ids).lstrip().split("\n", 1)[0] for ids in answers]
+            ids.append(token)
+            if "\n" in self._text(ids).lstrip() or step == max_new_tokens - 1:
+                break
+            next_id = torch.tensor([[token]], device=self.device)  # [1, 1]
+            logits = self.model(next_id, past_key_values=self._cache, use_cache=True).logits[0, -1]
+        return self._text(ids).lstrip().split("\n", 1)[0]
 
     def _text(self, ids: list[int]) -> str:
         return self.tokenizer.decode(ids, skip_special_tokens=True)
@@ -71,6 +81,7 @@ class Engine:
     @torch.inference_mode()
     def token_losses(self, input_ids: NDArray[np.int32]) -> NDArray[np.float32]:
         """Cross-entropy of every token after the first, in nats. input_ids: [seq]. Returns: float32 [seq - 1]."""
+        self._forget()
         ids = torch.from_numpy(input_ids.astype(np.int64))[None].to(self.device)  # [1, seq]
         cache = DynamicCache(config=self.model.config)
         losses: list[torch.Tensor] = []
@@ -84,6 +95,13 @@ class Engine:
                 logits = self.model.lm_head(rows).float()  # [tile, vocab]
                 losses.append(torch.nn.functional.cross_entropy(logits, wanted, reduction="none").cpu())
         return torch.cat(losses).numpy()
+
+
+def common_prefix(first: NDArray[np.int64], second: NDArray[np.int64]) -> int:
+    """Number of leading ids that both have in common."""
+    shorter = min(len(first), len(second))
+    different = np.flatnonzero(first[:shorter] != second[:shorter])
+    return int(different[0]) if len(different) else shorter
 
 
 def _stop_ids(model: Any, tokenizer: Any) -> set[int]:
