@@ -94,7 +94,7 @@ def full_weights(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
     else:
         state = torch.load(shards / "mp_rank_00_model_states.pt", map_location="cpu", weights_only=False)["module"]
     for name, value in state.items():
-        yield name.removeprefix(MODEL_PREFIX), value.contiguous().float()
+        yield name.removeprefix(MODEL_PREFIX), value.contiguous().detach().float()
 
 
 def _random_state() -> dict[str, Any]:

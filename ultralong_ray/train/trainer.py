@@ -98,6 +98,7 @@ def _worker(config: dict[str, Any]) -> int | None:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     package_log = logging.getLogger("ultralong_ray")
     package_log.setLevel(logging.INFO)
+    package_log.propagate = False  # Ray's root handler would print every line again
     package_log.addHandler(logging.StreamHandler(sys.stdout))
     # deepspeed looks for its accelerator when it is imported, so not before the line above
     from ultralong_ray.train.loop import run
