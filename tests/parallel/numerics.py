@@ -148,4 +148,9 @@ def _whole_parameters(module: torch.nn.Module) -> dict[str, np.ndarray]:
 def _zero3_gradients(module: torch.nn.Module) -> dict[str, np.ndarray]:
     from deepspeed.utils import safe_get_full_grad
 
-    return {n.removeprefix("causal_lm."): safe_get_full_grad(p).numpy() for n, p in module.named_parameters()}
+    return {n.removeprefix("causal_lm."): _present(safe_get_full_grad(p)).numpy() for n, p in module.named_parameters()}
+
+
+def _present(gradient: torch.Tensor | None) -> torch.Tensor:
+    assert gradient is not None
+    return gradient

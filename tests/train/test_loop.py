@@ -1,4 +1,4 @@
-"""The loop on one gloo rank: stop and resume change nothing, weights come out whole, strange checkpoints are refused."""
+"""The loop on one gloo rank: resuming changes nothing, weights come out whole, strange checkpoints are refused."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 from jobs import job, write_inputs
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "parallel"))
-from spawn import run_distributed
+from spawn import run_distributed  # pyright: ignore[reportMissingImports]
 
 from ultralong_ray.train.checkpoint import STATE_FILE, files_of_rank, full_weights, refuse_other
 from ultralong_ray.train.metrics import read_metrics
@@ -95,7 +95,8 @@ def build_rotary(folder: Path) -> tuple[str, list[float]]:
     from ultralong_ray.train.loop import Trainer
 
     trainer = Trainer(job(folder, "rotary", zero_stage=3, precision="bfloat16"), torch.device("cpu"))
-    frequencies = trainer.engine.module.causal_lm.model.rotary_emb.inv_freq
+    module: Any = trainer.engine.module
+    frequencies = module.causal_lm.model.rotary_emb.inv_freq
     return str(frequencies.dtype), frequencies.tolist()
 
 

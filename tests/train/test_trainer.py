@@ -1,4 +1,4 @@
-"""Training on a real Ray: an interrupted run continues from its checkpoint when submitted again, and ends in a model."""
+"""Training on a real Ray: an interrupted run continues from its checkpoint on re-submission and ends in a model."""
 
 from __future__ import annotations
 

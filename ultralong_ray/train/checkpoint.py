@@ -89,6 +89,7 @@ def full_weights(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
     model computes with them.
     """
     shards = folder / TAG
+    state: Any
     if any("zero_pp_rank_" in file.name for file in shards.iterdir()):
         state = get_fp32_state_dict_from_zero_checkpoint(str(folder), tag=TAG, lazy_mode=True)
     else:

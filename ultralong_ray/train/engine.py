@@ -97,7 +97,8 @@ def initialize(model: nn.Module, optimizer: torch.optim.Optimizer, config: dict[
 
 
 def set_learning_rate(engine: deepspeed.DeepSpeedEngine, rate: float) -> None:
-    for group in engine.optimizer.param_groups:
+    optimizer: Any = engine.optimizer
+    for group in optimizer.param_groups:
         group["lr"] = rate
 
 
@@ -108,7 +109,7 @@ def take_step(engine: deepspeed.DeepSpeedEngine) -> torch.Tensor:
     from the averaged gradients, which are whole on every rank.
     """
     if isinstance(engine.optimizer, torch.optim.Optimizer):
-        norm = torch.nn.utils.get_total_norm(p.grad for p in engine.module.parameters() if p.grad is not None)
+        norm = torch.nn.utils.get_total_norm([p.grad for p in engine.parameters() if p.grad is not None])
         engine.step()
     else:
         engine.step()
