@@ -16,16 +16,14 @@ RELATIVE = 1e-5  # float32 sums in another order; seen: below 2e-6
 # A parameter difference after a step of rate 1 has lost the bits below the parameter's own last one.
 RELATIVE_BY_STEP = 1e-5
 
+# Two sequences per step: micro_batch_sequences 1, the default, makes them two passes at degree 2.
 TWO_RANKS = [
-    Case("zero3", 2),
+    Case("zero3 accumulation", 2),
     Case("zero3 one kv head", 2, kv_heads=1),
-    Case("zero3 accumulation", 2, changes={"micro_batch_sequences": 1}),
     Case("zero3 two at once", 2, changes={"micro_batch_sequences": 2}),
     Case("zero3 tied", 2, tied=True),
     Case("zero3 masked", 2, changes={"mask_documents": True, "micro_batch_sequences": 2}),
     Case("zero3 data parallel", 1),
-    Case("zero0 accumulation", 2, changes={"zero_stage": 0}),
-    Case("zero1 accumulation", 2, changes={"zero_stage": 1}),
     Case("zero2 accumulation", 2, changes={"zero_stage": 2}),
     Case("zero1 clipped", 2, changes={"zero_stage": 1, "gradient_clip": 0.25}),
     Case("zero0 clipped", 2, changes={"zero_stage": 0, "gradient_clip": 0.25}),
@@ -40,7 +38,6 @@ FOUR_RANKS = [
     Case("zero3", 4),
     Case("zero3 one kv head masked", 4, kv_heads=1, changes={"mask_documents": True, "micro_batch_sequences": 2}),
     Case("zero3 two groups", 2),
-    Case("zero2 two groups", 2, changes={"zero_stage": 2}),
     Case("zero1", 4, changes={"zero_stage": 1}),
     Case("no recomputation", 4, kv_heads=4, changes={"gradient_checkpointing": False}),
 ]
