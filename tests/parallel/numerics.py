@@ -3,7 +3,8 @@ Hugging Face: what `test_numerics.py` compares with."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from ultralong_ray.storage import Location
 from ultralong_ray.train import engine as engine_module
 from ultralong_ray.train import step as step_module
 from ultralong_ray.train.batches import accumulation_steps, read_step
+from ultralong_ray.train.step import MicroBatch
 from ultralong_ray.train.weights import build_model
 
 LENGTH = 48
@@ -34,6 +36,7 @@ class Case:
     kv_heads: int = 2
     tied: bool = False
     changes: dict[str, Any] = field(default_factory=dict)
+    broken: str | None = None  # a key of BREAKAGES: the comparison must notice it
 
 
 @dataclass(frozen=True)
@@ -102,11 +105,36 @@ def _solve(model: Location, packed: Location, case: Case, device: torch.device) 
 
     step_module.take_step = observe
     batches = read_step(1, PackedReader(packed), train, topology, device)
+    step_module.dist = dist if case.broken != "mean per rank" else _LocalWeights()
+    if case.broken in BREAKAGES:
+        batches = [BREAKAGES[case.broken](batch) for batch in batches]
     result = step_module.train_step(engine, batches, create_group(topology), case.degree, 0.0)
     after = _whole_parameters(module)
     answers.append({name: before[name] - after[name] for name in before})
     sums = result.rank_sums.sum(0)
     return [Answer(float(sums[0] / sums[1]), float(result.grad_norm), gradients) for gradients in answers]
+
+
+BREAKAGES: dict[str, Callable[[MicroBatch], MicroBatch]] = {
+    "labels not shifted": lambda batch: replace(batch, labels=batch.input_ids),
+    "every target weighs 1": lambda batch: replace(
+        batch, loss_weight=(batch.labels >= 0).float(), weight=float((batch.labels >= 0).sum())
+    ),
+    "weight of the input token": lambda batch: replace(batch, loss_weight=batch.loss_weight.roll(1, 1)),
+}
+
+
+class _LocalWeights:
+    """torch.distributed, but the sum of weights over ranks is this rank's times their number."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(dist, name)
+
+    def all_reduce(self, tensor: torch.Tensor) -> None:
+        if tensor.dim() == 0:
+            tensor.mul_(dist.get_world_size())
+        else:
+            dist.all_reduce(tensor)
 
 
 def _whole_parameters(module: torch.nn.Module) -> dict[str, np.ndarray]:
@@ -120,4 +148,9 @@ def _whole_parameters(module: torch.nn.Module) -> dict[str, np.ndarray]:
 def _zero3_gradients(module: torch.nn.Module) -> dict[str, np.ndarray]:
     from deepspeed.utils import safe_get_full_grad
 
-    return {n.removeprefix("causal_lm."): safe_get_full_grad(p).numpy() for n, p in module.named_parameters()}
+    return {n.removeprefix("causal_lm."): _present(safe_get_full_grad(p)).numpy() for n, p in module.named_parameters()}
+
+
+def _present(gradient: torch.Tensor | None) -> torch.Tensor:
+    assert gradient is not None
+    return gradient

@@ -22,10 +22,12 @@ def explicit(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, id
     return (q @ k.mT * scale).masked_fill(~allowed, float("-inf")).softmax(-1) @ v
 
 
-def tensors() -> list[torch.Tensor]:
+def tensors() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
-    shapes = [(2, 4, 24, 8), (2, 2, 24, 8), (2, 2, 24, 8)]
-    return [torch.randn(shape, generator=generator, requires_grad=True) for shape in shapes]
+    query = torch.randn(2, 4, 24, 8, generator=generator, requires_grad=True)
+    key = torch.randn(2, 2, 24, 8, generator=generator, requires_grad=True)
+    value = torch.randn(2, 2, 24, 8, generator=generator, requires_grad=True)
+    return query, key, value
 
 
 @pytest.mark.parametrize("ids", [None, DOCUMENT_IDS], ids=["causal", "documents"])

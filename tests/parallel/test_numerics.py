@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 
 import numpy as np
 import pytest
-from numerics import STARTS, Answer, Case, problem, reference, solve
+from numerics import BREAKAGES, STARTS, Answer, Case, problem, reference, solve
 from spawn import run_distributed, write_model, write_packed
 
 from ultralong_ray.storage import Location
@@ -15,27 +16,28 @@ RELATIVE = 1e-5  # float32 sums in another order; seen: below 2e-6
 # A parameter difference after a step of rate 1 has lost the bits below the parameter's own last one.
 RELATIVE_BY_STEP = 1e-5
 
+# Two sequences per step: micro_batch_sequences 1, the default, makes them two passes at degree 2.
 TWO_RANKS = [
-    Case("zero3", 2),
+    Case("zero3 accumulation", 2),
     Case("zero3 one kv head", 2, kv_heads=1),
-    Case("zero3 accumulation", 2, changes={"micro_batch_sequences": 1}),
     Case("zero3 two at once", 2, changes={"micro_batch_sequences": 2}),
     Case("zero3 tied", 2, tied=True),
     Case("zero3 masked", 2, changes={"mask_documents": True, "micro_batch_sequences": 2}),
     Case("zero3 data parallel", 1),
-    Case("zero0 accumulation", 2, changes={"zero_stage": 0}),
-    Case("zero1 accumulation", 2, changes={"zero_stage": 1}),
     Case("zero2 accumulation", 2, changes={"zero_stage": 2}),
     Case("zero1 clipped", 2, changes={"zero_stage": 1, "gradient_clip": 0.25}),
     Case("zero0 clipped", 2, changes={"zero_stage": 0, "gradient_clip": 0.25}),
     Case("zero3 clipped", 2, changes={"gradient_clip": 0.25}),
     Case("zero1 tied", 2, tied=True, changes={"zero_stage": 1}),
 ]
+BROKEN = [
+    Case("broken", 2, changes={"zero_stage": 1, "micro_batch_sequences": 2}, broken=breakage)
+    for breakage in (*BREAKAGES, "mean per rank")
+]
 FOUR_RANKS = [
     Case("zero3", 4),
     Case("zero3 one kv head masked", 4, kv_heads=1, changes={"mask_documents": True, "micro_batch_sequences": 2}),
     Case("zero3 two groups", 2),
-    Case("zero2 two groups", 2, changes={"zero_stage": 2}),
     Case("zero1", 4, changes={"zero_stage": 1}),
     Case("no recomputation", 4, kv_heads=4, changes={"gradient_checkpointing": False}),
 ]
@@ -66,7 +68,7 @@ def check(case: Case, answers: list[Answer], expected: Answer) -> None:
         assert distance(answers[-1].gradients[name], gradient * shrink) < RELATIVE_BY_STEP / shrink, (case.name, name)
 
 
-@pytest.mark.parametrize(("world_size", "cases"), [(2, TWO_RANKS), (4, FOUR_RANKS)])
+@pytest.mark.parametrize(("world_size", "cases"), [(2, TWO_RANKS + BROKEN), (4, FOUR_RANKS)])
 def test_every_case_equals_one_process(files, world_size: int, cases: list[Case]) -> None:
     models, packed = files
     solved = run_distributed(solve, world_size, models, packed, cases)
@@ -75,4 +77,5 @@ def test_every_case_equals_one_process(files, world_size: int, cases: list[Case]
         if case.changes.get("gradient_clip"):
             assert expected.grad_norm > 2 * case.changes["gradient_clip"]  # else nothing would be clipped
         for by_rank in solved:
-            check(case, by_rank[index], expected)
+            with pytest.raises(AssertionError) if case.broken else contextlib.nullcontext():
+                check(case, by_rank[index], expected)

@@ -77,17 +77,20 @@ def core_attention(
     if documents is None:
         return _causal(query, key, value, scale)
     batch, _, seq_global, _ = query.shape
-    rows = [t.transpose(1, 2).flatten(0, 1) for t in (query, key, value)]  # [batch * seq_global, heads, head_dim]
     outputs = []
     for bucket in documents.buckets:
-        parts = [
-            row.index_select(0, bucket.tokens.flatten()).unflatten(0, tuple(bucket.tokens.shape)).transpose(1, 2)
-            for row in rows
-        ]  # [documents, heads, length, head_dim]
-        attended = _causal(*parts, scale).transpose(1, 2).flatten(0, 1)  # [documents * length, heads, head_dim]
-        outputs.append(attended.index_select(0, bucket.kept))
+        attended = _causal(_cut(query, bucket), _cut(key, bucket), _cut(value, bucket), scale)
+        flat = attended.transpose(1, 2).flatten(0, 1)  # [documents * length, heads, head_dim]
+        outputs.append(flat.index_select(0, bucket.kept))
     joined = torch.cat(outputs).index_select(0, documents.order)  # [batch * seq_global, heads, head_dim]
     return joined.unflatten(0, (batch, seq_global)).transpose(1, 2)
+
+
+def _cut(heads: torch.Tensor, bucket: DocumentBucket) -> torch.Tensor:
+    """[batch, heads, seq_global, head_dim] to the documents of a bucket, [documents, heads, length, head_dim]."""
+    tokens = heads.transpose(1, 2).flatten(0, 1)  # [batch * seq_global, heads, head_dim]
+    chosen = tokens.index_select(0, bucket.tokens.flatten())
+    return chosen.unflatten(0, tuple(bucket.tokens.shape)).transpose(1, 2)
 
 
 def _causal(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float) -> torch.Tensor:

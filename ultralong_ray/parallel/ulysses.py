@@ -41,7 +41,9 @@ def create_group(topology: Topology) -> dist.ProcessGroup | None:
     if topology.degree == 1:
         return None
     groups = [dist.new_group(ranks) for ranks in topology.sp_groups]
-    return groups[topology.dp_rank]
+    mine = groups[topology.dp_rank]
+    assert isinstance(mine, dist.ProcessGroup)
+    return mine
 
 
 def register_attention() -> None:

@@ -89,12 +89,13 @@ def full_weights(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
     model computes with them.
     """
     shards = folder / TAG
+    state: Any
     if any("zero_pp_rank_" in file.name for file in shards.iterdir()):
         state = get_fp32_state_dict_from_zero_checkpoint(str(folder), tag=TAG, lazy_mode=True)
     else:
         state = torch.load(shards / "mp_rank_00_model_states.pt", map_location="cpu", weights_only=False)["module"]
     for name, value in state.items():
-        yield name.removeprefix(MODEL_PREFIX), value.contiguous().float()
+        yield name.removeprefix(MODEL_PREFIX), value.contiguous().detach().float()
 
 
 def _random_state() -> dict[str, Any]:

@@ -144,6 +144,7 @@ def _local_copy(checkpoint: Checkpoint, choose: Callable[[list[str]], list[str]]
     if isinstance(checkpoint.filesystem, pafs.LocalFileSystem):
         yield Path(checkpoint.path)
         return
+    assert checkpoint.filesystem is not None
     infos = checkpoint.filesystem.get_file_info(pafs.FileSelector(checkpoint.path, recursive=True))
     names = [info.path[len(checkpoint.path) :].lstrip("/") for info in infos if info.is_file]
     with tempfile.TemporaryDirectory(prefix="checkpoint-") as copy, explain_full_disk(copy):

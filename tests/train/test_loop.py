@@ -1,0 +1,124 @@
+"""The loop on one gloo rank: resuming changes nothing, weights come out whole, strange checkpoints are refused."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from jobs import job, write_inputs
+
+sys.path.append(str(Path(__file__).resolve().parents[1] / "parallel"))
+from spawn import run_distributed  # pyright: ignore[reportMissingImports]
+
+from ultralong_ray.train.checkpoint import STATE_FILE, files_of_rank, full_weights, refuse_other
+from ultralong_ray.train.metrics import read_metrics
+from ultralong_ray.types import UserError
+
+STAGES = [
+    ("stage0", {"zero_stage": 0}),
+    ("stage1", {"zero_stage": 1}),
+    ("stage2", {"zero_stage": 2}),
+    ("stage3", {"zero_stage": 3}),
+    ("stage0-bfloat16", {"zero_stage": 0, "precision": "bfloat16"}),
+    ("stage2-bfloat16", {"zero_stage": 2, "precision": "bfloat16"}),
+    ("stage3-bfloat16", {"zero_stage": 3, "precision": "bfloat16"}),
+]
+
+
+def straight_and_resumed(folder: Path) -> dict[str, dict[str, Any]]:
+    """Each stage: six steps in one go, then steps 5 and 6 again from the files that a rank needs of step 4."""
+    import torch
+
+    from ultralong_ray.train.loop import run
+
+    found = {}
+    for stage, changes in STAGES:
+        for warm_start in (False, True):
+            task = job(folder, stage, **changes)
+            kept = folder / stage / "kept"
+
+            def keep(metrics: dict[str, Any], files: Path, kept: Path = kept) -> None:
+                shutil.copytree(files, kept / str(metrics["step"]), dirs_exist_ok=True)
+
+            start = run(task, torch.device("cpu"), folder / stage / "mine" if warm_start else None, keep)
+            weights = {name: tensor.numpy().copy() for name, tensor in full_weights(kept / "6")}
+            entry = found.setdefault(stage, {})
+            entry["resumed" if warm_start else "straight"] = (start, read_metrics(task.stage), weights)
+            if not warm_start:
+                names = [str(p.relative_to(kept / "4")) for p in (kept / "4").rglob("*") if p.is_file()]
+                for file in files_of_rank(names, 0):
+                    (folder / stage / "mine" / file).parent.mkdir(parents=True, exist_ok=True)
+                    shutil.copy(kept / "4" / file, folder / stage / "mine" / file)
+    return found
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    folder = tmp_path_factory.mktemp("loop")
+    write_inputs(folder)
+    return run_distributed(straight_and_resumed, 1, folder)[0]
+
+
+@pytest.mark.parametrize("name", [name for name, _ in STAGES])
+def test_a_resumed_run_continues_identically(runs: dict[str, dict[str, Any]], name: str) -> None:
+    started, straight, weights = runs[name]["straight"]
+    resumed_at, resumed, resumed_weights = runs[name]["resumed"]
+    assert (started, resumed_at) == (0, 4)
+    assert [record.step for record in resumed] == [1, 2, 3, 4, 5, 6]
+    for one, other in zip(straight, resumed, strict=True):
+        assert (one.loss, one.grad_norm, one.learning_rate) == (other.loss, other.grad_norm, other.learning_rate)
+        assert (one.tokens, one.epoch, one.sequence) == (other.tokens, other.epoch, other.sequence)
+    assert weights.keys() == resumed_weights.keys()
+    assert all(np.array_equal(weights[key], resumed_weights[key]) for key in weights)
+
+
+@pytest.mark.parametrize("name", [name for name, _ in STAGES])
+def test_every_stage_and_precision_trains_alike(runs: dict[str, dict[str, Any]], name: str) -> None:
+    _, straight, weights = runs[name]["straight"]
+    _, expected, expected_weights = runs["stage0"]["straight"]
+    # the head of a random model sees float32 and bfloat16 alike to three digits; six steps of Adam spread them
+    relative = 5e-6 if "bfloat16" not in name else 0.02
+    assert [r.loss for r in straight] == pytest.approx([r.loss for r in expected], rel=relative)
+    assert [r.grad_norm for r in straight] == pytest.approx([r.grad_norm for r in expected], rel=relative * 5)
+    assert straight[-1].loss < straight[0].loss - 0.3
+    assert sorted(weights) == sorted(expected_weights)
+    assert "model.layers.0.self_attn.q_proj.weight" in weights and "lm_head.weight" in weights
+
+
+def build_rotary(folder: Path) -> tuple[str, list[float]]:
+    import torch
+
+    from ultralong_ray.train.loop import Trainer
+
+    trainer = Trainer(job(folder, "rotary", zero_stage=3, precision="bfloat16"), torch.device("cpu"))
+    module: Any = trainer.engine.module
+    frequencies = module.causal_lm.model.rotary_emb.inv_freq
+    return str(frequencies.dtype), frequencies.tolist()
+
+
+def test_rope_frequencies_stay_float32_in_a_bfloat16_model(tmp_path: Path) -> None:
+    write_inputs(tmp_path)
+    dtype, frequencies = run_distributed(build_rotary, 1, tmp_path)[0]
+    assert dtype == "torch.float32"
+    assert frequencies == pytest.approx([10000.0 ** (-i / 4) for i in range(4)], rel=1e-6)
+
+
+def test_a_checkpoint_of_another_run_is_refused_with_the_differing_fields() -> None:
+    saved = {"pretrain.learning_rate": 0.1, "model hidden_size": 32, "pretrain.seed": 1}
+    refuse_other(saved, dict(saved), "here")
+    with pytest.raises(UserError) as refusal:
+        refuse_other(saved, {**saved, "model hidden_size": 64, "pretrain.seed": 2}, "s3://b/checkpoint")
+    message = str(refusal.value)
+    assert "s3://b/checkpoint" in message
+    assert "model hidden_size is 32 there and 64 here" in message and "pretrain.seed is 1 there and 2 here" in message
+    assert "learning_rate" not in message
+
+
+def test_a_rank_needs_its_own_shards_and_what_is_common() -> None:
+    names = [STATE_FILE, "rng-00001.pt", "rng-00010.pt", "deepspeed/mp_rank_00_model_states.pt"]
+    names += [f"deepspeed/bf16_zero_pp_rank_{rank}_mp_rank_00_optim_states.pt" for rank in (1, 10, 11)]
+    assert files_of_rank(names, 1) == [names[0], names[1], names[3], names[4]]
