@@ -292,6 +292,8 @@ def _run(
             return {"result": b"", "error": str(error)}
 
     workers = None if num_workers is None else min(num_workers, len(items))
+    # The executor's own account of each dataset goes to its log files; here our progress lines stand for it.
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
     context = ray.data.DataContext.get_current()
     shown, context.enable_progress_bars = context.enable_progress_bars, sys.stderr.isatty()
     try:
