@@ -81,7 +81,7 @@ def _train_lines(recipe: Recipe, name: str, train: TrainConfig, length: int) -> 
     groups = workers // degree
     accumulation = train.global_batch_sequences // (groups * train.micro_batch_sequences)
     known = recipe.prepare.num_sequences if name == "pretrain" else None
-    steps = num_steps(train, known) if known or train.steps else None
+    steps = train.steps if known is None else num_steps(train, known)
     step_tokens = train.global_batch_sequences * length
     lines = [
         "",

@@ -10,8 +10,8 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
-from pydantic_settings import BaseSettings, CliSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
+from pydantic import ValidationError, create_model
+from pydantic_settings import BaseSettings, CliSettingsSource
 from pydantic_settings import SettingsError as OverrideError
 
 from ultralong_ray.config import Recipe
@@ -48,19 +48,10 @@ def _parse_overrides(arguments: list[str]) -> dict[str, Any]:
     """Overrides as a nested dict holding only the keys that were given; `key=value` is read like `--key value`."""
     arguments = [a if a.startswith("-") or "=" not in a else f"--{a}" for a in arguments]
 
-    class Overrides(BaseSettings, Recipe):
-        model_config = SettingsConfigDict(
-            cli_parse_args=False, cli_prog_name="overrides", cli_exit_on_error=False, cli_hide_none_type=True
-        )
-
-        @classmethod
-        def settings_customise_sources(
-            cls, settings_cls: type[BaseSettings], **sources: PydanticBaseSettingsSource
-        ) -> tuple[PydanticBaseSettingsSource, ...]:
-            return ()
-
+    fields: dict[str, Any] = {name: (info.annotation, info) for name, info in Recipe.model_fields.items()}
+    keys = create_model("Overrides", __base__=BaseSettings, **fields)
     try:
-        return CliSettingsSource(Overrides, cli_parse_args=arguments, cli_exit_on_error=False)()
+        return CliSettingsSource(keys, cli_parse_args=arguments, cli_exit_on_error=False)()
     except OverrideError as error:
         raise UserError(
             f"override not understood: {error}. Overrides are keys of the recipe, as in --pretrain.learning_rate 1e-5"

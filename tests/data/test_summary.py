@@ -39,9 +39,9 @@ def test_sft_counts() -> None:
     report = sft_report(DOCUMENTS, PLACEMENTS[1:3], too_long=4, supervised_tokens=300)
     assert report["domains"]["code"] == {
         "samples_before": 2,
-        "samples_after": 1,
-        "tokens_after": 1000,
-        "share_after": pytest.approx(2 / 3),
+        "samples": 1,
+        "tokens": 1000,
+        "share": pytest.approx(2 / 3),
     }
     assert report["dropped_too_long"] == 4
     assert report["supervised_share"] == pytest.approx(0.2)

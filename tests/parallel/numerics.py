@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from spawn import VOCAB, section
 from transformers import AutoModelForCausalLM
 
+from tests.parallel.spawn import VOCAB, section
 from ultralong_ray.packed import PackedReader
 from ultralong_ray.parallel.topology import Topology
 from ultralong_ray.parallel.ulysses import create_group

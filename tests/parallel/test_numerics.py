@@ -7,9 +7,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from numerics import BREAKAGES, STARTS, Answer, Case, problem, reference, solve
-from spawn import run_distributed, write_model, write_packed
 
+from tests.parallel.numerics import BREAKAGES, STARTS, Answer, Case, problem, reference, solve
+from tests.parallel.spawn import run_distributed, write_model, write_packed
 from ultralong_ray.storage import Location
 
 RELATIVE = 1e-5  # float32 sums in another order; seen: below 2e-6

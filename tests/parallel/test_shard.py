@@ -6,8 +6,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from spawn import write_packed
 
+from tests.parallel.spawn import write_packed
 from ultralong_ray.packed import PackedReader
 from ultralong_ray.parallel.shard import read_slice
 

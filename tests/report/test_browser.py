@@ -10,8 +10,8 @@ from html import escape
 from pathlib import Path
 
 import pytest
-from made_run import made_recipe, write_run
 
+from tests.report.made_run import made_recipe, write_run
 from ultralong_ray.report.page import write_report
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)

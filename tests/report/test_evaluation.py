@@ -6,8 +6,8 @@ import math
 from pathlib import Path
 
 import pytest
-from made_run import made_cell, made_recipe, write_cell, write_json, write_run
 
+from tests.report.made_run import made_cell, made_recipe, write_cell, write_json, write_run
 from ultralong_ray.report.evaluation import evaluation_facts, verdict
 from ultralong_ray.report.reading import StageReader
 

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from made_run import (
+
+from tests.report.made_run import (
     directories_of,
     made_cell,
     made_data_report,
@@ -21,7 +22,6 @@ from made_run import (
     write_lines,
     write_run,
 )
-
 from ultralong_ray.config import Recipe
 from ultralong_ray.report import page
 from ultralong_ray.report.page import shown_answers, write_report

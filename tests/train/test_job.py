@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from jobs import LENGTH, NUM_SEQUENCES, VOCAB, job, write_inputs
 
+from tests.train.made_jobs import LENGTH, NUM_SEQUENCES, VOCAB, job, write_inputs
 from ultralong_ray.storage import Location
 from ultralong_ray.train.job import check_inputs
 from ultralong_ray.types import UserError

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from jobs import job, write_inputs
 
-sys.path.append(str(Path(__file__).resolve().parents[1] / "parallel"))
-from spawn import run_distributed  # pyright: ignore[reportMissingImports]
-
+from tests.parallel.spawn import run_distributed
+from tests.train.made_jobs import job, write_inputs
 from ultralong_ray.train.checkpoint import STATE_FILE, files_of_rank, full_weights, refuse_other
 from ultralong_ray.train.metrics import read_metrics
 from ultralong_ray.types import UserError

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 import ray
-from jobs import NUM_SEQUENCES, recipe, write_inputs
 
+from tests.train.made_jobs import NUM_SEQUENCES, recipe, write_inputs
 from ultralong_ray.storage import Location, StageDirectory
 from ultralong_ray.train.metrics import read_metrics
 from ultralong_ray.train.trainer import train

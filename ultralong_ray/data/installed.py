@@ -14,8 +14,10 @@ import random
 import sys
 import sysconfig
 from collections.abc import Iterable, Iterator
+from email.message import Message
 from itertools import groupby
 from pathlib import Path
+from typing import cast
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -122,13 +124,19 @@ def _prose() -> Iterator[Document]:
     # chapters do not appear singly, or a held-out book would be trained on in pieces.
     yield Document("pydoc/topics", "prose", "\n\n".join(_topics().values()))
     for distribution in _distributions():
-        text = (distribution.metadata.get_payload() or distribution.metadata.get("Description") or "").strip()
+        metadata = _metadata(distribution)
+        text = str(metadata.get_payload() or metadata.get("Description") or "").strip()
         if MIN_CHARACTERS <= len(text) <= MAX_CHARACTERS:
-            yield Document(f"description/{distribution.metadata['Name']}", "prose", text)
+            yield Document(f"description/{metadata['Name']}", "prose", text)
 
 
 def _distributions() -> list[importlib.metadata.Distribution]:
     return sorted(importlib.metadata.distributions(), key=lambda d: str(d.metadata["Name"]))
+
+
+def _metadata(distribution: importlib.metadata.Distribution) -> Message:
+    """METADATA as the e-mail message that it is; the declared type knows less."""
+    return cast(Message, distribution.metadata)
 
 
 def _legal() -> Iterator[Document]:
@@ -173,7 +181,7 @@ def _take(samples: Iterator[tuple[str, str, str]], count: int) -> list[tuple[str
 
 def _general_samples() -> Iterator[tuple[str, str, str]]:
     for distribution in _distributions():
-        name, summary = distribution.metadata["Name"], distribution.metadata.get("Summary")
+        name, summary = _metadata(distribution)["Name"], _metadata(distribution).get("Summary")
         if summary and summary.strip() and summary != "UNKNOWN":
             yield "general", f"What is the Python package {name}?", summary.strip()
     for name, text in _topics().items():

@@ -79,12 +79,13 @@ def sft_report(
         "domains": {
             name: {
                 "samples_before": samples[name],
-                "samples_after": packed[name],
-                "tokens_after": tokens[name],
-                "share_after": _share(tokens[name], tokens.total()),
+                "samples": packed[name],
+                "tokens": tokens[name],
+                "share": _share(tokens[name], tokens.total()),
             }
             for name in sorted(samples)
         },
+        "samples": packed.total(),
         "dropped_too_long": too_long,
         "supervised_tokens": supervised_tokens,
         "supervised_share": _share(supervised_tokens, tokens.total()),
