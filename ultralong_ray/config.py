@@ -187,7 +187,8 @@ class PrepareConfig(Section):
     """How "<s>" becomes ids. pieces: ordinary BPE pieces. token: one vocabulary entry, refused if there is none."""
     packing: Literal["concatenate", "whole"] = "concatenate"
     """concatenate: one stream, cut every sequence_length tokens (the recipe). whole: no document is cut unless it is
-    longer than a sequence, the rest of a sequence is padding; for training a base model on short tasks."""
+    longer than a sequence, the rest of a sequence is padding, and 95 % of the budget is enough; for training a base
+    model on short tasks."""
     short_below_tokens: NonNegative = 4096
     short_keep: Share = 0.1
     """Share of the documents below short_below_tokens that are kept."""

@@ -208,9 +208,10 @@ def test_whole_packing_pads_with_weight_zero(tmp_path: Path, tokenizer_folder: P
     fields = {"packing": "whole", "separator": "bos_eos", "token_budget": LENGTH * 20, "holdout_sequences": 0}
     location = run(recipe(tmp_path, tokenizer_folder, corpus, **fields)).location
     reader, tokenizer = PackedReader(location), load_tokenizer(str(tokenizer_folder))
-    assert reader.manifest.has_loss_weight and reader.manifest.num_sequences == 20
+    assert reader.manifest.has_loss_weight
+    assert 19 <= reader.manifest.num_sequences <= 20  # 95 % of the budget is enough where nothing is cut
     padding = 0
-    for i in range(20):
+    for i in range(reader.manifest.num_sequences):
         ids, weight = reader.read(i, 0, LENGTH)
         assert weight is not None
         assert (ids[weight == 0] == tokenizer.pad_token_id).all() and tokenizer.pad_token_id not in ids[weight == 1]
