@@ -41,7 +41,6 @@ HEAVY: dict[str, str] = {
     "torch": r"(model|parallel|train|eval)/.*|export\.py|export/.*",
     "transformers": r"(data|model|parallel|train|eval)/.*|export\.py|export/.*",
     "pydantic": r"(config|recipe)\.py",
-    "pydantic_settings": r"recipe\.py",
     "jinja2": r"report/.*|data/chat\.py",
 }
 

@@ -119,3 +119,21 @@ def test_overrides_reach_nested_keys_in_both_spellings():
     assert recipe.model.rope.factor == 32
     assert recipe.model.rope.high_freq_factor == 4
     assert recipe.prepare.seed == 7
+
+
+def test_overrides_reach_into_lists_and_take_null_and_tables():
+    recipe = load_recipe(
+        QUICKSTART,
+        ["corpus.sources.0.max_megabytes=3", "--prepare.domain_mix", '{"code": 1, "legal": 3}', "--sft", "null"],
+    )
+    assert recipe.corpus.sources[0].max_megabytes == 3
+    assert recipe.prepare.domain_mix == {"code": 1, "legal": 3}
+    assert recipe.sft is None
+    assert load_recipe(QUICKSTART, ["--prepare.domain_mix", "null"]).prepare.domain_mix is None
+    assert load_recipe(QUICKSTART, ["--model.rope", "{ scheme = 'ntk', factor = 4 }"]).model.rope.scheme == "ntk"
+
+
+@pytest.mark.parametrize("arguments", [["--pretrain.seed"], ["pretrain.seed"], ["corpus.sources.5.uri=x"]])
+def test_overrides_that_say_nothing_are_refused(arguments: list[str]):
+    with pytest.raises(UserError, match=r"override .*(not understood|no position in a list of 1)"):
+        load_recipe(QUICKSTART, arguments)

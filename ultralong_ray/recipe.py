@@ -1,18 +1,18 @@
 """Read a recipe: a TOML file, then dotted overrides from the command line (`--pretrain.learning_rate 1e-5`).
 
-pydantic-settings 2.16 merges the two; the result is validated once as a `Recipe`. Every complaint names the key, the
-value and the rule.
+The merged values are validated once as a `Recipe`. Every complaint names the key, the value and the rule.
+(pydantic-settings was tried for the command line; it can neither set a table to null nor reach into a list.)
 """
 
 from __future__ import annotations
 
+import contextlib
+import json
 import tomllib
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError, create_model
-from pydantic_settings import BaseSettings, CliSettingsSource
-from pydantic_settings import SettingsError as OverrideError
+from pydantic import ValidationError
 
 from ultralong_ray.config import Recipe
 from ultralong_ray.types import UserError
@@ -24,8 +24,8 @@ def load_recipe(path: str, overrides: list[str] | None = None) -> Recipe:
     Raises UserError for an absent file, broken TOML, unknown keys, wrong values and contradictions.
     """
     values = _read_toml(path)
-    if overrides:
-        values = _merge(values, _parse_overrides(overrides))
+    for key, value in parse_overrides(overrides or []):
+        _override(values, key, value)
     try:
         return Recipe.model_validate(values)
     except ValidationError as error:
@@ -44,26 +44,56 @@ def _read_toml(path: str) -> dict[str, Any]:
         raise UserError(f"recipe {path} is no valid TOML: {error}") from None
 
 
-def _parse_overrides(arguments: list[str]) -> dict[str, Any]:
-    """Overrides as a nested dict holding only the keys that were given; `key=value` is read like `--key value`."""
-    arguments = [a if a.startswith("-") or "=" not in a else f"--{a}" for a in arguments]
+def parse_overrides(arguments: list[str]) -> list[tuple[str, Any]]:
+    """(dotted key, value) of each override: `--key value`, `--key=value` or `key=value`.
 
-    fields: dict[str, Any] = {name: (info.annotation, info) for name, info in Recipe.model_fields.items()}
-    keys = create_model("Overrides", __base__=BaseSettings, **fields)
-    try:
-        return CliSettingsSource(keys, cli_parse_args=arguments, cli_exit_on_error=False)()
-    except OverrideError as error:
-        raise UserError(
-            f"override not understood: {error}. Overrides are keys of the recipe, as in --pretrain.learning_rate 1e-5"
-        ) from None
+    A value is read as JSON, else as a TOML value, else as a string. Raises UserError for a key without a value.
+    """
+    overrides, rest = [], list(arguments)
+    while rest:
+        argument = rest.pop(0)
+        key, equals, text = argument.removeprefix("--").partition("=")
+        if not equals:
+            if not argument.startswith("--") or not rest:
+                raise UserError(
+                    f"override {argument!r} not understood: give a key of the recipe and its value, as in "
+                    f"--pretrain.learning_rate 1e-5 or pretrain.learning_rate=1e-5"
+                )
+            text = rest.pop(0)
+        overrides.append((key, _value(text)))
+    return overrides
 
 
-def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    merged = dict(base)
-    for key, value in over.items():
-        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
-        merged[key] = _merge(merged[key], value) if both else value
-    return merged
+def _value(text: str) -> Any:
+    with contextlib.suppress(json.JSONDecodeError):
+        return json.loads(text)
+    with contextlib.suppress(tomllib.TOMLDecodeError):
+        return tomllib.loads(f"value = {text}")["value"]
+    return text
+
+
+def _override(values: dict[str, Any], key: str, value: Any) -> None:
+    """Set a dotted key; a number in it is a position in a list, as in corpus.sources.0.uri."""
+    *parents, last = key.split(".")
+    place: Any = values
+    for part in parents:
+        if isinstance(place, list):
+            place = _item(place, part, key)
+        else:
+            if not isinstance(place.get(part), dict | list):
+                place[part] = {}
+            place = place[part]
+    if isinstance(place, list):
+        _item(place, last, key)
+        place[int(last)] = value
+    else:
+        place[last] = value
+
+
+def _item(place: list[Any], part: str, key: str) -> Any:
+    if not part.isdigit() or int(part) >= len(place):
+        raise UserError(f"override {key}: {part!r} is no position in a list of {len(place)}; the first is 0")
+    return place[int(part)]
 
 
 def explain(error: ValidationError, path: str) -> str:
