@@ -21,7 +21,7 @@ MAY_IMPORT: dict[str, set[str] | None] = {
     "storage": {"types"},
     "stages": {"types", "config", "storage"},
     "recipe": {"types", "config"},
-    "plan": {"types", "config", "stages"},
+    "plan": {"types", "config", "storage", "stages"},
     "packed": {"types", "storage"},
     "data": {"types", "config", "storage", "packed", "stages"},
     "model": {"types", "config", "storage"},

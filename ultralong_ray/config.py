@@ -124,6 +124,11 @@ class ModelConfig(Section):
                 f"model.target_context_length {self.target_context_length} is below model.base_context_length "
                 f"{self.base_context_length}; nothing would be extended"
             )
+        if self.original_context_length > self.base_context_length:
+            raise ValueError(
+                f"model.original_context_length {self.original_context_length} is above model.base_context_length "
+                f"{self.base_context_length}; it is the length before any stretching, 8192 for Llama 3.1"
+            )
         if self.max_position_embeddings is not None and self.max_position_embeddings < self.target_context_length:
             raise ValueError(
                 f"model.max_position_embeddings {self.max_position_embeddings} is below model.target_context_length "
@@ -350,20 +355,20 @@ class Recipe(Section):
         if train.sequence_parallel_degree != "auto":
             return train.sequence_parallel_degree
         length = next(length for _, t, length in self.train_stages() if t is train)
+        shape = self.model.architecture
         candidates = range(self.cluster.num_workers, 0, -1)
         return next(
             degree
             for degree in candidates
             if self.cluster.num_workers % degree == 0
             and length % degree == 0
-            and (self.model.architecture is None or heads_can_split(self.model.architecture, degree))
+            and (shape is None or heads_can_split(shape.num_attention_heads, shape.num_key_value_heads, degree))
         )
 
 
-def heads_can_split(shape: ArchitectureConfig, degree: int) -> bool:
+def heads_can_split(query_heads: int, kv_heads: int, degree: int) -> bool:
     """Ulysses: every rank holds whole query heads, and KV heads split or repeat evenly."""
-    kv_heads = shape.num_key_value_heads
-    return shape.num_attention_heads % degree == 0 and (kv_heads % degree == 0 or degree % kv_heads == 0)
+    return query_heads % degree == 0 and (kv_heads % degree == 0 or degree % kv_heads == 0)
 
 
 def _check_lengths(recipe: Recipe) -> None:
@@ -398,8 +403,10 @@ def _check_parallelism(recipe: Recipe, name: str, train: TrainConfig, length: in
                 f"the nearest lengths that are: {length // degree * degree} and {(length // degree + 1) * degree}"
             )
         shape = recipe.model.architecture
-        if shape is not None and not heads_can_split(shape, degree):
-            raise ValueError(heads_message(name, shape.num_attention_heads, shape.num_key_value_heads, degree))
+        if shape is not None:
+            query_heads, kv_heads = shape.num_attention_heads, shape.num_key_value_heads
+            if not heads_can_split(query_heads, kv_heads, degree):
+                raise ValueError(heads_message(name, query_heads, kv_heads, degree))
     groups = workers // recipe.sequence_parallel_degree(train)
     per_pass = groups * train.micro_batch_sequences
     if train.global_batch_sequences % per_pass:

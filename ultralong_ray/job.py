@@ -19,7 +19,7 @@ from types import FrameType
 from typing import Any
 
 from ultralong_ray.config import Recipe
-from ultralong_ray.plan import describe
+from ultralong_ray.plan import check_base_model, describe
 from ultralong_ray.recipe import load_recipe
 from ultralong_ray.stages import require_inputs, stage_directory, stage_of_model, stages
 from ultralong_ray.storage import Location, StageDirectory
@@ -27,9 +27,7 @@ from ultralong_ray.types import UserError
 
 log = logging.getLogger("ultralong_ray")
 
-
-class Stopped(BaseException):
-    """SIGTERM arrived."""
+_terminated: list[int] = []  # the SIGTERMs received
 
 
 def run_stages(*names: str) -> None:
@@ -47,9 +45,10 @@ def guarded(action: Callable[[Recipe, str, list[str]], Any]) -> None:
     parser.add_argument("--dry-run", action="store_true", help="print the resolved plan and stop")
     arguments, overrides = parser.parse_known_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stdout)
-    signal.signal(signal.SIGTERM, _raise_stopped)
+    signal.signal(signal.SIGTERM, _stop)
     try:
         recipe = load_recipe(arguments.recipe, overrides)
+        check_base_model(recipe)
         if arguments.dry_run:
             print(describe(recipe))
         else:
@@ -57,13 +56,14 @@ def guarded(action: Callable[[Recipe, str, list[str]], Any]) -> None:
     except UserError as error:
         _leave(2, f"error: {error}")
     except KeyboardInterrupt:
-        _leave(130, "stopped by Ctrl-C; finished stages and checkpoints are kept, submit again to continue")
-    except Stopped:
-        _leave(143, "stopped by SIGTERM; finished stages and checkpoints are kept, submit again to continue")
+        status, cause = (143, "SIGTERM") if _terminated else (130, "Ctrl-C")
+        _leave(status, f"stopped by {cause}; finished stages and checkpoints are kept, submit again to continue")
 
 
-def _raise_stopped(signum: int, frame: FrameType | None) -> None:
-    raise Stopped
+def _stop(signum: int, frame: FrameType | None) -> None:
+    """SIGTERM as an interrupt: the only exception that a waiting ray.get lets out of a signal handler (Ray 2.60)."""
+    _terminated.append(signum)
+    raise KeyboardInterrupt
 
 
 def _leave(status: int, message: str) -> None:
@@ -99,6 +99,7 @@ def connect_to_ray() -> None:
     package_root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
     python_path = os.pathsep.join(filter(None, [package_root, os.environ.get("PYTHONPATH")]))
     ray.init(log_to_driver=True, logging_level=logging.WARNING, runtime_env={"env_vars": {"PYTHONPATH": python_path}})
+    signal.signal(signal.SIGTERM, _stop)  # ray.init has put its own handler there
 
 
 def compute(recipe: Recipe, stage: str, directory: StageDirectory) -> dict[str, Any]:

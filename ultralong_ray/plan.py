@@ -2,14 +2,32 @@
 
 from __future__ import annotations
 
-from ultralong_ray.config import Recipe, TrainConfig
+from ultralong_ray.config import Recipe, TrainConfig, heads_can_split, heads_message
 from ultralong_ray.stages import inputs, stage_directory, stages
+from ultralong_ray.storage import Location
 from ultralong_ray.types import UserError
 
 
 def num_steps(train: TrainConfig, num_sequences: int) -> int:
     """Optimizer steps: as given, else one epoch over `num_sequences` (at least one step)."""
     return train.steps or max(1, num_sequences // train.global_batch_sequences)
+
+
+def check_base_model(recipe: Recipe) -> None:
+    """Refuse degrees that the base model's heads cannot take, where its config.json lies on this disk.
+
+    (Without [model.architecture] the recipe alone does not know the heads.) Raises UserError.
+    """
+    config = Location.of(recipe.model.base) / "config.json"
+    if recipe.model.architecture is not None or not config.is_local or not config.exists():
+        return
+    shape = config.read_json()
+    heads = shape["num_attention_heads"]
+    kv_heads = shape.get("num_key_value_heads", heads)
+    for name, train, _ in recipe.train_stages():
+        degree = recipe.sequence_parallel_degree(train)
+        if not heads_can_split(heads, kv_heads, degree):
+            raise UserError(heads_message(name, heads, kv_heads, degree))
 
 
 def describe(recipe: Recipe) -> str:

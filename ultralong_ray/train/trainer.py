@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import signal
 import sys
 import tempfile
 import warnings
@@ -55,11 +56,17 @@ def train(
         error_file.filesystem.delete_file(error_file.path)
     for name, value in RAY_SETTINGS.items():
         os.environ.setdefault(name, value)
+    handler = signal.getsignal(signal.SIGINT)
     try:
         result = _trainer(job).fit()
     except TrainingFailedError as error:
         _raise_user_error(error_file, error)
         raise
+    except SystemExit:
+        # Ray Train answers Ctrl-C with a handler of its own, which stops the workers and leaves the process.
+        raise KeyboardInterrupt from None
+    finally:
+        signal.signal(signal.SIGINT, handler)
     _raise_user_error(error_file, None)
     if result.checkpoint is None:
         raise UserError(f"{stage.location}: training ended without a checkpoint; see the log of the workers")

@@ -1,0 +1,145 @@
+"""The scripts of jobs/ as a user runs them: exit statuses, messages, what is skipped and what a failure leaves."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ultralong_ray import job, pipeline
+from ultralong_ray.recipe import load_recipe
+from ultralong_ray.stages import inputs, stage_directory, stages
+from ultralong_ray.types import UserError
+
+ROOT = Path(__file__).resolve().parents[1]
+QUICKSTART = "jobs/recipes/quickstart.toml"
+
+
+def run_script(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, f"jobs/{name}.py", *arguments]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+
+
+def test_dry_run_prints_the_plan_and_writes_nothing(tmp_path: Path):
+    for name in ("prepare", "extend", "pretrain", "sft", "export", "evaluate", "report", "pipeline"):
+        done = run_script(name, QUICKSTART, "--dry-run", "--workdir", str(tmp_path / "run"))
+        assert done.returncode == 0, done.stderr
+        assert "80 sequences of 4,096" in done.stdout
+        assert str(tmp_path / "run" / "pretrain-") in done.stdout
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_stage_without_its_input_names_it(tmp_path: Path):
+    done = run_script("pretrain", QUICKSTART, "--workdir", str(tmp_path))
+    assert done.returncode == 2
+    assert "prepare-" in done.stderr
+    assert f"python jobs/extend.py {QUICKSTART}" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_heads_of_the_base_model_are_checked_before_anything_starts(tmp_path: Path):
+    degree = ["--cluster.num_workers", "8", "--pretrain.sequence_parallel_degree", "8"]
+    done = run_script("pipeline", QUICKSTART, "--workdir", str(tmp_path), *degree)
+    assert done.returncode == 2
+    assert "degree 8 cannot split 4 query heads and 2 key-value heads; degrees that can: 1, 2, 4" in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_sigterm_leaves_with_a_message():
+    code = (
+        "import sys, time\nfrom ultralong_ray.job import guarded\n"
+        f"sys.argv = ['x', '{QUICKSTART}']\n"
+        "guarded(lambda *_: (print('running', flush=True), time.sleep(60)))"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "running\n"
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == 143
+    assert "stopped by SIGTERM" in errors
+
+
+@pytest.fixture
+def counted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Stages computed, in order; computing is replaced by noting the name."""
+    computed: list[str] = []
+
+    def compute(recipe: Any, stage: str, directory: Any) -> dict[str, Any]:
+        computed.append(stage)
+        return {"number": len(computed)}
+
+    monkeypatch.setattr(job, "compute", compute)
+    monkeypatch.setattr(job, "connect_to_ray", lambda: None)
+    return computed
+
+
+def test_a_done_stage_is_not_computed_again(tmp_path: Path, counted: list[str]):
+    recipe = load_recipe(str(ROOT / QUICKSTART), ["--workdir", str(tmp_path)])
+    for _ in range(2):
+        for stage in stages(recipe):
+            job.run_stage(recipe, stage, QUICKSTART)
+    assert counted == stages(recipe)
+    assert stage_directory(recipe, "extend").summary()["number"] == 1 + stages(recipe).index("extend")
+
+
+def test_a_failed_stage_is_not_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    recipe = load_recipe(str(ROOT / QUICKSTART), ["--workdir", str(tmp_path)])
+    for name in inputs(recipe, "pretrain"):
+        stage_directory(recipe, name).mark_done({})
+
+    def compute(*_: Any) -> dict[str, Any]:
+        raise UserError("the disk is full")
+
+    monkeypatch.setattr(job, "compute", compute)
+    monkeypatch.setattr(job, "connect_to_ray", lambda: None)
+    with pytest.raises(UserError, match="the disk is full"):
+        job.run_stage(recipe, "pretrain", QUICKSTART)
+    assert not stage_directory(recipe, "pretrain").done
+
+
+def test_the_pipeline_starts_only_what_is_not_done_and_names_what_failed(tmp_path: Path):
+    recipe = load_recipe(str(ROOT / QUICKSTART), ["--workdir", str(tmp_path)])
+    jobs = tmp_path / "jobs"
+    jobs.mkdir()
+    for stage in stages(recipe):
+        (jobs / f"{stage}.py").write_text(
+            f"import sys; open({str(tmp_path)!r} + '/started', 'a').write('{stage} '); sys.exit('{stage}' == 'sft')"
+        )
+    stage_directory(recipe, "prepare").mark_done({})
+    stage_directory(recipe, "prepare_sft").mark_done({})
+    with pytest.raises(UserError, match=r"stage sft ended with status 1.*submit the same command again"):
+        pipeline.run_pipeline(recipe, QUICKSTART, [], jobs)
+    assert (tmp_path / "started").read_text().split() == ["extend", "pretrain", "sft"]
+
+
+def test_a_stopped_pipeline_stops_its_stage(tmp_path: Path):
+    script = "import time; print('sleeping', flush=True); time.sleep(60)"
+    code = (
+        "import sys\nfrom ultralong_ray.pipeline import _run\n"
+        "import signal\n"
+        "def stop(*_): raise KeyboardInterrupt\n"
+        "signal.signal(signal.SIGTERM, stop)\n"
+        f"_run([sys.executable, '-c', {script!r}])"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen([sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "sleeping\n"
+    began = time.monotonic()
+    process.send_signal(signal.SIGTERM)
+    process.stdout.read()  # ends when the stage, which holds the pipe too, is gone
+    process.wait(timeout=30)
+    assert time.monotonic() - began < 30
