@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -103,3 +109,34 @@ def tiny_recipe(tmp_path: Path, tiny_llama: Path) -> Callable[..., Recipe]:
         return Recipe.model_validate(sections)
 
     return make
+
+
+@pytest.fixture(scope="module")
+def s3_uri() -> Iterator[str]:
+    """A bucket on a server that speaks the S3 protocol (moto, from the s3-test extra)."""
+    pytest.importorskip("moto.server", reason="the s3-test extra is not installed")
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    server = subprocess.Popen(
+        [sys.executable, "-m", "moto.server", "-p", str(port)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    endpoint = f"http://127.0.0.1:{port}"
+    saved = dict(os.environ)
+    os.environ.update(
+        AWS_ENDPOINT_URL=endpoint, AWS_ACCESS_KEY_ID="ak", AWS_SECRET_ACCESS_KEY="sk", AWS_REGION="us-east-1"
+    )
+    try:
+        for _ in range(100):
+            try:
+                urllib.request.urlopen(endpoint, timeout=1)
+                break
+            except OSError:
+                time.sleep(0.1)
+        import boto3
+
+        boto3.client("s3").create_bucket(Bucket="ultralong-test")
+        yield "s3://ultralong-test/run"
+    finally:
+        server.kill()
+        os.environ.clear()
+        os.environ.update(saved)
