@@ -18,6 +18,7 @@ from ultralong_ray.storage import Location, local_folder
 
 ROOT = Path(__file__).resolve().parents[1]
 QUICKSTART = "jobs/recipes/quickstart.toml"
+PYTHONPATH = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
 SMALL = [
     "prepare.sequence_length=1024",
     "prepare.token_budget=8192",
@@ -38,7 +39,7 @@ SMALL = [
 
 
 def submit(workdir: str) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "RAY_DEDUP_LOGS": "0"}
+    environment = {**os.environ, "PYTHONPATH": PYTHONPATH, "RAY_DEDUP_LOGS": "0"}
     environment.pop("RAY_ADDRESS", None)
     command = [sys.executable, "jobs/pipeline.py", QUICKSTART, "--workdir", workdir, *SMALL]
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900)

@@ -28,6 +28,8 @@ def run_distributed(function: Callable[..., Any], world_size: int, *args: Any) -
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
+    # DeepSpeed looks for its accelerator when it is imported, which in a child is before `_entry` runs.
+    os.environ["DS_ACCELERATOR"] = "cpu"
     context = mp.get_context("spawn")
     queue = context.SimpleQueue()
     processes = [
@@ -46,7 +48,7 @@ def run_distributed(function: Callable[..., Any], world_size: int, *args: Any) -
 
 
 def _entry(function: Callable[..., Any], rank: int, world_size: int, port: int, queue: Any, args: tuple) -> None:
-    os.environ |= {"DS_ACCELERATOR": "cpu", "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.set_num_threads(1)
     dist.init_process_group("gloo", rank=rank, world_size=world_size)
