@@ -111,7 +111,7 @@ def tiny_recipe(tmp_path: Path, tiny_llama: Path) -> Callable[..., Recipe]:
     return make
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def s3_uri() -> Iterator[str]:
     """A bucket on a server that speaks the S3 protocol (moto, from the s3-test extra)."""
     pytest.importorskip("moto.server", reason="the s3-test extra is not installed")
