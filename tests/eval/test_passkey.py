@@ -20,6 +20,7 @@ from ultralong_ray.eval.passkey import (
     encode_prompt,
     first_number,
     is_right,
+    passkey_text,
 )
 from ultralong_ray.types import PasskeyPrompt, UserError
 
@@ -63,8 +64,8 @@ def test_budget_and_depth(tokenizer: Any, length: int, depth: float) -> None:
     needle = NEEDLE.format(key=prompt.expected)
     assert prompt.prompt.count(needle) == 1 and prompt.prompt.count(prompt.expected) == 2
     assert prompt.prompt_tokens == len(encode_prompt(tokenizer, prompt.prompt, chat_template=chat))
-    line_tokens = len(encode_prompt(tokenizer, f"{NOISE}\n" * 11, chat_template=chat)) - len(
-        encode_prompt(tokenizer, f"{NOISE}\n" * 10, chat_template=chat)
+    line_tokens = len(encode_prompt(tokenizer, f"{NOISE} " * 11, chat_template=chat)) - len(
+        encode_prompt(tokenizer, f"{NOISE} " * 10, chat_template=chat)
     )
     assert length - line_tokens < prompt.prompt_tokens + NEW_TOKENS <= length
     before, after = (part.count(NOISE) for part in prompt.prompt.split(needle))
@@ -74,8 +75,9 @@ def test_budget_and_depth(tokenizer: Any, length: int, depth: float) -> None:
 def test_text_is_in_the_published_order(tiny_llama: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
     plain = build(tokenizer, 600, 50.0, chat=False).prompt
-    assert plain.startswith(f"{INTRODUCTION}\n\n{NOISE}\n{NOISE}\n")
-    assert plain.endswith(f"\n{NOISE}\n\n{QUESTION}\n\n{ANSWER_PREFIX}")
+    assert plain.startswith(f"{INTRODUCTION}\n{NOISE} {NOISE} ")
+    assert plain.endswith(f" {NOISE}\n{QUESTION} {ANSWER_PREFIX}")
+    assert len(plain.split("\n")) == 5
     chat = build(tokenizer, 600, 50.0, chat=True).prompt
     assert chat.startswith("<s><|user|>\n" + INTRODUCTION)
     assert chat.endswith(f"{QUESTION}<|end|>\n<|assistant|>\n{ANSWER_PREFIX}")
@@ -96,6 +98,7 @@ def test_wording_of_published_prompts() -> None:
         assert row["prompt"].startswith(INTRODUCTION) and NOISE in row["prompt"]
         assert f"\n{NEEDLE.format(key=row['answer'])}\n" in row["prompt"]
         assert row["prompt"].endswith(f"\n{QUESTION} {ANSWER_PREFIX}")
+        assert row["prompt"].count("\n") == passkey_text("1", 1, 1).count("\n") == 4
 
 
 def test_pure_function_of_its_arguments(tiny_llama: Path) -> None:

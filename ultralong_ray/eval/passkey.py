@@ -1,8 +1,9 @@
-"""NIAH passkey prompts: a five-digit key between whole lines of noise, asked for at the end. Pure.
+"""NIAH passkey prompts: a five-digit key between whole units of noise, asked for at the end. Pure.
 
 In go a tokenizer, a context length, a depth and a seed; out come `PasskeyPrompt`s that fill the length, and a score.
-The text is InfiniteBench's passkey task (OpenBMB/InfiniteBench, `data/construct_synthetic_dataset.py` and the chat
-template of `src/prompt.py`), itself after Mohtashami and Jaggi (arXiv 2305.16300).
+The text is that of Mohtashami and Jaggi (arXiv 2305.16300; epfml/landmark-attention, `llama/run_test.py`): five lines,
+with the noise on either side of the needle in one line each, here cut between sentences. Keys have a fixed number of
+digits, as in InfiniteBench (OpenBMB/InfiniteBench, `data/construct_synthetic_dataset.py`).
 """
 
 from __future__ import annotations
@@ -23,13 +24,13 @@ NEEDLE = "The pass key is {key}. Remember it. {key} is the pass key."
 QUESTION = "What is the pass key?"
 ANSWER_PREFIX = "The pass key is"
 
-UNITS_MEASURED = 64  # noise lines whose token count gives the tokens of one line
+UNITS_MEASURED = 64  # noise units whose token count gives the tokens of one
 
 
 def passkey_text(key: str, units_before: int, units_after: int) -> str:
-    """Introduction, noise lines with the needle line among them, and the question."""
-    lines = [NOISE] * units_before + [NEEDLE.format(key=key)] + [NOISE] * units_after
-    return f"{INTRODUCTION}\n\n" + "\n".join(lines) + f"\n\n{QUESTION}"
+    """Introduction, noise, needle, noise and question, a line each; a side without noise has no line."""
+    before, after = " ".join([NOISE] * units_before), " ".join([NOISE] * units_after)
+    return "\n".join(line for line in (INTRODUCTION, before, NEEDLE.format(key=key), after, QUESTION) if line)
 
 
 def encode_prompt(tokenizer: Any, prompt: str, *, chat_template: bool) -> list[int]:
@@ -51,10 +52,10 @@ def build_prompt(
 ) -> PasskeyPrompt:
     """One prompt, a function of its arguments alone.
 
-    The needle stands between whole noise lines, after round(depth * lines) of them: depth 0 is before all noise, depth
-    100 behind it. Prompt tokens + `max_new_tokens` reach `context_length_tokens` to within one noise line, from below.
+    The needle stands between whole noise units, after round(depth * units) of them: depth 0 is before all noise, depth
+    100 behind it. Prompt tokens + `max_new_tokens` reach `context_length_tokens` to within one noise unit, from below.
 
-    Raises: UserError when not even one noise line fits, or a chat template is asked for and there is none.
+    Raises: UserError when not even one noise unit fits, or a chat template is asked for and there is none.
     """
     if chat_template and not getattr(tokenizer, "chat_template", None):
         raise UserError("evaluate.chat_template is true, but the model's tokenizer has no chat template; set it false")
@@ -65,7 +66,7 @@ def build_prompt(
         before = math.floor(units * depth_percent / 100 + 0.5)
         text = passkey_text(key, before, units - before)
         if not chat_template:
-            return f"{text}\n\n{ANSWER_PREFIX}"
+            return f"{text} {ANSWER_PREFIX}"
         turns = [{"role": "user", "content": text}]
         return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True) + ANSWER_PREFIX
 
@@ -79,9 +80,9 @@ def build_prompt(
 
 
 def _fill(count: Any, context_length_tokens: int, max_new_tokens: int) -> int:
-    """Most noise lines whose prompt still leaves `max_new_tokens` free.
+    """Most noise units whose prompt still leaves `max_new_tokens` free.
 
-    Two short prompts give the tokens of a line; then the estimate is corrected by counting, once where tokens add up.
+    Two short prompts give the tokens of a unit; then the estimate is corrected by counting, once where tokens add up.
     """
     budget = context_length_tokens - max_new_tokens
     short, longer = count(1), count(1 + UNITS_MEASURED)
