@@ -1,4 +1,4 @@
-"""The whole recipe, stage after stage, each as its own Ray job."""
+"""The whole recipe, stage after stage, each as a driver of its own."""
 
 from pathlib import Path
 

@@ -40,7 +40,7 @@ HEAVY: dict[str, str] = {
     "deepspeed": r"train/(engine|checkpoint)\.py",
     "torch": r"(model|parallel|train|eval)/.*|export\.py|export/.*",
     "transformers": r"(data|model|parallel|train|eval)/.*|export\.py|export/.*",
-    "pydantic": r"(config|recipe)\.py",
+    "pydantic": r"config/.*|recipe\.py",
     "jinja2": r"report/.*|data/chat\.py",
 }
 

@@ -1,7 +1,9 @@
-"""The whole recipe: every stage as a Ray job of its own, one after the other.
+"""The whole recipe: every stage as a driver of its own, one after the other.
 
-Each stage runs as a separate driver process, so that it appears as its own job in the Ray dashboard, starts with clean
-memory and cannot leave anything behind but its files. A stage that is done starts nothing.
+A stage is the same script that can be submitted alone. Run as a child process of the submitted pipeline it starts with
+clean memory, joins the same cluster with the same working directory, and ends with the pipeline: Ray stops a job's
+whole process group, so nothing runs on unseen. (The Ray dashboard shows the drivers under the pipeline's entry.) A
+stage that is done starts nothing.
 """
 
 from __future__ import annotations

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from ultralong_ray.config import Recipe, TrainConfig, heads_can_split, heads_message
+from ultralong_ray.config import Recipe, TrainConfig
+from ultralong_ray.config.heads import heads_can_split, heads_message
 from ultralong_ray.stages import inputs, stage_directory, stages
 from ultralong_ray.storage import Location
 from ultralong_ray.types import UserError

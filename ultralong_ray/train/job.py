@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from ultralong_ray.config import Recipe, TrainConfig, heads_message
+from ultralong_ray.config import Recipe, TrainConfig
+from ultralong_ray.config.heads import heads_can_split, heads_message
 from ultralong_ray.packed import PackedManifest
 from ultralong_ray.storage import Location
 from ultralong_ray.types import UserError
@@ -46,7 +47,7 @@ def check_inputs(job: TrainJob) -> None:
     length, degree = manifest.sequence_length, job.recipe.sequence_parallel_degree(train)
     heads = shape["num_attention_heads"]
     kv_heads = shape.get("num_key_value_heads") or heads
-    if heads % degree or (kv_heads % degree and degree % kv_heads):
+    if not heads_can_split(heads, kv_heads, degree):
         raise UserError(heads_message(name, heads, kv_heads, degree))
     if length % degree:
         raise UserError(

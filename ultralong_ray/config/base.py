@@ -1,0 +1,38 @@
+"""What every section of the recipe is: immutable, strict, and able to say what of it changes a result."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Positive = Annotated[int, Field(gt=0)]
+NonNegative = Annotated[int, Field(ge=0)]
+Share = Annotated[float, Field(ge=0.0, le=1.0)]
+PositiveFloat = Annotated[float, Field(gt=0.0)]
+
+
+def operational(default: Any, **kwargs: Any) -> Any:
+    """A field that does not change what a stage computes: left out of fingerprints."""
+    return Field(default, json_schema_extra={"operational": True}, **kwargs)
+
+
+class Section(BaseModel):
+    """Base of all sections: immutable, unknown keys refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    def fingerprint_fields(self) -> dict[str, Any]:
+        """JSON-ready dict of the fields that change what is computed."""
+        fields: dict[str, Any] = {}
+        for name, info in type(self).model_fields.items():
+            extra = info.json_schema_extra
+            if isinstance(extra, dict) and extra.get("operational"):
+                continue
+            value = getattr(self, name)
+            if isinstance(value, Section):
+                value = value.fingerprint_fields()
+            elif isinstance(value, tuple | list):
+                value = [v.fingerprint_fields() if isinstance(v, Section) else v for v in value]
+            fields[name] = value
+        return fields

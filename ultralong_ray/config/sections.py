@@ -1,0 +1,187 @@
+"""[corpus], [prepare], [pretrain], [sft], [evaluate] and [cluster]."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from ultralong_ray.config.base import NonNegative, Positive, PositiveFloat, Section, Share, operational
+
+
+class SourceConfig(Section):
+    """One source of documents."""
+
+    kind: Literal["files", "installed", "tasks"] = "files"
+    """files: Parquet or JSONL shards. installed: the text on this machine (code, documentation, licences).
+    tasks: synthetic retrieval documents, for training a base model from nothing."""
+    uri: str | None = None
+    """files: a file, a folder or a glob; local path or any pyarrow / fsspec URI."""
+    format: Literal["parquet", "jsonl"] | None = None
+    """Default: by file name."""
+    text_column: str = "text"
+    domain_column: str = "domain"
+    id_column: str = "id"
+    domain: str | None = None
+    """Fixed domain of all documents of this source; then domain_column is not read."""
+    max_megabytes: PositiveFloat | None = None
+    """installed: stop after this much text (all domains together)."""
+    num_documents: Positive | None = None
+    """tasks: how many documents to make."""
+    max_tokens_per_document: Positive | None = None
+    """tasks: length of the longest document, in tokens."""
+
+    @model_validator(mode="after")
+    def _fields_fit_kind(self) -> SourceConfig:
+        if self.kind == "files" and not self.uri:
+            raise ValueError('a source of kind "files" needs uri')
+        if self.kind != "files" and self.uri:
+            raise ValueError(f'a source of kind "{self.kind}" takes no uri')
+        if self.kind == "tasks" and not (self.num_documents and self.max_tokens_per_document):
+            raise ValueError('a source of kind "tasks" needs num_documents and max_tokens_per_document')
+        return self
+
+
+class CorpusConfig(Section):
+    sources: Annotated[tuple[SourceConfig, ...], Field(min_length=1)]
+
+
+class PrepareConfig(Section):
+    """Corpus shards to packed sequences: per-domain length upsampling after Fu et al. (arXiv 2402.10171)."""
+
+    sequence_length: Positive
+    """Tokens of one packed sequence."""
+    token_budget: Positive
+    """Tokens to pack; rounded down to whole sequences."""
+    separator: Literal["<s>", "bos_eos", "none"] = "<s>"
+    separator_encoding: Literal["pieces", "token"] = "pieces"
+    """How "<s>" becomes ids. pieces: ordinary BPE pieces. token: one vocabulary entry, refused if there is none."""
+    packing: Literal["concatenate", "whole"] = "concatenate"
+    """concatenate: one stream, cut every sequence_length tokens (the recipe). whole: no document is cut unless it is
+    longer than a sequence, the rest of a sequence is padding, and 95 % of the budget is enough; for training a base
+    model on short tasks."""
+    short_below_tokens: NonNegative = 4096
+    short_keep: Share = 0.1
+    """Share of the documents below short_below_tokens that are kept."""
+    long_above_tokens: NonNegative = 8192
+    long_repeat: Annotated[int, Field(ge=1)] = 2
+    """Copies of a document above long_above_tokens that enter the draw."""
+    max_repeats: Annotated[int, Field(ge=1)] = 4
+    """Copies it may have where a domain cannot meet its budget otherwise."""
+    domain_mix: dict[str, PositiveFloat] | None = None
+    """Share of tokens per domain (normalised to 1); default: the corpus's own shares before sampling."""
+    holdout_sequences: NonNegative = 0
+    """Sequences of one long document each, kept out of training for the perplexity-by-position curve."""
+    seed: int = 42
+    num_workers: Positive | None = operational(None)
+    """Parallel tasks; default: all CPUs of the cluster."""
+
+    @model_validator(mode="after")
+    def _thresholds_are_ordered(self) -> PrepareConfig:
+        if self.short_below_tokens > self.long_above_tokens:
+            raise ValueError(
+                f"prepare.short_below_tokens {self.short_below_tokens} is above prepare.long_above_tokens "
+                f"{self.long_above_tokens}; a document cannot be both"
+            )
+        if self.long_repeat > self.max_repeats:
+            raise ValueError(f"prepare.long_repeat {self.long_repeat} exceeds prepare.max_repeats {self.max_repeats}")
+        if self.token_budget < self.sequence_length:
+            raise ValueError(
+                f"prepare.token_budget {self.token_budget} does not fill one sequence of prepare.sequence_length "
+                f"{self.sequence_length}"
+            )
+        return self
+
+    @property
+    def num_sequences(self) -> int:
+        return self.token_budget // self.sequence_length
+
+
+class TrainConfig(Section):
+    """What continued pretraining and SFT share: one loop serves both."""
+
+    steps: Positive | None = None
+    """Optimizer steps; default: one epoch over the prepared sequences."""
+    global_batch_sequences: Positive
+    """Sequences per optimizer step over all ranks."""
+    micro_batch_sequences: Positive = 1
+    """Sequences per forward pass of one sequence-parallel group."""
+    learning_rate: PositiveFloat
+    schedule: Literal["constant", "cosine", "linear"] = "constant"
+    min_learning_rate_ratio: Share = 0.0
+    """Where cosine and linear end, as a share of learning_rate."""
+    warmup_steps: NonNegative = 0
+    weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
+    adam_beta1: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.9
+    adam_beta2: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.95
+    gradient_clip: PositiveFloat | None = 1.0
+    """Maximum norm of the whole gradient."""
+    precision: Literal["float32", "bfloat16"] = "bfloat16"
+    """bfloat16 keeps float32 master weights and optimizer state."""
+    mask_documents: bool = False
+    """True: a token attends only to its own document. The recipe's packs are plain causal: False."""
+    seed: int = 42
+    sequence_parallel_degree: Positive | Literal["auto"] = operational(1)
+    """Ranks that share one sequence (Ulysses)."""
+    zero_stage: Literal[0, 1, 2, 3] = operational(3)
+    gradient_checkpointing: bool = operational(True)
+    loss_tile_tokens: Positive = operational(2048)
+    """Rows of logits that exist at a time."""
+    checkpoint_every_steps: Positive = operational(10)
+    keep_checkpoints: Positive = operational(2)
+
+
+class PretrainConfig(TrainConfig):
+    """Continued pretraining at the target length."""
+
+
+class SftConfig(TrainConfig):
+    """Short supervised fine-tuning that restores the skills: chat template, loss on assistant tokens only."""
+
+    sources: Annotated[tuple[SourceConfig, ...], Field(min_length=1)]
+    """Rows with `messages` ([{role, content}, ...]) and a domain."""
+    sequence_length: Positive
+    """Tokens of one packed sequence."""
+    max_sample_tokens: Positive = 8192
+    """Longer samples are left out (the recipe trains on < 8K only)."""
+    num_samples: Positive | None = None
+    """Samples to draw; default: all."""
+    mask_documents: bool = True
+
+
+class EvaluateConfig(Section):
+    """NIAH passkey over lengths x depths."""
+
+    models: Annotated[tuple[Literal["base", "extended", "pretrained", "final"], ...], Field(min_length=1)] = (
+        "base",
+        "pretrained",
+        "final",
+    )
+    """base: as given. extended: RoPE changed, not trained. pretrained: after CPT. final: the exported model."""
+    context_lengths: Annotated[tuple[Positive, ...], Field(min_length=1)]
+    """Tokens, question and template included."""
+    depths_percent: Annotated[tuple[Annotated[float, Field(ge=0, le=100)], ...], Field(min_length=1)]
+    samples_per_cell: Positive = 5
+    chat_template: bool = True
+    passkey_digits: Annotated[int, Field(ge=1, le=10)] = 5
+    max_new_tokens: Positive = 8
+    perplexity_buckets: Positive = 16
+    """Points of the perplexity-by-position curve."""
+    seed: int = 1234
+    prefill_chunk_tokens: Positive = operational(8192)
+    precision: Literal["float32", "bfloat16"] = "float32"
+    gpus_per_task: Annotated[float, Field(ge=0.0)] = operational(0.0)
+    cpus_per_task: Annotated[float, Field(ge=0.0)] = operational(1.0)
+
+
+class ClusterConfig(Section):
+    """What the training stages ask of Ray."""
+
+    num_workers: Positive = 1
+    """Training processes: one per GPU, or one per CPU core on a laptop."""
+    gpus_per_worker: Annotated[float, Field(ge=0.0)] = 0.0
+    cpus_per_worker: PositiveFloat = 1.0
+    max_failures: Annotated[int, Field(ge=-1)] = 3
+    """Restarts from the last checkpoint after a lost worker; -1: without end."""
+    peak_tflops_per_worker: PositiveFloat | None = None
+    """Dense bf16 peak for MFU where the device is not in the table."""
