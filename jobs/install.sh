@@ -8,7 +8,7 @@ cd "$(dirname "$0")/.."
 pip=(.venv/bin/python -m pip install --quiet --disable-pip-version-check)
 torch=$(grep '^torch==' constraints.txt)
 if [ "$(uname -s)" = Linux ] && ! command -v nvidia-smi >/dev/null; then
-  "${pip[@]}" "$torch+cpu" 2>/dev/null || "${pip[@]}" --extra-index-url "$TORCH_CPU_INDEX" "$torch+cpu" || "${pip[@]}" "$torch"
+  "${pip[@]}" "$torch+cpu" 2>/dev/null || "${pip[@]}" --retries 1 --timeout 20 --extra-index-url "$TORCH_CPU_INDEX" "$torch+cpu" || "${pip[@]}" "$torch"
 else
   "${pip[@]}" "$torch"
 fi

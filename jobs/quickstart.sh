@@ -6,17 +6,18 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export PATH="$PWD/.venv/bin:$PATH" RAY_AUTH_MODE=token
-read -r gcs dashboard agent client < <(python - <<'PY'
-import socket
+read -r gcs dashboard agent client cpus < <(python - <<'PY'
+import os, socket
 sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(4)]
-print(*(s.getsockname()[1] for s in sockets))
+# Two training workers need two; more than eight would only hold more copies of a tiny model.
+print(*(s.getsockname()[1] for s in sockets), min(max(os.cpu_count() or 2, 2), 8))
 PY
 )
 folder=$(mktemp -d "${TMPDIR:-/tmp}/ultralong.XXXXXX")
 ray get-auth-token --generate >/dev/null
-setsid ray start --head --block --node-ip-address 127.0.0.1 --port "$gcs" --dashboard-host 127.0.0.1 --dashboard-port "$dashboard" \
+python -c 'import os, sys; os.setsid(); os.execvp(sys.argv[1], sys.argv[1:])' ray start --head --block --node-ip-address 127.0.0.1 --port "$gcs" --dashboard-host 127.0.0.1 --dashboard-port "$dashboard" \
   --dashboard-agent-listen-port "$agent" --ray-client-server-port "$client" --temp-dir "$folder" \
-  --num-cpus "${RAY_CPUS:-$(nproc)}" --disable-usage-stats >"$folder/head.log" 2>&1 &
+  --num-cpus "${RAY_CPUS:-$cpus}" --disable-usage-stats >"$folder/head.log" 2>&1 &
 head=$!
 stop() { trap - EXIT; kill -TERM -- "-$head" 2>/dev/null || true; wait "$head" 2>/dev/null || true; rm -rf "$folder"; }
 trap stop EXIT
