@@ -110,6 +110,36 @@ class SequenceSlice:
 
 
 @dataclass(frozen=True, slots=True)
+class LayerKeep:
+    """Where one decoder layer keeps what the backward pass needs of the forward pass; the rest is computed again.
+
+    `attention_rows` is the share of this rank's rows, the last ones, whose attention output and log-sum-exp are kept:
+    causal attention costs most in the last rows, so half of them saves three quarters of the attention's replay.
+    """
+
+    inputs: Literal["device", "host"] = "device"
+    attention: Literal["device", "host"] = "device"
+    attention_rows: float = 1.0  # 0: attention is computed again as a whole
+
+
+@dataclass(frozen=True, slots=True)
+class TrainPlan:
+    """How a training stage is laid out on its workers: every "auto" of its section decided."""
+
+    ulysses_degree: int
+    ring_degree: int
+    keep: tuple[LayerKeep, ...]  # by decoder layer; empty: no replay, autograd keeps everything on the device
+    mlp_tile_tokens: int
+    loss_tile_tokens: int
+    offload_optimizer: bool
+
+    @property
+    def degree(self) -> int:
+        """Ranks that share one sequence."""
+        return self.ulysses_degree * self.ring_degree
+
+
+@dataclass(frozen=True, slots=True)
 class StepMetrics:
     """One optimizer step, as logged to `metrics.jsonl`, TensorBoard and the Ray dashboard."""
 

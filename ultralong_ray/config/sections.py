@@ -122,10 +122,29 @@ class TrainConfig(Section):
     """True: a token attends only to its own document. The recipe's packs are plain causal: False."""
     seed: int = 42
     sequence_parallel_degree: Positive | Literal["auto"] = operational(1)
-    """Ranks that share one sequence (Ulysses)."""
+    """Ranks that share one sequence: ulysses_degree x ring_degree."""
+    ulysses_degree: Positive | Literal["auto"] = operational("auto")
+    """Ranks that split the heads; at most as many as query heads."""
+    ring_degree: Positive | Literal["auto"] = operational("auto")
+    """Ranks that pass keys and values around; any number."""
+    attention: Literal["auto", "flash_attn_4", "flash_attn_3", "cudnn", "flash_attn_2", "sdpa_flash", "math"] = (
+        operational("auto")
+    )
+    """Attention kernel. auto: the first of these, in this order, that can run."""
     zero_stage: Literal[0, 1, 2, 3] = operational(3)
     gradient_checkpointing: bool = operational(True)
-    loss_tile_tokens: Positive = operational(2048)
+    """True: a layer keeps its input and its attention output as keep_* say, and computes the rest again."""
+    keep_inputs: Literal["auto", "device", "host"] = operational("auto")
+    """Where layer inputs wait for the backward pass; host is pinned memory of the node."""
+    keep_attention: Literal["auto", "device", "host"] = operational("auto")
+    """Where attention outputs and their log-sum-exp wait."""
+    keep_attention_rows: Share | Literal["auto"] = operational("auto")
+    """Share of a rank's rows, the last ones, whose attention output is kept. 0: attention is computed again."""
+    offload_optimizer: bool | Literal["auto"] = operational("auto")
+    """True: float32 weights and optimizer state live in host memory."""
+    mlp_tile_tokens: Positive | Literal["auto"] = operational("auto")
+    """Rows of the MLP that exist at a time."""
+    loss_tile_tokens: Positive | Literal["auto"] = operational("auto")
     """Rows of logits that exist at a time."""
     checkpoint_every_steps: Positive = operational(10)
     keep_checkpoints: Positive = operational(2)
