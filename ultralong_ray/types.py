@@ -13,7 +13,7 @@ a step is sum(weight * cross_entropy) / sum(weight) over the whole global batch,
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
