@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ultralong_ray.config import Recipe, TrainConfig
-from ultralong_ray.config.heads import heads_can_split, heads_message
+from ultralong_ray.config.degrees import Heads, model_heads
 from ultralong_ray.stages import inputs, stage_directory, stages
 from ultralong_ray.storage import Location
 from ultralong_ray.types import UserError
@@ -19,16 +19,20 @@ def check_base_model(recipe: Recipe) -> None:
 
     (Without [model.architecture] the recipe alone does not know the heads.) Raises UserError.
     """
+    heads = _heads(recipe)
+    for _, train, _ in recipe.train_stages():
+        try:
+            recipe.degrees(train, heads)
+        except ValueError as error:
+            raise UserError(str(error)) from None
+
+
+def _heads(recipe: Recipe) -> Heads | None:
+    """(query, key-value) heads as far as they can be known without a download."""
     config = Location.of(recipe.model.base) / "config.json"
     if recipe.model.architecture is not None or not config.is_local or not config.exists():
-        return
-    shape = config.read_json()
-    heads = shape["num_attention_heads"]
-    kv_heads = shape.get("num_key_value_heads", heads)
-    for name, train, _ in recipe.train_stages():
-        degree = recipe.sequence_parallel_degree(train)
-        if not heads_can_split(heads, kv_heads, degree):
-            raise UserError(heads_message(name, heads, kv_heads, degree))
+        return recipe.heads
+    return model_heads(config.read_json())
 
 
 def describe(recipe: Recipe) -> str:
@@ -95,9 +99,9 @@ def _prepare_lines(recipe: Recipe) -> list[str]:
 
 
 def _train_lines(recipe: Recipe, name: str, train: TrainConfig, length: int) -> list[str]:
-    degree = recipe.sequence_parallel_degree(train)
+    ulysses, ring = recipe.degrees(train, _heads(recipe))
     workers = recipe.cluster.num_workers
-    groups = workers // degree
+    groups = workers // (ulysses * ring)
     accumulation = train.global_batch_sequences // (groups * train.micro_batch_sequences)
     known = recipe.prepare.num_sequences if name == "pretrain" else None
     steps = train.steps if known is None else num_steps(train, known)
@@ -116,8 +120,8 @@ def _train_lines(recipe: Recipe, name: str, train: TrainConfig, length: int) -> 
             f"{total:,} tokens ({total / 1e9:.3g}B){epochs}"
         )
     lines.append(
-        f"  degrees   {workers} workers = {groups} data-parallel x {degree} sequence-parallel (Ulysses), ZeRO-"
-        f"{train.zero_stage}; {length // degree:,} tokens of a sequence per worker; micro-batch "
+        f"  degrees   {workers} workers = {groups} data-parallel x {ulysses} Ulysses x {ring} ring, ZeRO-"
+        f"{train.zero_stage}; {length // (ulysses * ring):,} tokens of a sequence per worker; micro-batch "
         f"{train.micro_batch_sequences}, accumulation {accumulation}; {train.precision}"
     )
     return lines

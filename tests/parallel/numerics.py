@@ -14,8 +14,9 @@ from transformers import AutoModelForCausalLM
 
 from tests.parallel.spawn import VOCAB, section
 from ultralong_ray.packed import PackedReader
+from ultralong_ray.parallel.kernels.choose import choose_kernel
+from ultralong_ray.parallel.mesh import create_mesh
 from ultralong_ray.parallel.topology import Topology
-from ultralong_ray.parallel.ulysses import create_group
 from ultralong_ray.storage import Location
 from ultralong_ray.train import engine as engine_module
 from ultralong_ray.train import step as step_module
@@ -32,7 +33,8 @@ class Case:
     """One way to compute the step. `changes` are fields of the training section."""
 
     name: str
-    degree: int
+    ulysses: int
+    ring: int = 1
     kv_heads: int = 2
     tied: bool = False
     changes: dict[str, Any] = field(default_factory=dict)
@@ -90,7 +92,7 @@ def solve(models: dict[tuple[int, bool], Location], packed: Location, cases: lis
 
 def _solve(model: Location, packed: Location, case: Case, device: torch.device) -> list[Answer]:
     train = section(**case.changes)
-    topology = Topology(dist.get_world_size(), dist.get_rank(), case.degree)
+    topology = Topology(dist.get_world_size(), dist.get_rank(), case.ulysses, case.ring)
     config = engine_module.deepspeed_config(train, topology.world_size, accumulation_steps(train, topology))
     module = build_model(model, None, train, config, device)
     # SGD of rate 1 moves a parameter by its gradient: the one observation that means the same at every ZeRO stage
@@ -108,7 +110,8 @@ def _solve(model: Location, packed: Location, case: Case, device: torch.device) 
     step_module.dist = dist if case.broken != "mean per rank" else _LocalWeights()
     if case.broken in BREAKAGES:
         batches = [BREAKAGES[case.broken](batch) for batch in batches]
-    result = step_module.train_step(engine, batches, create_group(topology), case.degree, 0.0)
+    kernel = choose_kernel("math", device, torch.float32, 8)
+    result = step_module.train_step(engine, batches, create_mesh(topology), kernel, 0.0)
     after = _whole_parameters(module)
     answers.append({name: before[name] - after[name] for name in before})
     sums = result.rank_sums.sum(0)

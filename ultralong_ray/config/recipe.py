@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+import math
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
 from ultralong_ray.config.base import Section
-from ultralong_ray.config.heads import heads_can_split, heads_message
+from ultralong_ray.config.degrees import DegreeRequest, Degrees, Heads, refuse_batch, resolve_degrees
 from ultralong_ray.config.model import ModelConfig
 from ultralong_ray.config.sections import (
     ClusterConfig,
@@ -37,8 +38,8 @@ class Recipe(Section):
     @model_validator(mode="after")
     def _stages_agree(self) -> Recipe:
         _check_lengths(self)
-        for name, train, length in self.train_stages():
-            _check_parallelism(self, name, train, length)
+        for name, train, _ in self.train_stages():
+            _check_parallelism(self, name, train)
         return self
 
     def train_stages(self) -> list[tuple[str, TrainConfig, int]]:
@@ -48,20 +49,25 @@ class Recipe(Section):
             stages.append(("sft", self.sft, self.sft.sequence_length))
         return stages
 
-    def sequence_parallel_degree(self, train: TrainConfig) -> int:
-        """The degree given, or for "auto" the largest that divides workers, heads and length."""
-        if train.sequence_parallel_degree != "auto":
-            return train.sequence_parallel_degree
-        length = next(length for _, t, length in self.train_stages() if t is train)
+    @property
+    def heads(self) -> Heads | None:
+        """(query, key-value) heads of the model, where the recipe itself describes it."""
         shape = self.model.architecture
-        candidates = range(self.cluster.num_workers, 0, -1)
-        return next(
-            degree
-            for degree in candidates
-            if self.cluster.num_workers % degree == 0
-            and length % degree == 0
-            and (shape is None or heads_can_split(shape.num_attention_heads, shape.num_key_value_heads, degree))
-        )
+        return None if shape is None else (shape.num_attention_heads, shape.num_key_value_heads)
+
+    def degrees(self, train: TrainConfig, heads: Heads | None = None, sequence_length: int | None = None) -> Degrees:
+        """(ulysses_degree, ring_degree) of a training section, every "auto" decided.
+
+        `heads` of the model's config.json and the length of the packed sequences may be given where they are known;
+        the recipe's own otherwise. Raises ValueError that says what does not fit.
+        """
+        name, length = next((name, length) for name, section, length in self.train_stages() if section is train)
+        total: int | Literal["auto"] = train.sequence_parallel_degree
+        parts = [degree for degree in (train.ulysses_degree, train.ring_degree) if degree != "auto"]
+        if "sequence_parallel_degree" not in train.model_fields_set and parts:
+            total = math.prod(parts)
+        request = DegreeRequest(name, total, train.ulysses_degree, train.ring_degree, train.mask_documents)
+        return resolve_degrees(request, self.cluster.num_workers, sequence_length or length, heads or self.heads)
 
 
 def _check_lengths(recipe: Recipe) -> None:
@@ -82,28 +88,7 @@ def _check_lengths(recipe: Recipe) -> None:
             )
 
 
-def _check_parallelism(recipe: Recipe, name: str, train: TrainConfig, length: int) -> None:
-    workers = recipe.cluster.num_workers
-    if train.sequence_parallel_degree != "auto":
-        degree = train.sequence_parallel_degree
-        if workers % degree:
-            raise ValueError(
-                f"cluster.num_workers {workers} is not a multiple of {name}.sequence_parallel_degree {degree}"
-            )
-        if length % degree:
-            raise ValueError(
-                f"{name}: sequence length {length} is not divisible by {name}.sequence_parallel_degree {degree}; "
-                f"the nearest lengths that are: {length // degree * degree} and {(length // degree + 1) * degree}"
-            )
-        shape = recipe.model.architecture
-        if shape is not None:
-            query_heads, kv_heads = shape.num_attention_heads, shape.num_key_value_heads
-            if not heads_can_split(query_heads, kv_heads, degree):
-                raise ValueError(heads_message(name, query_heads, kv_heads, degree))
-    groups = workers // recipe.sequence_parallel_degree(train)
-    per_pass = groups * train.micro_batch_sequences
-    if train.global_batch_sequences % per_pass:
-        raise ValueError(
-            f"{name}.global_batch_sequences {train.global_batch_sequences} is not a multiple of {per_pass} "
-            f"({groups} sequence-parallel groups x {name}.micro_batch_sequences {train.micro_batch_sequences})"
-        )
+def _check_parallelism(recipe: Recipe, name: str, train: TrainConfig) -> None:
+    ulysses, ring = recipe.degrees(train)
+    groups = recipe.cluster.num_workers // (ulysses * ring)
+    refuse_batch(name, train.global_batch_sequences, train.micro_batch_sequences, groups)

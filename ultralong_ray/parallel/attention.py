@@ -3,23 +3,21 @@
 Two masks exist: causal over the pack, and causal inside each document. The second is computed without a mask:
 documents are cut out, put together in batches of similar length and attended causally, so memory stays linear in
 tokens, the same fast kernels serve both, and no arithmetic ever joins two documents.
-
-torch 2.11-2.13. On CUDA the memory-efficient SDPA backend is never allowed: it is silently wrong beyond 65,536 tokens
-(pytorch#162588, #187227).
 """
 
 from __future__ import annotations
 
-import contextlib
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.functional import scaled_dot_product_attention
 
-CUDA_BACKENDS = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]
+from ultralong_ray.parallel.ring import ring_backward, ring_forward
+
+if TYPE_CHECKING:
+    from ultralong_ray.parallel.context import AttentionContext
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,34 +65,47 @@ def _to(values: np.ndarray, device: torch.device) -> torch.Tensor:
 
 
 def core_attention(
-    query: torch.Tensor,  # [batch, heads_local, seq_global, head_dim]
-    key: torch.Tensor,  # [batch, kv_heads_local, seq_global, head_dim]
+    query: torch.Tensor,  # [batch, seq_ring, heads_local, head_dim]
+    key: torch.Tensor,  # [batch, seq_ring, kv_heads_local, head_dim]
     value: torch.Tensor,
     scale: float,
-    documents: DocumentLayout | None,
+    context: AttentionContext,
 ) -> torch.Tensor:
-    """Causal attention, inside each document where a layout is given. [batch, heads_local, seq_global, head_dim]."""
-    if documents is None:
-        return _causal(query, key, value, scale)
-    batch, _, seq_global, _ = query.shape
+    """Causal attention, inside each document where a layout is given. [batch, seq_ring, heads_local, head_dim]."""
+    if context.documents is None:
+        return _Causal.apply(query, key, value, scale, context)  # pyright: ignore[reportReturnType]
+    batch, seq_ring = query.shape[:2]
     outputs = []
-    for bucket in documents.buckets:
-        attended = _causal(_cut(query, bucket), _cut(key, bucket), _cut(value, bucket), scale)
-        flat = attended.transpose(1, 2).flatten(0, 1)  # [documents * length, heads, head_dim]
-        outputs.append(flat.index_select(0, bucket.kept))
-    joined = torch.cat(outputs).index_select(0, documents.order)  # [batch * seq_global, heads, head_dim]
-    return joined.unflatten(0, (batch, seq_global)).transpose(1, 2)
+    for bucket in context.documents.buckets:
+        cut = [_cut(tensor, bucket) for tensor in (query, key, value)]
+        attended = _Causal.apply(*cut, scale, context)
+        outputs.append(attended.flatten(0, 1).index_select(0, bucket.kept))
+    joined = torch.cat(outputs).index_select(0, context.documents.order)  # [batch * seq_ring, heads, head_dim]
+    return joined.unflatten(0, (batch, seq_ring))
 
 
 def _cut(heads: torch.Tensor, bucket: DocumentBucket) -> torch.Tensor:
-    """[batch, heads, seq_global, head_dim] to the documents of a bucket, [documents, heads, length, head_dim]."""
-    tokens = heads.transpose(1, 2).flatten(0, 1)  # [batch * seq_global, heads, head_dim]
-    chosen = tokens.index_select(0, bucket.tokens.flatten())
-    return chosen.unflatten(0, tuple(bucket.tokens.shape)).transpose(1, 2)
+    """[batch, seq_ring, heads, head_dim] to the documents of a bucket, [documents, length, heads, head_dim]."""
+    chosen = heads.flatten(0, 1).index_select(0, bucket.tokens.flatten())
+    return chosen.unflatten(0, tuple(bucket.tokens.shape))
 
 
-def _causal(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float) -> torch.Tensor:
-    backends = sdpa_kernel(CUDA_BACKENDS, set_priority=True) if query.is_cuda else contextlib.nullcontext()
-    grouped = query.shape[1] != key.shape[1]
-    with backends:
-        return scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=grouped)
+class _Causal(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, context: AttentionContext
+    ) -> torch.Tensor:
+        if context.mesh.ring is None:
+            output, lse = context.kernel.forward(query, key, value, scale, True)
+        else:
+            output, lse = ring_forward(query, key, value, scale, context.kernel, context.mesh)
+        ctx.save_for_backward(query, key, value, output, lse)
+        ctx.scale, ctx.context = scale, context
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        kernel, mesh = ctx.context.kernel, ctx.context.mesh
+        if mesh.ring is None:
+            return *kernel.backward(grads[0], *ctx.saved_tensors, ctx.scale, True), None, None
+        return *ring_backward(grads[0], *ctx.saved_tensors, ctx.scale, kernel, mesh), None, None

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ultralong_ray.parallel.ulysses import AttentionContext
+from ultralong_ray.parallel.context import AttentionContext
 
 
 def tiled_cross_entropy(

@@ -1,10 +1,15 @@
-"""The process groups of sequence parallelism: Ulysses ranks split the heads, ring ranks pass keys and values around."""
+"""The process groups of sequence parallelism: Ulysses ranks split the heads, ring ranks pass keys and values around.
+
+Flows in: a Topology. Flows out: this rank's groups, which reach attention inside an AttentionContext.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 import torch.distributed as dist
+
+from ultralong_ray.parallel.topology import Topology
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,3 +21,27 @@ class SequenceMesh:
     ulysses_degree: int = 1
     ring_degree: int = 1
     ring_rank: int = 0
+
+
+def create_mesh(topology: Topology) -> SequenceMesh:
+    """The mesh of this rank. Collective over all ranks of the world, which make all groups in the same order.
+
+    The ring has groups of its own, so that its sends never queue behind another collective.
+    """
+    return SequenceMesh(
+        ulysses=_group_of(topology.rank, topology.ulysses_groups),
+        ring=_group_of(topology.rank, topology.ring_groups),
+        ulysses_degree=topology.ulysses_degree,
+        ring_degree=topology.ring_degree,
+        ring_rank=topology.ring_rank,
+    )
+
+
+def _group_of(rank: int, groups: list[list[int]]) -> dist.ProcessGroup | None:
+    """Makes every group and returns the one of `rank`; makes none where groups have one rank."""
+    mine = None
+    for ranks in groups if len(groups[0]) > 1 else []:
+        group = dist.new_group(ranks)
+        mine = group if rank in ranks else mine
+    assert mine is None or isinstance(mine, dist.ProcessGroup)
+    return mine

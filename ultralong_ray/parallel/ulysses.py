@@ -1,49 +1,36 @@
 """Ulysses sequence parallelism (arXiv 2309.14509) under Hugging Face attention modules, read against transformers 5.23.
 
-Outside attention a rank holds all heads of its part of the sequence; inside, the whole sequence for its part of the
-heads. One all-to-all carries query, key and value in, another carries the result out:
+Outside attention a rank holds all heads of its rows of the sequence; inside, some heads of all rows of its Ulysses
+group (the whole sequence, or with a ring the chunks of its ring rank). One all-to-all carries query, key and value in,
+another carries the result out:
 
-    [batch, heads, seq_local, head_dim]  --in-->  [batch, heads / degree, seq_global, head_dim]  --out-->  back
+    [batch, heads, seq_local, head_dim]  --gather-->   [batch, seq_ring, heads / ulysses, head_dim]
+    [batch, seq_local, heads, head_dim]  <--scatter--  [batch, seq_ring, heads / ulysses, head_dim]
 
-Where there are fewer key-value heads than ranks they are repeated before the exchange; autograd sums their gradients.
+transformers' tensors are transposed views of [batch, seq_local, heads, head_dim] in memory, and kernels of the
+flash-attention family want that order: nothing is ever transposed. At batch 1 what arrives is used where it lies.
+Where there are fewer key-value heads than ranks they are repeated on the way; their gradients are summed.
 
-Nothing is global but the registered names: the group and the document layout reach the attention function as keyword
+Nothing is global but the registered names: groups, kernel and document layout reach the attention function as keyword
 argument `attention_context` of the model's forward, which transformers hands through to it.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from ultralong_ray.parallel.attention import DocumentLayout, core_attention
-from ultralong_ray.parallel.topology import Topology
+from ultralong_ray.parallel.attention import core_attention
+from ultralong_ray.parallel.context import AttentionContext
+from ultralong_ray.parallel.mesh import SequenceMesh
 from ultralong_ray.types import UserError
 
 ATTENTION_NAME = "ultralong"
 
-
-@dataclass(frozen=True, slots=True)
-class AttentionContext:
-    """What attention must know beyond its tensors: who shares the sequence, and where documents stand."""
-
-    group: dist.ProcessGroup | None  # None: this rank holds whole sequences
-    degree: int = 1
-    documents: DocumentLayout | None = None
-
-
-def create_group(topology: Topology) -> dist.ProcessGroup | None:
-    """This rank's sequence-parallel group; collective over all ranks. None at degree 1."""
-    if topology.degree == 1:
-        return None
-    groups = [dist.new_group(ranks) for ranks in topology.sp_groups]
-    mine = groups[topology.dp_rank]
-    assert isinstance(mine, dist.ProcessGroup)
-    return mine
+ThreeTensors = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 def register_attention() -> None:
@@ -76,54 +63,101 @@ def _attention(
             f"here is full causal attention without dropout: set attention_dropout to 0 and use_sliding_window to false"
         )
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
-    context = attention_context
-    if context.group is None:
-        return core_attention(query, key, value, scale, context.documents).transpose(1, 2), None
-    whole = gather_sequence(query, key, value, context.group, context.degree)
-    return scatter_sequence(core_attention(*whole, scale, context.documents), context.group, context.degree), None
+    gathered = gather_sequence(query, key, value, attention_context.mesh)
+    attended = core_attention(*gathered, scale, attention_context)
+    return scatter_sequence(attended, attention_context.mesh), None
 
 
 def gather_sequence(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, group: dist.ProcessGroup, degree: int
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """All heads of a slice to some heads of the sequence: q, k, v [batch, heads(_kv) / degree, seq_global, head_dim].
+    query: torch.Tensor,  # [batch, heads, seq_local, head_dim]
+    key: torch.Tensor,  # [batch, kv_heads, seq_local, head_dim]
+    value: torch.Tensor,
+    mesh: SequenceMesh,
+) -> ThreeTensors:
+    """Query, key and value [batch, seq_ring, heads_local, head_dim]: all rows of the Ulysses group, some heads.
 
-    Rank r gets query heads [r * heads / degree, (r + 1) * heads / degree) and the key-value heads that serve them.
+    Ulysses rank u gets query heads [u * heads / ulysses, (u + 1) * heads / ulysses) and the key-value heads that serve
+    them. The three may be views of one tensor, and dense in their last dimension only.
     """
-    copies = max(1, degree // key.shape[1])
-    if copies > 1:
-        key, value = key.repeat_interleave(copies, dim=1), value.repeat_interleave(copies, dim=1)
-    by_rank = [t.unflatten(1, (degree, -1)) for t in (query, key, value)]  # [batch, degree, heads_local, seq_local, hd]
-    packed = torch.cat(by_rank, dim=2).transpose(0, 1)  # [degree, batch, heads of q, k and v, seq_local, head_dim]
-    received = _AllToAll.apply(packed, group)  # dim 0 is now the part of the sequence
-    whole = received.permute(1, 2, 0, 3, 4).flatten(2, 3)  # [batch, heads of q, k and v, seq_global, head_dim]
-    query_local, key_local, value_local = whole.split([t.shape[2] for t in by_rank], dim=1)
-    return query_local, key_local, value_local
+    if mesh.ulysses is None:
+        return query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+    return _Gather.apply(query, key, value, mesh.ulysses, mesh.ulysses_degree)  # pyright: ignore[reportReturnType]
 
 
-def scatter_sequence(attended: torch.Tensor, group: dist.ProcessGroup, degree: int) -> torch.Tensor:
-    """[batch, heads_local, seq_global, head_dim] back to [batch, seq_local, heads, head_dim]."""
-    by_rank = attended.unflatten(2, (degree, -1)).permute(2, 0, 3, 1, 4)  # [degree, batch, seq_local, heads_local, hd]
-    received = _AllToAll.apply(by_rank, group)  # dim 0 is now the part of the heads
-    return received.permute(1, 2, 0, 3, 4).flatten(2, 3)
+def scatter_sequence(attended: torch.Tensor, mesh: SequenceMesh) -> torch.Tensor:
+    """[batch, seq_ring, heads_local, head_dim] back to [batch, seq_local, heads, head_dim]: own rows, all heads."""
+    if mesh.ulysses is None:
+        return attended
+    return _Scatter.apply(attended, mesh.ulysses, mesh.ulysses_degree)  # pyright: ignore[reportReturnType]
 
 
-class _AllToAll(torch.autograd.Function):
-    """Block i of dim 0 goes to rank i, and rank j's block arrives as block j. Its own inverse, so its own gradient."""
+class _Gather(torch.autograd.Function):
+    """By hand, so that one copy puts q, k and v in order to be sent, and another their gradients on the way back."""
 
     @staticmethod
-    def forward(ctx: Any, blocks: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
-        ctx.group = group
-        return _exchange(blocks, group)
+    def forward(
+        ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, group: dist.ProcessGroup, degree: int
+    ) -> ThreeTensors:
+        ctx.group, ctx.degree, ctx.kv_heads = group, degree, key.shape[1]
+        by_rank = [_heads_by_rank(tensor, degree) for tensor in (query, key, value)]
+        received = _exchange(torch.cat(by_rank, dim=3), group)  # dim 0 is now the part of the sequence
+        whole = _join_rows(received)  # [batch, seq_ring, heads_local of q, k and v, head_dim]
+        query, key, value = whole.split([tensor.shape[3] for tensor in by_rank], dim=2)
+        return query, key, value
 
     @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return _exchange(grads[0], ctx.group), None
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, None, None]:
+        by_rank = [_rows_by_rank(grad, ctx.degree) for grad in grads]
+        received = _exchange(torch.cat(by_rank, dim=3), ctx.group)  # dim 0 is now the part of the heads
+        query, key, value = received.split([tensor.shape[3] for tensor in by_rank], dim=3)
+        copies = max(1, ctx.degree // ctx.kv_heads)
+        if copies > 1:  # torch sums bfloat16 in float32
+            key, value = (grad.unflatten(0, (ctx.kv_heads, copies)).sum(1) for grad in (key, value))
+        return *(_join_heads(grad).transpose(1, 2) for grad in (query, key, value)), None, None
 
 
-def _exchange(blocks: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+class _Scatter(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, attended: torch.Tensor, group: dist.ProcessGroup, degree: int) -> torch.Tensor:
+        ctx.group, ctx.degree = group, degree
+        return _join_heads(_exchange(_rows_by_rank(attended, degree), group))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        by_rank = _heads_by_rank(grads[0].transpose(1, 2), ctx.degree)
+        return _join_rows(_exchange(by_rank, ctx.group)), None, None
+
+
+# "By rank" tensors are [degree, batch, seq_local, heads_local, head_dim]: block i of dim 0 belongs to Ulysses rank i.
+
+
+def _heads_by_rank(tensor: torch.Tensor, degree: int) -> torch.Tensor:
+    """[batch, heads, seq_local, head_dim] cut by heads. Fewer heads than ranks are repeated."""
+    heads = tensor.shape[1]
+    if heads < degree:
+        tensor = tensor.unsqueeze(2).expand(-1, -1, degree // heads, -1, -1).flatten(1, 2)
+    return tensor.unflatten(1, (degree, -1)).permute(1, 0, 3, 2, 4)
+
+
+def _rows_by_rank(tensor: torch.Tensor, degree: int) -> torch.Tensor:
+    """[batch, seq_ring, heads_local, head_dim] cut by rows."""
+    return tensor.unflatten(1, (degree, -1)).transpose(0, 1)
+
+
+def _join_rows(by_rank: torch.Tensor) -> torch.Tensor:
+    """[batch, seq_ring, heads_local, head_dim]; a view at batch 1."""
+    return by_rank.transpose(0, 1).flatten(1, 2)
+
+
+def _join_heads(by_rank: torch.Tensor) -> torch.Tensor:
+    """[batch, seq_local, heads, head_dim]."""
+    return by_rank.permute(1, 2, 0, 3, 4).flatten(2, 3)
+
+
+def _exchange(by_rank: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+    """Block i of dim 0 goes to rank i, and rank j's block arrives as block j."""
     # empty_like of a permuted view would keep its strides, and the collective would scramble the blocks.
-    sent = blocks.contiguous()
+    sent = by_rank.contiguous()
     received = torch.empty_like(sent)
     dist.all_to_all_single(received, sent, group=group)
     return received

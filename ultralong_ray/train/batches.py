@@ -28,7 +28,7 @@ def read_step(
     micro_batches = []
     for index in range(accumulation_steps(train, topology)):
         chosen = sequences_of_micro_batch(sequences, topology, index, train.micro_batch_sequences)
-        part = read_slice(reader, chosen, topology.sp_rank, topology.degree, train.mask_documents)
+        part = read_slice(reader, chosen, topology, train.mask_documents)
         micro_batches.append(to_device(part, device))
     return micro_batches
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from ultralong_ray.config import Recipe, TrainConfig
-from ultralong_ray.config.heads import heads_can_split, heads_message
+from ultralong_ray.config.degrees import Degrees, model_heads, refuse_batch
 from ultralong_ray.packed import PackedManifest
 from ultralong_ray.storage import Location
 from ultralong_ray.types import UserError
@@ -33,6 +33,11 @@ class TrainJob:
     def num_steps(self, num_sequences: int) -> int:
         return self.train.steps or num_sequences // self.train.global_batch_sequences
 
+    def degrees(self, shape: dict[str, Any]) -> Degrees:
+        """(ulysses_degree, ring_degree) for the model whose config.json is `shape`. ValueError where none fits."""
+        length = PackedManifest.read(self.packed).sequence_length
+        return self.recipe.degrees(self.train, model_heads(shape), length)
+
     @property
     def random_seed(self) -> int | None:
         """SFT starts from what pretraining made, so only pretraining draws weights."""
@@ -44,15 +49,13 @@ def check_inputs(job: TrainJob) -> None:
     shape: dict[str, Any] = (job.model / "config.json").read_json()
     manifest = PackedManifest.read(job.packed)
     name, train = job.section, job.train
-    length, degree = manifest.sequence_length, job.recipe.sequence_parallel_degree(train)
-    heads = shape["num_attention_heads"]
-    kv_heads = shape.get("num_key_value_heads") or heads
-    if not heads_can_split(heads, kv_heads, degree):
-        raise UserError(heads_message(name, heads, kv_heads, degree))
-    if length % degree:
-        raise UserError(
-            f"{job.packed}: sequences of {length} tokens are not divisible by {name}.sequence_parallel_degree {degree}"
-        )
+    length = manifest.sequence_length
+    try:
+        ulysses, ring = job.degrees(shape)
+        groups = job.recipe.cluster.num_workers // (ulysses * ring)
+        refuse_batch(name, train.global_batch_sequences, train.micro_batch_sequences, groups)
+    except ValueError as error:
+        raise UserError(f"{error} ({job.model} on {job.packed})") from None
     if manifest.vocab_size > shape["vocab_size"]:
         raise UserError(
             f"{job.packed} was tokenised with {manifest.vocab_size} ids, {job.model} embeds {shape['vocab_size']}; "

@@ -19,8 +19,9 @@ import torch
 import torch.distributed as dist
 
 from ultralong_ray.packed import PackedReader
+from ultralong_ray.parallel.kernels.choose import choose_kernel
+from ultralong_ray.parallel.mesh import create_mesh
 from ultralong_ray.parallel.topology import Topology
-from ultralong_ray.parallel.ulysses import create_group
 from ultralong_ray.train.batches import accumulation_steps, read_ahead
 from ultralong_ray.train.checkpoint import load_checkpoint, save_checkpoint
 from ultralong_ray.train.engine import deepspeed_config, init_distributed, initialize, make_optimizer, set_learning_rate
@@ -56,12 +57,14 @@ class Trainer:
     def __init__(self, job: TrainJob, device: torch.device) -> None:
         init_distributed(device)
         self.job, self.train, self.device = job, job.train, device
-        degree = job.recipe.sequence_parallel_degree(job.train)
-        self.topology = Topology(dist.get_world_size(), dist.get_rank(), degree)
-        self.group = create_group(self.topology)
         self.reader = PackedReader(job.packed)
         self.num_steps = job.num_steps(self.reader.manifest.num_sequences)
         self.shape: dict[str, Any] = (job.model / "config.json").read_json()
+        self.topology = Topology(dist.get_world_size(), dist.get_rank(), *job.degrees(self.shape))
+        self.mesh = create_mesh(self.topology)
+        dtype = torch.bfloat16 if self.train.precision == "bfloat16" else torch.float32
+        head_dim = self.shape.get("head_dim") or self.shape["hidden_size"] // self.shape["num_attention_heads"]
+        self.kernel = choose_kernel(self.train.attention, device, dtype, head_dim)
         device_name = torch.cuda.get_device_name(device) if device.type == "cuda" else None
         self.peak_flops = peak_flops(device_name, job.recipe.cluster.peak_tflops_per_worker)
         config = deepspeed_config(self.train, self.topology.world_size, accumulation_steps(self.train, self.topology))
@@ -141,7 +144,7 @@ def run(job: TrainJob, device: torch.device, restore_from: Path | None, keep_che
     batches = read_ahead(restored + 1, trainer.num_steps, trainer.reader, train, topology, device)
     for step, micro_batches in batches:
         set_learning_rate(trainer.engine, learning_rate(train, step, trainer.num_steps))
-        result = train_step(trainer.engine, micro_batches, trainer.group, topology.degree, peak_memory_gib(device))
+        result = train_step(trainer.engine, micro_batches, trainer.mesh, trainer.kernel, peak_memory_gib(device))
         metrics = trainer.metrics(step, result, started)
         started = time.perf_counter()
         if writer is not None:

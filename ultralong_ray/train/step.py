@@ -16,7 +16,9 @@ import torch
 import torch.distributed as dist
 
 from ultralong_ray.parallel.attention import DocumentLayout, document_layout
-from ultralong_ray.parallel.ulysses import AttentionContext
+from ultralong_ray.parallel.context import AttentionContext
+from ultralong_ray.parallel.kernels.kernel import Kernel
+from ultralong_ray.parallel.mesh import SequenceMesh
 from ultralong_ray.train.engine import take_step
 from ultralong_ray.types import SequenceSlice
 
@@ -57,7 +59,7 @@ def to_device(part: SequenceSlice, device: torch.device) -> MicroBatch:
 
 
 def train_step(
-    engine: Any, micro_batches: Sequence[MicroBatch], group: dist.ProcessGroup | None, degree: int, memory_gib: float
+    engine: Any, micro_batches: Sequence[MicroBatch], mesh: SequenceMesh, kernel: Kernel, memory_gib: float
 ) -> StepResult:
     """Forward and backward over this rank's micro-batches, then the update. Collective over all ranks.
 
@@ -76,7 +78,7 @@ def train_step(
             position_ids=micro_batch.position_ids,
             labels=micro_batch.labels,
             loss_weight=micro_batch.loss_weight,
-            attention_context=AttentionContext(group, degree, micro_batch.documents),
+            attention_context=AttentionContext(mesh, kernel, micro_batch.documents),
         )
         local_sum += loss_sum.detach()
         engine.backward(loss_sum * scale, scale_wrt_gas=False)
