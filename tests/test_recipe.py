@@ -1,9 +1,11 @@
 """Recipes: what is refused and how it is said, overrides, and the published values of the 8B recipes."""
 
+import tomllib
 from pathlib import Path
 
 import pytest
 
+from ultralong_ray.config import Recipe
 from ultralong_ray.plan import describe
 from ultralong_ray.recipe import load_recipe
 from ultralong_ray.types import UserError
@@ -63,6 +65,8 @@ def test_published_values(tag: str, factor: int, window: int, max_positions: int
             ["4095", "sequence_parallel_degree 2", "4094", "4096"],
         ),
         (["--pretrain.sequence_parallel_degree", "3"], ["num_workers 2", "sequence_parallel_degree 3"]),
+        (["--pretrain.ring_degree", "4"], ["ring_degree 4", "does not multiply", "sequence_parallel_degree 2"]),
+        (["--sft.ring_degree", "2"], ["documents cannot be masked with ring_degree 2", "use ulysses_degree"]),
         (["--pretrain.global_batch_sequences", "7", "--pretrain.micro_batch_sequences", "2"], ["7", "multiple of 2"]),
         (["--prepare.short_below_tokens", "2048"], ["2048", "1024"]),
         (["--prepare.long_repeat", "9"], ["long_repeat 9", "max_repeats 4"]),
@@ -81,20 +85,28 @@ def test_contradictions_are_refused_with_numbers(overrides: list[str], facts: li
         assert fact in str(refusal.value)
 
 
+def degrees(*overrides: str) -> tuple[int, int]:
+    recipe = load_recipe(str(RECIPES / "llama31_8b_4m.toml"), ["--cluster.num_workers", "64", *overrides])
+    return recipe.degrees(recipe.pretrain)
+
+
 def test_heads_that_the_degree_cannot_split_name_the_degrees_that_can():
-    with pytest.raises(UserError, match=r"degree 64 cannot split 32 query heads.*1, 2, 4, 8, 16, 32"):
-        load_recipe(
-            str(RECIPES / "llama31_8b_4m.toml"),
-            ["--cluster.num_workers", "64", "--pretrain.sequence_parallel_degree", "64"],
-        )
+    with pytest.raises(UserError, match=r"ulysses_degree 64 cannot split 32 query heads.*1, 2, 4, 8, 16, 32"):
+        degrees("--pretrain.sequence_parallel_degree", "64", "--pretrain.ulysses_degree", "64")
 
 
-def test_auto_degree_is_the_largest_legal_one():
-    recipe = load_recipe(
-        str(RECIPES / "llama31_8b_4m.toml"),
-        ["--cluster.num_workers", "64", "--pretrain.sequence_parallel_degree", "auto"],
-    )
-    assert recipe.sequence_parallel_degree(recipe.pretrain) == 32
+def test_auto_degrees_take_all_workers_and_a_ring_beyond_the_heads():
+    assert degrees("--pretrain.sequence_parallel_degree", "auto") == (32, 2)
+    assert degrees("--pretrain.sequence_parallel_degree", "64", "--pretrain.ring_degree", "8") == (8, 8)
+    assert degrees("--pretrain.sequence_parallel_degree", "32", "--pretrain.ulysses_degree", "2") == (2, 16)
+
+
+def test_a_degree_without_the_total_is_the_total():
+    file = Path(QUICKSTART).read_text().replace("sequence_parallel_degree = 2", "ring_degree = 2", 1)
+    assert "ring_degree = 2" in file
+    recipe = Recipe.model_validate(tomllib.loads(file))
+    assert recipe.degrees(recipe.pretrain) == (1, 2)
+    assert recipe.sft is not None and recipe.degrees(recipe.sft) == (2, 1)
 
 
 def test_unknown_key_in_the_file(tmp_path: Path):

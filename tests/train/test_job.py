@@ -26,7 +26,7 @@ def test_inputs_that_fit_pass(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("config", "section", "words"),
     [
-        ({"num_attention_heads": 6}, {"sequence_parallel_degree": 4}, "degree 4 cannot split 6 query heads"),
+        ({"num_attention_heads": 6}, {"ulysses_degree": 4}, "ulysses_degree 4 cannot split 6 query heads"),
         ({"vocab_size": VOCAB - 1}, {}, f"tokenised with {VOCAB} ids"),
         ({"max_position_embeddings": LENGTH // 2}, {}, f"max_position_embeddings {LENGTH // 2}"),
         ({}, {"global_batch_sequences": NUM_SEQUENCES + 4}, f"holds {NUM_SEQUENCES} sequences"),

@@ -81,14 +81,14 @@ def gather_sequence(
     """
     if mesh.ulysses is None:
         return query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
-    return _Gather.apply(query, key, value, mesh.ulysses, mesh.ulysses_degree)  # pyright: ignore[reportReturnType]
+    return _Gather.apply(query, key, value, mesh.ulysses, mesh.ulysses_degree)
 
 
 def scatter_sequence(attended: torch.Tensor, mesh: SequenceMesh) -> torch.Tensor:
     """[batch, seq_ring, heads_local, head_dim] back to [batch, seq_local, heads, head_dim]: own rows, all heads."""
     if mesh.ulysses is None:
         return attended
-    return _Scatter.apply(attended, mesh.ulysses, mesh.ulysses_degree)  # pyright: ignore[reportReturnType]
+    return _Scatter.apply(attended, mesh.ulysses, mesh.ulysses_degree)
 
 
 class _Gather(torch.autograd.Function):
@@ -113,7 +113,8 @@ class _Gather(torch.autograd.Function):
         copies = max(1, ctx.degree // ctx.kv_heads)
         if copies > 1:  # torch sums bfloat16 in float32
             key, value = (grad.unflatten(0, (ctx.kv_heads, copies)).sum(1) for grad in (key, value))
-        return *(_join_heads(grad).transpose(1, 2) for grad in (query, key, value)), None, None
+        query, key, value = (_join_heads(grad).transpose(1, 2) for grad in (query, key, value))
+        return query, key, value, None, None
 
 
 class _Scatter(torch.autograd.Function):
