@@ -20,7 +20,11 @@ import torch
 import torch.distributed as dist
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from ultralong_ray.parallel.attention import DocumentLayout, core_attention
+from ultralong_ray.parallel import context as parallel_context
+from ultralong_ray.parallel.attention import core_attention
+from ultralong_ray.parallel.documents import DocumentLayout
+from ultralong_ray.parallel.kernels.choose import choose_kernel
+from ultralong_ray.parallel.mesh import SequenceMesh
 from ultralong_ray.parallel.topology import Topology
 from ultralong_ray.types import UserError
 
@@ -77,10 +81,16 @@ def _attention(
         )
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     context = attention_context
+    kernel = choose_kernel("auto", query.device, query.dtype, query.shape[-1])
+    core = parallel_context.AttentionContext(SequenceMesh(), kernel, context.documents)
+    whole = (query, key, value)
+    if context.group is not None:
+        whole = gather_sequence(query, key, value, context.group, context.degree)
+    q, k, v = (t.transpose(1, 2) for t in whole)  # [batch, seq_global, heads(_kv)_local, head_dim]
+    attended = core_attention(q, k, v, scale, core)
     if context.group is None:
-        return core_attention(query, key, value, scale, context.documents).transpose(1, 2), None
-    whole = gather_sequence(query, key, value, context.group, context.degree)
-    return scatter_sequence(core_attention(*whole, scale, context.documents), context.group, context.degree), None
+        return attended, None
+    return scatter_sequence(attended.transpose(1, 2), context.group, context.degree), None
 
 
 def gather_sequence(

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from ultralong_ray.parallel.attention import DocumentLayout, document_layout
+from ultralong_ray.parallel.documents import DocumentLayout, document_layout
 from ultralong_ray.parallel.ulysses import AttentionContext
 from ultralong_ray.train.engine import take_step
 from ultralong_ray.types import SequenceSlice
