@@ -44,8 +44,8 @@ def test_a_stage_without_its_input_names_it(tmp_path: Path):
 
 
 def test_heads_of_the_base_model_are_checked_before_anything_starts(tmp_path: Path):
-    degree = ["--cluster.num_workers", "8", "--pretrain.sequence_parallel_degree", "8", "--pretrain.ulysses_degree", "8"]
-    done = run_script("pipeline", QUICKSTART, "--workdir", str(tmp_path), *degree)
+    overrides = "--cluster.num_workers 8 --pretrain.sequence_parallel_degree 8 --pretrain.ulysses_degree 8"
+    done = run_script("pipeline", QUICKSTART, "--workdir", str(tmp_path), *overrides.split())
     assert done.returncode == 2
     assert "degree 8 cannot split 4 query heads and 2 key-value heads; degrees that can: 1, 2, 4" in done.stderr
     assert list(tmp_path.iterdir()) == []

@@ -41,7 +41,7 @@ def test_a_ring_begins_where_the_heads_end() -> None:
 
 def test_a_ring_is_no_way_out_where_documents_are_masked() -> None:
     assert resolve(64, mask_documents=True) == (32, 1)
-    with pytest.raises(ValueError, match=r"pretrain: documents cannot be masked with ring_degree 2.*1, 2, 4, 8, 16, 32"):
+    with pytest.raises(ValueError, match=r"documents cannot be masked with ring_degree 2.*1, 2, 4, 8, 16, 32"):
         resolve(64, total=64, mask_documents=True)
 
 
@@ -62,10 +62,10 @@ def test_unknown_heads_pass_until_they_are_known() -> None:
             "pretrain.sequence_parallel_degree 8",
         ),
         (64, 2**22, {"ulysses": 64}, "pretrain.ulysses_degree 64 cannot split 32 query heads and 8 key-value heads"),
-        (2, 4095, {"total": 2}, "length 4095 is not divisible by pretrain.sequence_parallel_degree 2; .* 4094 and 4096"),
+        (2, 4095, {"total": 2}, "4095 is not divisible by pretrain.sequence_parallel_degree 2; .* 4094 and 4096"),
         (2, 4094, {"total": 2, "ring": 2}, "4094 is divisible by .* no multiple of 4; .*: 4092 and 4096"),
     ],
 )
-def test_refusals_name_fields_values_and_remedies(workers: int, length: int, fields: dict[str, Any], words: str) -> None:
+def test_refusals_name_fields_values_and_remedies(workers: int, length: int, fields: dict[str, Any], words: str):
     with pytest.raises(ValueError, match=words):
         resolve(workers, length, **fields)

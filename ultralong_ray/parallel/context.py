@@ -7,7 +7,7 @@ from typing import Protocol
 
 import torch
 
-from ultralong_ray.parallel.attention import DocumentLayout
+from ultralong_ray.parallel.documents import DocumentLayout
 from ultralong_ray.parallel.kernels.kernel import Kernel
 from ultralong_ray.parallel.mesh import SequenceMesh
 

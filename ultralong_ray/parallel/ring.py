@@ -41,18 +41,19 @@ def ring_forward(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(output [batch, rows, heads_local, head_dim], log-sum-exp float32 [batch, heads_local, rows]).
 
-    With `rows` (the same number on all ranks of the ring) only the first rows of the query are attended. They get the
-    bits of the call over all rows, if the kernel's rows do not depend on each other. Collective over the ring.
+    With `rows` (the same number on all ranks of the ring) only the first rows of the query are attended. Where a call
+    of the kernel over the first of its rows gives them the bits of a longer call, so does this. Float64 inputs are
+    computed in float64 throughout. Collective over the ring.
     """
-    chunk = key.shape[1] // 2
-    query = query[:, :rows]
-    rows = query.shape[1]
+    seq, chunk = key.shape[1], key.shape[1] // 2
+    rows = seq if rows is None else rows
+    own_rows = min(seq, -(-rows // kernel.row_alignment) * kernel.row_alignment)
     # Early rows look at no late chunk, nor at a block from further on: then the ring is a chain of early chunks.
     chain = rows <= chunk
     block = torch.stack((key[:, :chunk], value[:, :chunk]) if chain else (key, value))
     passing = _post(block, mesh, 0, chain)
-    partial, lse = kernel.forward(query, key[:, :rows], value[:, :rows], scale, True)
-    output = partial.float()
+    partial, lse = kernel.forward(query[:, :own_rows], key[:, :own_rows], value[:, :own_rows], scale, True)
+    output, lse = partial[:, :rows].to(lse.dtype), lse[:, :, :rows].contiguous()
     for step in range(1, mesh.ring_rank + 1 if chain else mesh.ring_degree):
         block = passing.arrived()  # [2, batch, chunk or 2 * chunk, kv_heads_local, head_dim]
         passing = _post(block, mesh, step, chain)
@@ -80,8 +81,8 @@ def ring_backward(
     block = torch.stack((key, value))
     passing = _post(block, mesh, 0)
     dq, dk, dv = kernel.backward(grad_output, query, key, value, output, lse, scale, True)
-    grad_query = dq.float()
-    grad_block = torch.stack((dk.float(), dv.float()))  # [2, batch, 2 * chunk, kv_heads_local, head_dim]
+    grad_query = dq.to(lse.dtype)
+    grad_block = torch.stack((dk.to(lse.dtype), dv.to(lse.dtype)))  # [2, batch, 2 * chunk, kv_heads_local, head_dim]
     for step in range(1, mesh.ring_degree):
         block = passing.arrived()
         passing = _post(block, mesh, step)
@@ -112,8 +113,8 @@ def _merge(output: torch.Tensor, lse: torch.Tensor, partial: torch.Tensor, parti
     per row and head, and rounds alike in vector and scalar code: the bits do not depend on how many rows there are.
     """
     known, new = lse.double(), partial_lse.double()
-    share = torch.sigmoid(new - known).float()  # [batch, heads, rows], of the partial result in the merged one
-    output.lerp_(partial.float(), share.transpose(1, 2).unsqueeze(-1))
+    share = torch.sigmoid(new - known).to(output.dtype)  # [batch, heads, rows], of the partial result in the merged one
+    output.lerp_(partial.to(output.dtype), share.transpose(1, 2).unsqueeze(-1))
     lse.copy_(torch.logaddexp(known, new))
 
 

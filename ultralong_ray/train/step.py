@@ -15,8 +15,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from ultralong_ray.parallel.attention import DocumentLayout, document_layout
 from ultralong_ray.parallel.context import AttentionContext
+from ultralong_ray.parallel.documents import DocumentLayout, document_layout
 from ultralong_ray.parallel.kernels.kernel import Kernel
 from ultralong_ray.parallel.mesh import SequenceMesh
 from ultralong_ray.train.engine import take_step
