@@ -21,6 +21,7 @@ import torch.distributed as dist
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from ultralong_ray.parallel.attention import DocumentLayout, core_attention
+from ultralong_ray.parallel.context import KeptAttention
 from ultralong_ray.parallel.topology import Topology
 from ultralong_ray.types import UserError
 
@@ -34,6 +35,7 @@ class AttentionContext:
     group: dist.ProcessGroup | None  # None: this rank holds whole sequences
     degree: int = 1
     documents: DocumentLayout | None = None
+    kept: KeptAttention | None = None
 
 
 def create_group(topology: Topology) -> dist.ProcessGroup | None:
