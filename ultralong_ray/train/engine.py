@@ -16,9 +16,13 @@ from typing import Any
 import deepspeed
 import torch
 import torch.distributed as dist
+from deepspeed.utils import get_z3_leaf_modules, set_z3_leaf_module
 from torch import nn
 
 from ultralong_ray.config import TrainConfig
+
+# Parameters of at most this many elements are never partitioned under ZeRO-3.
+PERSISTENT_ELEMENTS = 100_000
 
 
 def init_distributed(device: torch.device) -> None:
@@ -32,8 +36,10 @@ def init_distributed(device: torch.device) -> None:
     deepspeed.init_distributed("nccl" if device.type == "cuda" else "gloo", dist_init_required=False, verbose=False)
 
 
-def deepspeed_config(train: TrainConfig, world_size: int, accumulation: int) -> dict[str, Any]:
-    """DeepSpeed's configuration of this training section."""
+def deepspeed_config(
+    train: TrainConfig, world_size: int, accumulation: int, offload_optimizer: bool = False
+) -> dict[str, Any]:
+    """DeepSpeed's configuration of this training section. `initialize` adds what depends on the model's size."""
     half = train.precision == "bfloat16"
     # Stage 0 in bfloat16 is served by stage 1, which also keeps parameters whole on every rank. DeepSpeed takes a
     # legacy fp16 optimizer for it, with which a clipped run left the float32 one (loss 3.70 against 3.57 after four
@@ -52,6 +58,9 @@ def deepspeed_config(train: TrainConfig, world_size: int, accumulation: int) -> 
         "steps_per_print": 2**31,
         "wall_clock_breakdown": False,
     }
+    if offload_optimizer:
+        # float32 weights and optimizer state in host memory; the update runs there, with torch's AdamW
+        config["zero_optimization"]["offload_optimizer"] = {"device": "cpu", "pin_memory": True}
     if half and stage >= 2:
         # At stage 1 this would select BF16_Optimizer, whose checkpoints zero_to_fp32 cannot join.
         config["data_types"] = {"grad_accum_dtype": "fp32"}
@@ -63,6 +72,55 @@ def partitioned(config: dict[str, Any], device: torch.device) -> contextlib.Abst
     if config["zero_optimization"]["stage"] < 3:
         return contextlib.nullcontext()
     return deepspeed.zero.Init(config_dict_or_path=config, remote_device=None if device.type == "cuda" else "cpu")
+
+
+def gather_whole(module: nn.Module) -> None:
+    """Under ZeRO-3, gather all parameters below `module` at once when it is called, and reduce their gradients at once.
+
+    Without it every linear layer is gathered by itself. It is also what lets code inside the module use a weight
+    without calling the module that owns it. At other ZeRO stages it changes nothing.
+    """
+    set_z3_leaf_module(module, True)
+
+
+def fitted_to_model(config: dict[str, Any], model: nn.Module) -> dict[str, Any]:
+    """`config` with ZeRO-3's sizes, in elements, set for `model`: one layer in use, one on its way, one being reduced.
+
+    DeepSpeed's fixed defaults (0.05, 1 and 0.5 billion) prefetch a quarter of an 8B model's layer and too little of a
+    larger one's.
+    """
+    wholes = get_z3_leaf_modules(model)
+    if config["zero_optimization"]["stage"] < 3 or not wholes:
+        return config
+    below = {id(parameter) for whole in wholes for parameter in whole.parameters()}
+    layer = max(sum(_size(parameter) for parameter in whole.parameters()) for whole in wholes)
+    others = [_size(parameter) for parameter in model.parameters() if id(parameter) not in below]
+    sizes = {
+        # Norms and biases stay on every rank: too small to be worth a message.
+        "stage3_param_persistence_threshold": PERSISTENT_ELEMENTS,
+        # Exactly the next layer: prefetching stops at the first parameter that fills it, so one element more would
+        # begin to gather the layer after it, in a message of its own.
+        "stage3_prefetch_bucket_size": max(_gathered(whole) for whole in wholes),
+        # Room for two layers beside an embedding and a head.
+        "stage3_max_live_parameters": 2 * (layer + max(others, default=0)),
+        # A layer is released after its forward although its backward may come soon: the last layers would otherwise
+        # stay through the loss, where memory peaks.
+        "stage3_max_reuse_distance": layer,
+        # One reduce-scatter per layer, run beside the next layer's backward. Larger tensors (embedding, head) are
+        # reduced alone and uncopied.
+        "reduce_bucket_size": layer,
+        "overlap_comm": True,
+        "contiguous_gradients": True,
+    }
+    return {**config, "zero_optimization": {**config["zero_optimization"], **sizes}}
+
+
+def _size(parameter: nn.Parameter) -> int:
+    return getattr(parameter, "ds_numel", parameter.numel())  # ZeRO-3 shows partitioned parameters as empty
+
+
+def _gathered(module: nn.Module) -> int:
+    return sum(size for size in map(_size, module.parameters()) if size > PERSISTENT_ELEMENTS)
 
 
 @contextlib.contextmanager
@@ -92,7 +150,8 @@ def make_optimizer(model: nn.Module, train: TrainConfig, device: torch.device) -
 
 def initialize(model: nn.Module, optimizer: torch.optim.Optimizer, config: dict[str, Any]) -> deepspeed.DeepSpeedEngine:
     """The engine around `model` and `optimizer`, with DeepSpeed's `config`. Collective over all ranks."""
-    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config, dist_init_required=False)
+    fitted = fitted_to_model(config, model)
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=fitted, dist_init_required=False)
     return engine
 
 

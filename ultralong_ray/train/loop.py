@@ -18,6 +18,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from ultralong_ray.config import TrainConfig
 from ultralong_ray.packed import PackedReader
 from ultralong_ray.parallel.kernels.choose import choose_kernel
 from ultralong_ray.parallel.mesh import create_mesh
@@ -32,7 +33,7 @@ from ultralong_ray.train.order import cursor_after, sequences_of_step
 from ultralong_ray.train.schedule import learning_rate
 from ultralong_ray.train.step import StepResult, train_step
 from ultralong_ray.train.weights import build_model
-from ultralong_ray.types import StepMetrics, UserError
+from ultralong_ray.types import LayerKeep, StepMetrics, TrainPlan, UserError
 
 KeepCheckpoint = Callable[[dict[str, Any], Path], None]
 
@@ -67,8 +68,12 @@ class Trainer:
         self.kernel = choose_kernel(self.train.attention, device, dtype, head_dim)
         device_name = torch.cuda.get_device_name(device) if device.type == "cuda" else None
         self.peak_flops = peak_flops(device_name, job.recipe.cluster.peak_tflops_per_worker)
-        config = deepspeed_config(self.train, self.topology.world_size, accumulation_steps(self.train, self.topology))
-        model = build_model(job.model, job.random_seed, self.train, config, device)
+        degrees = (self.topology.ulysses_degree, self.topology.ring_degree)
+        self.plan = default_plan(self.train, degrees, self.shape["num_hidden_layers"])
+        accumulation = accumulation_steps(self.train, self.topology)
+        offload = self.plan.offload_optimizer
+        config = deepspeed_config(self.train, self.topology.world_size, accumulation, offload)
+        model = build_model(job.model, job.random_seed, self.train, self.plan, config, device)
         self.engine = initialize(model, make_optimizer(model, self.train, device), config)
 
     @property
@@ -115,6 +120,25 @@ class Trainer:
         del self.engine
         gc.collect()
         dist.barrier()
+
+
+def default_plan(train: TrainConfig, degrees: tuple[int, int], num_layers: int) -> TrainPlan:
+    """What the section says, and for every "auto" the choice for a model that fits: all kept on the device."""
+
+    def given(value: Any, otherwise: Any) -> Any:
+        return otherwise if value == "auto" else value
+
+    keep = LayerKeep(
+        given(train.keep_inputs, "device"), given(train.keep_attention, "device"), given(train.keep_attention_rows, 1.0)
+    )
+    return TrainPlan(
+        ulysses_degree=degrees[0],
+        ring_degree=degrees[1],
+        keep=(keep,) * num_layers if train.gradient_checkpointing else (),
+        mlp_tile_tokens=given(train.mlp_tile_tokens, 16384),
+        loss_tile_tokens=given(train.loss_tile_tokens, 2048),
+        offload_optimizer=given(train.offload_optimizer, False),
+    )
 
 
 def refuse_broken(step: int, sums: list[list[float]], grad_norm: float, sequences: list[int]) -> None:

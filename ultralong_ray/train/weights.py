@@ -21,18 +21,27 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from ultralong_ray.config import TrainConfig
 from ultralong_ray.parallel.loss import LanguageModelLoss
+from ultralong_ray.parallel.norm import install_fused_norms
 from ultralong_ray.parallel.ulysses import ATTENTION_NAME, register_attention
 from ultralong_ray.storage import Location
-from ultralong_ray.train.engine import partitioned, writable
-from ultralong_ray.types import UserError
+from ultralong_ray.train.activation_store import ActivationStore
+from ultralong_ray.train.engine import gather_whole, partitioned, writable
+from ultralong_ray.train.replay import install_replay
+from ultralong_ray.types import TrainPlan, UserError
 
 
 def build_model(
-    folder: Location, random_seed: int | None, train: TrainConfig, config: dict[str, Any], device: torch.device
+    folder: Location,
+    random_seed: int | None,
+    train: TrainConfig,
+    plan: TrainPlan,
+    config: dict[str, Any],
+    device: torch.device,
 ) -> LanguageModelLoss:
     """The model of `folder`, its weights read from there, or drawn from `random_seed` where one is given.
 
-    `config` is DeepSpeed's. Collective: all ranks call it. Raises UserError when shards and config.json disagree.
+    `plan` says what its layers keep (nothing said: autograd keeps all), `config` is DeepSpeed's. Collective: all ranks
+    call it. Raises UserError when shards and config.json disagree, or for an MLP that cannot be replayed.
     """
     register_attention()
     shape = AutoConfig.for_model(**(folder / "config.json").read_json())
@@ -48,12 +57,13 @@ def build_model(
         _read_weights(causal_lm, folder)
     else:
         _draw_weights(causal_lm, shape.initializer_range, random_seed)
-    if train.gradient_checkpointing:
-        # transformers renames it on the way to v6; both take the same first argument
-        enable = getattr(causal_lm, "activation_checkpointing_enable", None) or causal_lm.gradient_checkpointing_enable
-        enable({"use_reentrant": False})
+    install_fused_norms(causal_lm)
+    if plan.keep:
+        install_replay(causal_lm, plan.keep, plan.mlp_tile_tokens, ActivationStore(device))
+    for layer in causal_lm.model.layers:
+        gather_whole(layer)
     causal_lm.train()
-    return LanguageModelLoss(causal_lm, train.loss_tile_tokens)
+    return LanguageModelLoss(causal_lm, plan.loss_tile_tokens)
 
 
 def _draw_weights(causal_lm: nn.Module, std: float, seed: int) -> None:
