@@ -3,8 +3,8 @@
 Every combination that the section allows is predicted, with one choice inside each made by order instead of search:
 keep all on the GPU; if that is too much, move the kept tensors of the first layers to the host (the last ones are
 needed first, and soonest); if the host is short as well, keep fewer rows, the same share in every layer, since the
-cost of what is dropped grows with its square. Smaller tiles are tried only where larger ones do not fit, and the
-optimizer leaves the GPU only where nothing else helps.
+cost of what is dropped grows with its square. Smaller tiles, and last an optimizer on the host, are tried only where
+rows would have to go without them.
 """
 
 from __future__ import annotations
@@ -30,19 +30,27 @@ Choice = TypeVar("Choice")
 
 def fastest(section: Section, hardware: Hardware) -> Prediction | None:
     """The best layout that fits, None where none does."""
+    found: list[Prediction] = []
     for offload in _choices(section.train.offload_optimizer, (False, True)):
         pairs = legal(section, hardware.num_gpus)
-        found = [best for pair in pairs if (best := fit(section, hardware, pair, offload))]
-        if found:
-            limit = min(prediction.step_seconds for prediction in found) * (1 + ALIKE)
-            return min((p for p in found if p.step_seconds <= limit), key=_plainness)
-    return None
+        found += [best for pair in pairs if (best := fit(section, hardware, pair, offload))]
+        if any(_keeps_all(prediction) for prediction in found):
+            break
+    if not found:
+        return None
+    limit = min(prediction.step_seconds for prediction in found) * (1 + ALIKE)
+    return min((p for p in found if p.step_seconds <= limit), key=_plainness)
 
 
-def _plainness(prediction: Prediction) -> tuple[float, int, int]:
-    """Less on the host, then less ring, then smaller groups."""
+def _keeps_all(prediction: Prediction) -> bool:
+    """Is no attention computed again? Then neither smaller tiles nor offload can make it faster."""
+    return all(layer.attention_rows == 1 for layer in prediction.work.plan.keep)
+
+
+def _plainness(prediction: Prediction) -> tuple[bool, float, int, int]:
+    """The optimizer on the GPU, then less on the host, then less ring, then smaller groups."""
     plan = prediction.work.plan
-    return prediction.memory.host_gib, plan.ring_degree, plan.degree
+    return plan.offload_optimizer, prediction.memory.host_gib, plan.ring_degree, plan.degree
 
 
 def legal(section: Section, num_workers: int) -> list[tuple[int, int]]:
@@ -59,19 +67,23 @@ def legal(section: Section, num_workers: int) -> list[tuple[int, int]]:
 
 def fit(section: Section, hardware: Hardware, degrees: tuple[int, int], offload: bool) -> Prediction | None:
     """The fastest layout with these degrees, by the order of the module's docstring."""
+    best: Prediction | None = None
     for mlp_tile, loss_tile in _tiles(section):
-        base = TrainPlan(*degrees, (), mlp_tile, loss_tile, offload)
-        work = workload(section, hardware, base)
-        if not section.train.gradient_checkpointing:
-            prediction = predict_work(work)
-            if prediction.fits:
-                return prediction
-            continue
-        for rows in _rows(section):
-            prediction = _most_on_device(section, work, rows)
-            if prediction is not None:
-                return prediction
-    return None
+        work = workload(section, hardware, TrainPlan(*degrees, (), mlp_tile, loss_tile, offload))
+        prediction = _keep_most(section, work)
+        if prediction is not None and (best is None or prediction.step_seconds < best.step_seconds * (1 - ALIKE)):
+            best = prediction
+        if best is not None and _keeps_all(best):
+            break
+    return best
+
+
+def _keep_most(section: Section, work: Workload) -> Prediction | None:
+    """The most rows that fit somewhere."""
+    if not section.train.gradient_checkpointing:
+        prediction = predict_work(work)
+        return prediction if prediction.fits else None
+    return next((found for rows in _rows(section) if (found := _most_on_device(section, work, rows))), None)
 
 
 def workload(section: Section, hardware: Hardware, plan: TrainPlan) -> Workload:

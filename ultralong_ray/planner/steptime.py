@@ -16,6 +16,7 @@ from ultralong_ray.planner.workload import Workload
 Seconds = dict[str, float]
 
 LINK_SHARE = 0.8  # of a link's or a memory's data sheet speed that large transfers reach [assumed]
+RING_SHARE = 0.97  # of a whole call's rate: blocks of a Ulysses x ring against Ulysses alone, MagiAttention's benchmark
 UPDATE_BYTES = 30  # per parameter of Adam: gradient, weight and moments read; weight, moments, bfloat16 copy written
 HOST_MEMORY_GBYTES_PER_SECOND = 200.0  # of a node, for Adam on its CPUs [assumed]
 LOGIT_PASSES_BYTES = 24  # per logit: softmax and its gradient, read and written
@@ -69,8 +70,9 @@ def predict_time(work: Workload) -> Seconds:
 
 def _layer(work: Workload) -> LayerTime:
     shape, plan, gpu = work.shape, work.plan, work.hardware.gpu
-    # A ring computes blocks: its kernel calls are as long as one rank's part.
-    forward_rate, backward_rate = gpu.attention_tflops(work.kernel, work.sequence_length // plan.ring_degree)
+    forward_rate, backward_rate = gpu.attention_tflops(work.kernel, work.sequence_length)
+    if plan.ring_degree > 1:
+        forward_rate, backward_rate = RING_SHARE * forward_rate, RING_SHARE * backward_rate
     causal = 2.0 * shape.attention_width * float(work.sequence_length) ** 2 * work.micro_batch_sequences / plan.degree
     again = sum(replayed_attention(layer.attention_rows, plan.ring_degree).slowest for layer in plan.keep)
     gemm = gpu.gemm_tflops * TERA
