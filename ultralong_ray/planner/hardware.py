@@ -32,8 +32,6 @@ H100_ATTENTION: dict[str, tuple[tuple[int, float, float], ...]] = {
     "sdpa_flash": ((32_768, 362, 326), (131_072, 334, 325), (1_048_576, 309, 326)),
 }
 H100_PEAK_TFLOPS = 989.5
-# Large bfloat16 matrix products: the share of the peak that reproduces measured steps (600 TFLOP/s on an H100).
-GEMM_SHARE_OF_PEAK = 600 / H100_PEAK_TFLOPS
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,10 +55,6 @@ class Gpu:
         forward, backward = _interpolate(H100_ATTENTION["flash_attn_4"], sequence_length)
         ratio = self.peak_tflops / H100_PEAK_TFLOPS
         return forward * ratio, backward * ratio
-
-    @property
-    def gemm_tflops(self) -> float:
-        return GEMM_SHARE_OF_PEAK * self.peak_tflops
 
 
 def _interpolate(rows: tuple[tuple[int, float, float], ...], sequence_length: int) -> tuple[float, float]:

@@ -2,8 +2,7 @@
 
 A step has few moments at which memory can be highest: the head and its loss, the backward pass through a layer's MLP
 and through its attention (the deepest point, when nothing kept has been freed), the embedding's gradient, the
-optimizer. Each is summed, and the largest is the peak. The counts of tensors follow train/replay.py, parallel/mlp.py,
-parallel/loss.py and parallel/ring.py: change them together.
+optimizer. Each is summed, and the largest is the peak.
 """
 
 from __future__ import annotations
@@ -15,14 +14,8 @@ from ultralong_ray.planner.workload import GIB, Workload
 Parts = dict[str, float]  # name -> GiB
 
 MASTER_BYTES, MOMENT_BYTES = 4, 8  # per parameter: float32 weights; Adam's two float32 moments
-REDUCE_BUCKET_ELEMENTS = 500_000_000  # DeepSpeed 0.19.8's default, allocated once
-SUB_GROUP_ELEMENTS = 1_000_000_000  # the same: how many parameters the optimizer updates at a time
-LOGIT_BYTES = 12  # per logit of a tile: product, float32 copy, log-softmax, gradient
-CONTEXT_GIB = 0.6  # CUDA context, kernels, cuBLAS workspace: outside torch's allocator [assumed]
-NCCL_GIB = 1.0  # communicators' buffers: outside it as well [assumed]
-ALLOCATOR_SLACK = 0.04  # reserved beyond allocated, with expandable segments [assumed]
-PROCESS_HOST_GIB = 4.0  # Python, CUDA and NCCL in a rank's resident memory, slices of the corpus [assumed]
-HOST_USABLE = 0.9  # of a node's memory: the rest is the system's and Ray's [assumed]
+REDUCE_BUCKET_ELEMENTS = 500_000_000  # below ZeRO-3: DeepSpeed 0.19.8's default; there train/engine.py sets a layer
+SUB_GROUP_ELEMENTS = 1_000_000_000  # DeepSpeed's default: how many parameters the optimizer updates at a time
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +26,7 @@ class MemoryPrediction:
     """
 
     phases: tuple[tuple[str, Parts], ...]
+    outside: Parts  # what stands beside the allocated tensors
     host: Parts  # of a rank
     ranks_per_node: int
 
@@ -44,11 +38,6 @@ class MemoryPrediction:
     @property
     def allocated_gib(self) -> float:
         return sum(self.peak[1].values())
-
-    @property
-    def outside(self) -> Parts:
-        """What stands beside the allocated tensors."""
-        return {"CUDA context": CONTEXT_GIB, "NCCL": NCCL_GIB, "allocator slack": ALLOCATOR_SLACK * self.allocated_gib}
 
     @property
     def gib(self) -> float:
@@ -76,7 +65,13 @@ def predict_memory(work: Workload, first_step: bool = False) -> MemoryPrediction
         ("optimizer", {**states, "Adam moments": moments, **_update(work)}),
     ]
     phases = tuple((name, _gib(parts)) for name, parts in bytes_by_phase)
-    return MemoryPrediction(phases, _gib(_host(work)), work.hardware.gpus_on_a_node)
+    costs, highest = work.costs, max(sum(parts.values()) for _, parts in phases)
+    outside = {
+        "CUDA context": costs.context_gib,
+        "NCCL": costs.nccl_gib,
+        "allocator slack": costs.allocator_slack * highest,
+    }
+    return MemoryPrediction(phases, outside, _gib(_host(work)), work.hardware.gpus_on_a_node)
 
 
 def _gib(parts: Parts) -> Parts:
@@ -87,19 +82,20 @@ def _states(work: Workload) -> Parts:
     """What lives from step to step, bytes."""
     parameters, on_device = work.shape.parameters, not work.plan.offload_optimizer
     masters = work.zero_stage >= 1 or work.element_bytes < MASTER_BYTES
-    bucket = REDUCE_BUCKET_ELEMENTS * work.element_bytes if work.zero_stage >= 2 else 0
+    bucket = float(REDUCE_BUCKET_ELEMENTS * work.element_bytes)
+    if work.zero_stage == 3:
+        bucket = work.costs.reduce_bucket_layers * work.layer_weight_bytes
     return {
         "weights": work.partition(3) * parameters * work.element_bytes,
         "float32 weights": on_device * masters * work.partition(1) * parameters * MASTER_BYTES,
         "Adam moments": on_device * work.partition(1) * parameters * MOMENT_BYTES,
         "gradients": on_device * work.partition(2) * parameters * work.gradient_bytes,
-        "reduce bucket": float(bucket),
+        "reduce bucket": bucket if work.zero_stage >= 2 else 0.0,
     }
 
 
 def _gathered(work: Workload) -> Parts:
-    """The layer that computes and the next one."""
-    return {"gathered layers": 2 * work.layer_weight_bytes if work.zero_stage == 3 else 0.0}
+    return {"gathered layers": (work.zero_stage == 3) * work.costs.gathered_layers * work.layer_weight_bytes}
 
 
 def _kept(work: Workload) -> Parts:
@@ -107,8 +103,9 @@ def _kept(work: Workload) -> Parts:
     plan, shape = work.plan, work.shape
     if not plan.keep:
         # Autograd keeps, per layer: both norms' inputs and outputs, gathered q, k, v, attention's output before and
-        # after the exchange; of the MLP only its input, which is the second norm's output.
-        layer = 4 * work.hidden_bytes + 3 * work.query_bytes + 2 * work.key_bytes
+        # after the exchange, and of the MLP gate, its activation, up and their product.
+        attention = 3 * work.query_bytes + 2 * work.key_bytes
+        layer = 4 * work.hidden_bytes + attention + 4 * work.intermediate_bytes
         return {"kept by autograd": shape.layers * layer}
     inputs = sum(work.hidden_bytes for layer in plan.keep if layer.inputs == "device")
     kept = [work.kept_bytes(layer) for layer in plan.keep]
@@ -120,13 +117,14 @@ def _kept(work: Workload) -> Parts:
 
 
 def _head(work: Workload) -> Parts:
-    """Loss and its gradient in one pass: the weight, its gradient in float32 and a tile's share of it."""
+    """Loss and its gradient in one pass: the weight and its float32 gradient, which is then rounded; a tile's logits,
+    which become their own gradient; the last hidden states before and after the norm, and their gradient."""
     rows = min(work.plan.loss_tile_tokens, work.rows)
     elements = work.shape.vocab * work.shape.hidden
     return {
         "head and its gradient": 2 * work.vocabulary_bytes + 4.0 * elements,
         "last hidden states": 3 * work.hidden_bytes,
-        "logits of a tile": float(rows * work.shape.vocab * LOGIT_BYTES),
+        "logits of a tile": rows * work.shape.vocab * work.costs.logit_bytes,
     }
 
 
@@ -141,18 +139,18 @@ def _replayed(work: Workload) -> Parts:
 
 
 def _mlp_backward(work: Workload) -> Parts:
-    """Norm outputs, the residual, the output projection's input; gradients in and out; one tile's intermediates."""
-    shape, tile = work.shape, min(work.plan.mlp_tile_tokens, work.rows)
+    """What both norms left, the residual between them, the output projection's input; gradients in and out; a tile."""
+    shape, tile = work.shape, min(work.plan.mlp_tile_tokens if work.plan.keep else work.rows, work.rows)
     accumulated = 4.0 * shape.mlp_matrices if tile < work.rows else 0.0
     return {
         **_replayed(work),
-        "layer's other tensors": 7 * work.hidden_bytes + work.query_bytes,
-        "MLP tile": 6.0 * tile * shape.intermediate * work.element_bytes + accumulated,
+        "layer's other tensors": (3 + 2 * work.costs.norm_tensors) * work.hidden_bytes + work.query_bytes,
+        "MLP tile": work.costs.mlp_tile_tensors * tile * shape.intermediate * work.element_bytes + accumulated,
     }
 
 
 def _attention_backward(work: Workload) -> Parts:
-    """The first norm's output and the residual's gradient; output gradient before and after the exchange; dq, dk, dv.
+    """What the first norm left and the residual's gradient; the output's gradient; dq, dk and dv.
 
     The kernel sums dq in float32, and dk, dv too where query heads share them. A ring holds the next block of keys
     and values, float32 sums of all three gradients, and sends those of dk and dv along.
@@ -165,8 +163,8 @@ def _attention_backward(work: Workload) -> Parts:
         ring = floats * work.query_bytes + 2 * (2 + 2 * floats) * work.key_bytes
     return {
         **_replayed(work),
-        "layer's other tensors": 2 * work.hidden_bytes,
-        "output gradient": 2 * work.query_bytes,
+        "layer's other tensors": (1 + work.costs.norm_tensors) * work.hidden_bytes,
+        "output gradient": work.query_bytes,
         "query, key, value gradients": gradients,
         "ring buffers": ring,
     }
@@ -190,5 +188,5 @@ def _host(work: Workload) -> Parts:
         "kept activations": sum(work.kept_bytes(layer)[1] for layer in work.plan.keep),
         "optimizer": work.plan.offload_optimizer * share * (MASTER_BYTES + MOMENT_BYTES + work.gradient_bytes),
         "checkpoint staging": 4.0 * min(SUB_GROUP_ELEMENTS, share),
-        "process": PROCESS_HOST_GIB * GIB,
+        "process": work.costs.process_host_gib * GIB,
     }

@@ -10,7 +10,6 @@ from ultralong_ray.config import Recipe
 from ultralong_ray.flops import ModelShape
 from ultralong_ray.planner.choose import ROW_STEPS, fastest, fit, keep_policy, legal
 from ultralong_ray.planner.hardware import Hardware, cluster_of, find_gpu
-from ultralong_ray.planner.memory import HOST_USABLE
 from ultralong_ray.planner.predict import Prediction, kernel_of, predict_work
 from ultralong_ray.planner.refuse import no_degrees, refusal
 from ultralong_ray.planner.section import Section, section_of
@@ -102,7 +101,7 @@ def _why(section: Section, best: Prediction) -> list[str]:
         notes.append(
             f"{plan.keep[0].attention_rows:.0%} of the attention rows are kept: {min(rows, 1.0):.0%} would take "
             f"{more.memory.gib:.1f} GiB of {hardware.gpu.memory_gib:g} on the GPU and "
-            f"{more.memory.host_node_gib:,.0f} GiB of {HOST_USABLE * hardware.host_memory_gib_per_node:,.0f} usable "
+            f"{more.memory.host_node_gib:,.0f} GiB of {best.work.host_usable_gib:,.0f} usable "
             f"on the host of a node"
         )
     if plan.offload_optimizer and section.train.offload_optimizer == "auto":

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ultralong_ray.flops import Ledger, ModelShape, ledger, mfu
+from ultralong_ray.planner.costs import COSTS, Costs
 from ultralong_ray.planner.hardware import TERA, Hardware
-from ultralong_ray.planner.memory import HOST_USABLE, MemoryPrediction, predict_memory
+from ultralong_ray.planner.memory import MemoryPrediction, predict_memory
 from ultralong_ray.planner.steptime import Seconds, predict_time
 from ultralong_ray.planner.workload import Workload
 from ultralong_ray.types import TrainPlan, UserError
@@ -47,7 +48,7 @@ class Prediction:
 
     @property
     def fits_host(self) -> bool:
-        return self.memory.host_node_gib <= HOST_USABLE * self.work.hardware.host_memory_gib_per_node
+        return self.memory.host_node_gib <= self.work.host_usable_gib
 
     @property
     def fits(self) -> bool:
@@ -74,6 +75,7 @@ def predict(
     element_bytes: int = 2,
     gradient_bytes: int = 4,
     first_step: bool = False,
+    costs: Costs = COSTS,
 ) -> Prediction:
     """Cost of `plan` on `hardware`. Tokens per sequence; the batch is one pass per group where none is given.
 
@@ -99,6 +101,7 @@ def predict(
         zero_stage,
         element_bytes,
         gradient_bytes,
+        costs,
     )
     return predict_work(work, first_step)
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 from ultralong_ray.planner.choose import TILES, fastest, keep_policy, legal, workload
 from ultralong_ray.planner.hardware import Hardware
-from ultralong_ray.planner.memory import HOST_USABLE
+from ultralong_ray.planner.costs import COSTS
 from ultralong_ray.planner.predict import Prediction, predict_work
 from ultralong_ray.planner.section import Section
 from ultralong_ray.types import TrainPlan, UserError
@@ -85,13 +85,17 @@ def _other_fields(section: Section, hardware: Hardware) -> Candidates:
         yield words, section.changed(gradient_checkpointing=True), hardware
     if len(section.given) > 1:
         names = ", ".join(section.given)
-        yield f'"auto" for {names} of [{section.name}]', section.changed(**dict.fromkeys(section.given, "auto")), hardware
+        yield (
+            f'"auto" for {names} of [{section.name}]',
+            section.changed(**dict.fromkeys(section.given, "auto")),
+            hardware,
+        )
 
 
 def _more_host_memory(section: Section, hardware: Hardware) -> Candidates:
     needed = [p.memory.host_node_gib for p in _leanest(section, hardware) if p.fits_device]
     if needed:
-        gib = float(math.ceil(min(needed) / HOST_USABLE / HOST_STEP_GIB) * HOST_STEP_GIB)
+        gib = float(math.ceil(min(needed) / COSTS.host_usable / HOST_STEP_GIB) * HOST_STEP_GIB)
         words = (
             f"{gib:,.0f} GiB of host memory per node instead of {hardware.host_memory_gib_per_node:,.0f} "
             f"(cluster.host_memory_gib_per_node)"
@@ -154,7 +158,7 @@ def _shortage(section: Section, hardware: Hardware) -> str:
     host = min((p for p in leanest if p.fits_device), key=lambda p: p.memory.host_node_gib)
     return (
         f"at {section.sequence_length:,} tokens the GPUs fit only with {host.memory.host_node_gib:,.0f} GiB of host "
-        f"memory per node, and {HOST_USABLE * hardware.host_memory_gib_per_node:,.0f} of "
+        f"memory per node, and {COSTS.host_usable * hardware.host_memory_gib_per_node:,.0f} of "
         f"{hardware.host_memory_gib_per_node:,.0f} are usable"
     )
 

@@ -35,7 +35,16 @@ class Section:
     @property
     def given(self) -> dict[str, object]:
         """The planned fields that are not "auto"."""
-        return {name: value for name in PLANNED if (value := getattr(self.train, name)) != "auto"}
+        fields = {**{name: getattr(self.train, name) for name in PLANNED}, "sequence_parallel_degree": self.total}
+        return {name: value for name, value in fields.items() if value != "auto"}
+
+    @property
+    def total(self) -> int | Literal["auto"]:
+        """Ranks of a group as asked for. The default of 1 does not count beside one of its two factors."""
+        parts = (self.train.ulysses_degree, self.train.ring_degree)
+        if "sequence_parallel_degree" not in self.train.model_fields_set and parts != ("auto", "auto"):
+            return "auto"
+        return self.train.sequence_parallel_degree
 
     def changed(self, **fields: object) -> Section:
         return replace(self, train=self.train.model_copy(update=fields))
@@ -43,7 +52,7 @@ class Section:
     def degrees_given(self, ulysses: int, ring: int) -> bool:
         """Are these the degrees that the fields ask for?"""
         wanted = (
-            (self.train.sequence_parallel_degree, ulysses * ring),
+            (self.total, ulysses * ring),
             (self.train.ulysses_degree, ulysses),
             (self.train.ring_degree, ring),
         )

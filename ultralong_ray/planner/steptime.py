@@ -1,8 +1,7 @@
 """Seconds of an optimizer step as a sum of named parts.
 
 Work is FLOPs over measured rates and bytes over the speeds of links. Transfers that run beside computation (weights
-of the next layer, kept activations, keys and values of the ring) count only for what computation does not cover. The
-counts of tensors follow train/replay.py, parallel/ulysses.py and parallel/ring.py: change them together.
+of the next layer, kept activations, keys and values of the ring) count only for what computation does not cover.
 """
 
 from __future__ import annotations
@@ -14,12 +13,6 @@ from ultralong_ray.planner.hardware import GIGA, TERA
 from ultralong_ray.planner.workload import Workload
 
 Seconds = dict[str, float]
-
-LINK_SHARE = 0.8  # of a link's or a memory's data sheet speed that large transfers reach [assumed]
-RING_SHARE = 0.97  # of a whole call's rate: blocks of a Ulysses x ring against Ulysses alone, MagiAttention's benchmark
-UPDATE_BYTES = 30  # per parameter of Adam: gradient, weight and moments read; weight, moments, bfloat16 copy written
-HOST_MEMORY_GBYTES_PER_SECOND = 200.0  # of a node, for Adam on its CPUs [assumed]
-LOGIT_PASSES_BYTES = 24  # per logit: softmax and its gradient, read and written
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,12 +65,12 @@ def _layer(work: Workload) -> LayerTime:
     shape, plan, gpu = work.shape, work.plan, work.hardware.gpu
     forward_rate, backward_rate = gpu.attention_tflops(work.kernel, work.sequence_length)
     if plan.ring_degree > 1:
-        forward_rate, backward_rate = RING_SHARE * forward_rate, RING_SHARE * backward_rate
+        forward_rate, backward_rate = work.costs.ring_share * forward_rate, work.costs.ring_share * backward_rate
     causal = 2.0 * shape.attention_width * float(work.sequence_length) ** 2 * work.micro_batch_sequences / plan.degree
     again = sum(replayed_attention(layer.attention_rows, plan.ring_degree).slowest for layer in plan.keep)
-    gemm = gpu.gemm_tflops * TERA
+    gemm = work.costs.gemm_share * gpu.peak_tflops * TERA
     elementwise_forward, elementwise_backward = _elementwise_bytes(work)
-    memory = LINK_SHARE * gpu.memory_gbytes_per_second * GIGA
+    memory = _speed(work, gpu.memory_gbytes_per_second)
     return LayerTime(
         attention_forward=causal / (forward_rate * TERA),
         attention_backward=FLASH_BACKWARD_SHARE * causal / (backward_rate * TERA),
@@ -93,18 +86,21 @@ def _layer(work: Workload) -> LayerTime:
 def _elementwise_bytes(work: Workload) -> tuple[float, float]:
     """Bytes that one layer reads and writes outside matrix products and attention: (forward, replay and backward).
 
-    Norms and SwiGLU fused, rotary embedding as transformers computes it (ten passes), exchanges packed and unpacked.
+    Norms, rotary embedding, SwiGLU, the packing of exchanges, residual additions; in the backward pass also what the
+    kernel reads of output and gradient and its float32 dq. A ring adds up float32 outputs, and gradients.
     """
-    hidden, query, key = work.hidden_bytes, work.query_bytes, work.key_bytes
-    rotary = 10 * (query + key)
-    packing = 4 * (query + 2 * key) + 4 * query if work.plan.ulysses_degree > 1 else 0.0
-    residuals = 6 * hidden
-    floats = 4.0 / work.element_bytes
-    merged = (work.plan.ring_degree - 1) * (2 * floats + 1)  # passes over an output that a ring adds up
-    forward = 4 * hidden + rotary + packing + residuals + 3 * work.intermediate_bytes + merged * query
-    replay = (forward - 3 * work.intermediate_bytes - merged * query) if work.plan.keep else 0.0
-    gradients = 8 * hidden + rotary + packing + residuals + 9 * work.intermediate_bytes + 5 * query
-    return forward, replay + gradients + merged * (query + 2 * key)
+    costs = work.costs
+    hidden, query, key, inner = work.hidden_bytes, work.query_bytes, work.key_bytes, work.intermediate_bytes
+    rotary, residuals = costs.rotary * (query + key), 6 * hidden
+    exchanged = work.plan.ulysses_degree > 1
+    attention = 2 * costs.norm_forward * hidden + rotary + residuals + exchanged * 4 * (query + key)
+    merges = (work.plan.ring_degree - 1) * (1 + 8.0 / work.element_bytes)  # a part read, float32 sums read and written
+    forward = attention + costs.swiglu_forward * inner + merges * query
+    packing = exchanged * (6 * query + 8 * key)
+    gradients = 2 * costs.norm_backward * hidden + rotary + residuals + packing + 7 * query
+    gradients += costs.swiglu_backward * inner
+    replay = attention if work.plan.keep else 0.0
+    return forward, replay + gradients + merges * (query + 2 * key)
 
 
 def _exchange_seconds(work: Workload) -> float:
@@ -112,8 +108,8 @@ def _exchange_seconds(work: Workload) -> float:
     degree, node = work.plan.ulysses_degree, work.hardware.gpus_on_a_node
     per_peer = (2 * work.query_bytes + 2 * work.key_bytes) / degree
     local = min(degree, node)
-    nvlink = LINK_SHARE * work.hardware.gpu.nvlink_gbytes_per_second * GIGA
-    network = LINK_SHARE * work.hardware.network_gbytes_per_second * GIGA
+    nvlink = _speed(work, work.hardware.gpu.nvlink_gbytes_per_second)
+    network = _speed(work, work.hardware.network_gbytes_per_second)
     return max((local - 1) * per_peer / nvlink, (degree - local) * per_peer / network)
 
 
@@ -124,7 +120,7 @@ def _ring_exposed(work: Workload, layer: LayerTime) -> float:
         return 0.0
     inside = work.plan.degree <= work.hardware.gpus_on_a_node
     speed = work.hardware.gpu.nvlink_gbytes_per_second if inside else work.hardware.network_gbytes_per_second
-    block = 2 * work.key_bytes / (LINK_SHARE * speed * GIGA)
+    block = 2 * work.key_bytes / _speed(work, speed)
     forward = max(0.0, block - layer.attention_forward / ring)
     backward = max(0.0, block * (1 + 4.0 / work.element_bytes) - layer.attention_backward / ring)
     again = forward if layer.attention_replay else 0.0
@@ -142,7 +138,7 @@ def _zero_exposed(work: Workload, layer: LayerTime) -> float:
     speed = hardware.gpu.nvlink_gbytes_per_second
     if hardware.num_nodes > 1:
         speed = min(speed, hardware.network_gbytes_per_second * hardware.gpus_on_a_node)
-    per_byte = (ranks - 1) / ranks / (LINK_SHARE * speed * GIGA)
+    per_byte = (ranks - 1) / ranks / _speed(work, speed)
     if work.zero_stage < 3:
         return 2 * work.shape.parameters * work.element_bytes * per_byte / work.accumulation
     gather = work.layer_weight_bytes * per_byte
@@ -152,23 +148,30 @@ def _zero_exposed(work: Workload, layer: LayerTime) -> float:
 
 def _host_exposed(work: Workload, layer: LayerTime) -> float:
     """What of the copies to and from the host takes longer than the layer beside which they run."""
-    speed = LINK_SHARE * work.hardware.gpu.pcie_gbytes_per_second * GIGA
+    speed = _speed(work, work.hardware.gpu.pcie_gbytes_per_second)
     copies = [work.kept_bytes(kept)[1] / speed for kept in work.plan.keep]
     return sum(max(0.0, copy - layer.forward) + max(0.0, copy - layer.backward) for copy in copies)
 
 
 def _head(work: Workload) -> float:
     """Three products of the head's size, and the softmax of every logit."""
-    logits = float(work.rows) * work.shape.vocab
-    products = 6.0 * logits * work.shape.hidden / (work.hardware.gpu.gemm_tflops * TERA)
-    return products + logits * LOGIT_PASSES_BYTES / (LINK_SHARE * work.hardware.gpu.memory_gbytes_per_second * GIGA)
+    logits, gpu = float(work.rows) * work.shape.vocab, work.hardware.gpu
+    products = 6.0 * logits * work.shape.hidden / (work.costs.gemm_share * gpu.peak_tflops * TERA)
+    return products + logits * work.costs.logit_passes_bytes / _speed(work, gpu.memory_gbytes_per_second)
 
 
 def _update(work: Workload) -> float:
     """Adam on the GPU, or on the node's CPUs with gradients moved there and weights back."""
     share = work.partition(1) * work.shape.parameters
     if not work.plan.offload_optimizer:
-        return share * UPDATE_BYTES / (LINK_SHARE * work.hardware.gpu.memory_gbytes_per_second * GIGA)
-    on_cpu = share * work.hardware.gpus_on_a_node * UPDATE_BYTES / (HOST_MEMORY_GBYTES_PER_SECOND * GIGA)
+        return share * work.costs.update_bytes / _speed(work, work.hardware.gpu.memory_gbytes_per_second)
+    on_cpu = (
+        share * work.hardware.gpus_on_a_node * work.costs.update_bytes / (work.costs.host_adam_gbytes_per_second * GIGA)
+    )
     moved = share * (work.gradient_bytes + work.element_bytes)
-    return on_cpu + moved / (LINK_SHARE * work.hardware.gpu.pcie_gbytes_per_second * GIGA)
+    return on_cpu + moved / _speed(work, work.hardware.gpu.pcie_gbytes_per_second)
+
+
+def _speed(work: Workload, gbytes_per_second: float) -> float:
+    """What large transfers reach of a data sheet's GB/s, in bytes per second."""
+    return work.costs.link_share * gbytes_per_second * GIGA

@@ -1,7 +1,7 @@
 """One training stage on one cluster, and the sizes per rank that memory and time both start from.
 
-    global batch = accumulation x data-parallel groups x micro-batch sequences
-    rows         = micro-batch sequences x sequence length / (Ulysses x ring degree), of one rank in one pass
+global batch = accumulation x data-parallel groups x micro-batch sequences
+rows         = micro-batch sequences x sequence length / (Ulysses x ring degree), of one rank in one pass
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ultralong_ray.flops import ModelShape
+from ultralong_ray.planner.costs import COSTS, Costs
 from ultralong_ray.planner.hardware import Hardware
 from ultralong_ray.types import LayerKeep, TrainPlan
 
@@ -30,6 +31,7 @@ class Workload:
     zero_stage: int = 3
     element_bytes: int = 2  # of weights and activations
     gradient_bytes: int = 4
+    costs: Costs = COSTS
 
     @property
     def data_parallel(self) -> int:
@@ -74,6 +76,11 @@ class Workload:
     def vocabulary_bytes(self) -> float:
         """The embedding, or the head, gathered."""
         return float(self.shape.vocab * self.shape.hidden * self.element_bytes)
+
+    @property
+    def host_usable_gib(self) -> float:
+        """Of a node."""
+        return self.costs.host_usable * self.hardware.host_memory_gib_per_node
 
     def partition(self, stage: int) -> float:
         """The share of a state that a rank holds when ZeRO partitions it from `stage` on."""
