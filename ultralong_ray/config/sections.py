@@ -204,3 +204,11 @@ class ClusterConfig(Section):
     """Restarts from the last checkpoint after a lost worker; -1: without end."""
     peak_tflops_per_worker: PositiveFloat | None = None
     """Dense bf16 peak for MFU where the device is not in the table."""
+    gpu: str | None = None
+    """H100, H200, A100 (80 GB) or B200, for the planner; default: what Ray finds on the nodes."""
+    gpus_per_node: Positive = 8
+    """GPUs that NVLink joins."""
+    host_memory_gib_per_node: PositiveFloat | None = None
+    """Default: what Ray finds on the nodes; without a cluster, what the vendor's own servers have."""
+    network_gbytes_per_second: PositiveFloat | None = None
+    """Between nodes, per GPU and direction; default: 50, one 400 Gbit/s adapter for each GPU."""
