@@ -20,6 +20,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from ultralong_ray.config import TrainConfig
+from ultralong_ray.model.angles import install_angles
 from ultralong_ray.parallel.loss import LanguageModelLoss
 from ultralong_ray.parallel.ulysses import ATTENTION_NAME, register_attention
 from ultralong_ray.storage import Location
@@ -44,6 +45,7 @@ def build_model(
     # zero.Init rounds every tensor made inside it to bfloat16, RoPE's frequencies too: at position 100,000 that turns
     # an angle by hundreds of radians. Made again outside, they are float32.
     causal_lm.model.rotary_emb = type(causal_lm.model.rotary_emb)(config=shape).to(device)
+    install_angles(causal_lm)
     if random_seed is None:
         _read_weights(causal_lm, folder)
     else:
