@@ -49,7 +49,7 @@ def build_model(
     if random_seed is None:
         _read_weights(causal_lm, folder)
     else:
-        _draw_weights(causal_lm, shape.initializer_range, random_seed)
+        draw_weights(causal_lm, shape.initializer_range, random_seed, device)
     if train.gradient_checkpointing:
         # transformers renames it on the way to v6; both take the same first argument
         enable = getattr(causal_lm, "activation_checkpointing_enable", None) or causal_lm.gradient_checkpointing_enable
@@ -58,18 +58,27 @@ def build_model(
     return LanguageModelLoss(causal_lm, train.loss_tile_tokens)
 
 
-def _draw_weights(causal_lm: nn.Module, std: float, seed: int) -> None:
-    """Llama's initialisation: matrices normal, norms 1, biases 0. The same for every ZeRO stage and world size."""
-    generator = torch.Generator().manual_seed(seed)
+def draw_weights(causal_lm: nn.Module, std: float, seed: int, device: torch.device) -> None:
+    """Llama's initialisation: matrices normal, norms 1, biases 0.
+
+    Drawn in float32 on `device`, since a CPU takes minutes for 8 billion numbers: the same for every ZeRO stage and
+    world size, but not the same on GPU and CPU. Collective.
+    """
+    generator = torch.Generator(device).manual_seed(seed)
     for name, parameter in causal_lm.named_parameters():
-        with writable(parameter) as writes, torch.no_grad():
-            if not writes:
-                continue
-            if parameter.dim() > 1:
-                drawn = torch.empty(parameter.shape, dtype=torch.float32).normal_(0.0, std, generator=generator)
-                parameter.copy_(drawn)
-            else:
-                parameter.fill_(0.0 if name.endswith("bias") else 1.0)
+        with writable(parameter) as writes:
+            if writes:
+                fill_drawn(parameter, name, std, generator)
+
+
+@torch.no_grad()
+def fill_drawn(parameter: nn.Parameter, name: str, std: float, generator: torch.Generator) -> None:
+    """One whole parameter of a new model, drawn on the generator's device whatever device the parameter is on."""
+    if parameter.dim() > 1:
+        drawn = torch.empty(parameter.shape, dtype=torch.float32, device=generator.device)
+        parameter.copy_(drawn.normal_(0.0, std, generator=generator))
+    else:
+        parameter.fill_(0.0 if name.endswith("bias") else 1.0)
 
 
 def _read_weights(causal_lm: nn.Module, folder: Location) -> None:
