@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -75,7 +76,15 @@ def test_pipeline_loads_the_folder_and_the_card_states_the_run(tiny_recipe: Make
     assert card.startswith("---\nlibrary_name: transformers\n")
     for fact in ("factor 8 ", "measured from 64 tokens", "'rope_type': 'llama3'", "learning rate 0.001", "512 tokens"):
         assert fact in card, fact
+    assert "trained with exact rotary angles" in card and "by up to 1.5e-05 rad at 512 tokens" in card
+    assert json.loads((folder / "config.json").read_text())["rotary_angles"] == "exact"
     assert "| pretrain | steps | 17 |" in card and "| sft | steps | 3 |" in card and "[1, 2]" not in card
+
+
+def test_a_model_of_float32_angles_says_so(tiny_recipe: Make, tmp_path: Path) -> None:
+    _, folder, _ = exported(tiny_recipe(model={"rope": {"factor": 8.0, "angles": "float32"}}), tmp_path)
+    assert json.loads((folder / "config.json").read_text())["rotary_angles"] == "float32"
+    assert "exact" not in (folder / "README.md").read_text()
 
 
 def change(folder: Path, edit: Callable[[dict[str, torch.Tensor]], None]) -> None:

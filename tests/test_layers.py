@@ -30,6 +30,7 @@ MAY_IMPORT: dict[str, set[str] | None] = {
     "export": {"types", "config", "storage", "model"},
     "eval": {"types", "config", "storage", "model"},
     "report": {"types", "config", "storage", "stages"},
+    "benchmark": {"types", "config", "storage", "flops", "planner", "model", "parallel", "train"},
     "job": None,
     "pipeline": None,
 }
@@ -37,9 +38,9 @@ MAY_IMPORT: dict[str, set[str] | None] = {
 # Heavy library -> patterns of the files, relative to the package, that may import it.
 HEAVY: dict[str, str] = {
     "ray": r"data/pipeline\.py|train/(trainer|loop|checkpoint|metrics|worker)\.py|eval/fanout\.py|job\.py",
-    "deepspeed": r"train/(engine|checkpoint)\.py",
-    "torch": r"(model|parallel|train|eval)/.*|export\.py|export/.*",
-    "transformers": r"(data|model|parallel|train|eval)/.*|export\.py|export/.*",
+    "deepspeed": r"train/(engine|checkpoint)\.py|benchmark/(alst|gradients)\.py",
+    "torch": r"(model|parallel|train|eval|benchmark)/.*|export\.py|export/.*",
+    "transformers": r"(data|model|parallel|train|eval)/.*|export\.py|export/.*|benchmark/(alst|torch_cp)\.py",
     "pydantic": r"config/.*|recipe\.py",
     "jinja2": r"report/.*|data/chat\.py",
 }

@@ -6,6 +6,7 @@ the RoPE block, tokenizer with its chat template, generation config and a model 
 
 from __future__ import annotations
 
+import math
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -152,11 +153,26 @@ print(pipeline(messages, max_new_tokens=64)[0]["generated_text"][-1])
 ```"""
 
 
+def _angles_line(recipe: Recipe) -> str:
+    """Which rotary angles the model was trained with, and what it meets elsewhere."""
+    elsewhere = "transformers and vLLM compute rotary angles (position x frequency) in float32"
+    if recipe.model.rope.angles == "float32":
+        return f"- {elsewhere}; so did the training of this model (`rotary_angles` in `config.json`)."
+    # Half the spacing of float32 at the largest angles, those of pairs that turn by nearly 1 rad a token.
+    length = recipe.prepare.sequence_length
+    worst = math.ldexp(0.5, math.frexp(length - 1)[1] - 24)
+    return (
+        f"- This model was trained with exact rotary angles (`rotary_angles` in `config.json`). {elsewhere}, which "
+        f"rounds the angles of the fastest pairs by up to {worst:.2g} rad at {length:,} tokens; "
+        f"this project's own evaluation reads the field and computes them exactly."
+    )
+
+
 def _limits(recipe: Recipe, config: dict[str, Any]) -> list[str]:
     return [
         f"- `max_position_embeddings` is {config['max_position_embeddings']:,}; the model was not trained on sequences "
         f"longer than {recipe.prepare.sequence_length:,} tokens.",
-        "- transformers computes rotary angles (position x frequency) in float32, as this model was trained.",
+        _angles_line(recipe),
         "- Language, knowledge, biases and licence terms of the base model carry over.",
         "- Scores are not part of this card; the run's report has them.",
     ]

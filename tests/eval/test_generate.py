@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -97,3 +100,18 @@ def test_answers_stop_at_eos_newline_and_limit(tiny_llama: Path) -> None:
     ):
         ours.model = Scripted(tokens)
         assert (ours.answer([5], limit), ours.model.calls) == (answer, calls)
+
+
+def test_angles_are_those_that_the_folder_names(tiny_llama: Path, tmp_path: Path) -> None:
+    """A far position, computed as config.json says the model was trained; the base says nothing: as transformers."""
+    trained = tmp_path / "trained"
+    shutil.copytree(tiny_llama, trained)
+    config = json.loads((trained / "config.json").read_text())
+    (trained / "config.json").write_text(json.dumps({**config, "rotary_angles": "exact"}))
+    far = torch.tensor([[4_194_303]])
+    frequency = 10_000.0 ** (-2 / 8)  # of pair 1
+    errors = []
+    for folder in (trained, tiny_llama):
+        _, sin = engine(folder, 50).model.model.rotary_emb(torch.zeros(1), position_ids=far)  # [1, 1, head_dim]
+        errors.append(abs(sin[0, 0, 1].item() - math.sin(4_194_303 * frequency)))
+    assert errors[0] < 1e-6 and errors[1] > 1e-3

@@ -58,6 +58,7 @@ def test_extended_model_loads_with_the_new_window_and_the_same_weights(tiny_reci
     folder, summary = run(recipe)
     model: Any = AutoModelForCausalLM.from_pretrained(folder)
     assert model.config.max_position_embeddings == 544
+    assert model.config.rotary_angles == "exact"
     assert AutoTokenizer.from_pretrained(folder).model_max_length == 544
     expected = inv_freq(recipe.model.rope, 8, 10_000.0, 64)
     np.testing.assert_allclose(model.model.rotary_emb.inv_freq.numpy(), expected, rtol=1e-6)

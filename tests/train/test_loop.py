@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import pytest
 
 from tests.parallel.spawn import run_distributed
 from tests.train.made_jobs import job, write_inputs
+from ultralong_ray.storage import Location
 from ultralong_ray.train.checkpoint import STATE_FILE, files_of_rank, full_weights, refuse_other
 from ultralong_ray.train.metrics import read_metrics
 from ultralong_ray.types import UserError
@@ -86,22 +88,31 @@ def test_every_stage_and_precision_trains_alike(runs: dict[str, dict[str, Any]],
     assert "model.layers.0.self_attn.q_proj.weight" in weights and "lm_head.weight" in weights
 
 
-def build_rotary(folder: Path) -> tuple[str, list[float]]:
+FAR = [1_048_575, 4_194_303]  # positions
+
+
+def build_rotary(folder: Path) -> tuple[str, list[float], list[list[float]]]:
     import torch
 
     from ultralong_ray.train.loop import Trainer
 
     trainer = Trainer(job(folder, "rotary", zero_stage=3, precision="bfloat16"), torch.device("cpu"))
     module: Any = trainer.engine.module
-    frequencies = module.causal_lm.model.rotary_emb.inv_freq
-    return str(frequencies.dtype), frequencies.tolist()
+    rotary = module.causal_lm.model.rotary_emb
+    _, sin = rotary(torch.zeros(1), position_ids=torch.tensor([FAR]))  # [1, 2, head_dim]
+    return str(rotary.inv_freq.dtype), rotary.inv_freq.tolist(), sin[0, :, :4].tolist()
 
 
-def test_rope_frequencies_stay_float32_in_a_bfloat16_model(tmp_path: Path) -> None:
+def test_rope_stays_exact_in_a_bfloat16_model_under_zero3(tmp_path: Path) -> None:
     write_inputs(tmp_path)
-    dtype, frequencies = run_distributed(build_rotary, 1, tmp_path)[0]
+    config = Location.of(tmp_path / "model" / "config.json")
+    config.write_json({**config.read_json(), "rotary_angles": "exact"})
+    dtype, frequencies, far_sin = run_distributed(build_rotary, 1, tmp_path)[0]
+    exact = [10000.0 ** (-i / 4) for i in range(4)]
     assert dtype == "torch.float32"
-    assert frequencies == pytest.approx([10000.0 ** (-i / 4) for i in range(4)], rel=1e-6)
+    assert frequencies == pytest.approx(exact, rel=1e-6)
+    for position, row in zip(FAR, far_sin, strict=True):
+        assert row == pytest.approx([math.sin(position * frequency) for frequency in exact], abs=1e-6)
 
 
 def test_a_checkpoint_of_another_run_is_refused_with_the_differing_fields() -> None:

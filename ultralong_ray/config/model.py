@@ -51,6 +51,9 @@ class RopeConfig(Section):
     """alpha of YaRN: pairs that turn fewer times than this within the original window are divided by `factor`."""
     high_freq_factor: PositiveFloat = 4.0
     """beta of YaRN: pairs that turn more often than this are kept."""
+    angles: Literal["exact", "float32"] = "exact"
+    """How position x frequency is computed. float32: as transformers and vLLM do, off by up to 0.125 rad at 4M tokens.
+    exact: from a float64 product. Written to config.json, so that training and this project's evaluation agree."""
 
     @model_validator(mode="after")
     def _ramp_is_ordered(self) -> RopeConfig:

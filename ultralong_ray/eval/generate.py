@@ -16,6 +16,8 @@ import torch
 from numpy.typing import NDArray
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
+from ultralong_ray.model.angles import install_angles
+
 LOSS_TILE_TOKENS = 1024  # rows of [vocabulary] logits that exist at a time
 
 
@@ -30,6 +32,7 @@ class Engine:
             folder, dtype=getattr(torch, precision), trust_remote_code=False, use_safetensors=True
         )
         self.model: Any = model.to(self.device).eval()
+        install_angles(self.model)
         self.stop_ids = _stop_ids(self.model, self.tokenizer)
         self._forget()
 

@@ -157,6 +157,7 @@ def extended_config(model: ModelConfig, raw: dict[str, Any], theta: float, head_
         config["dtype"] = raw["torch_dtype"]
     config["rope_parameters"] = rope_schemes.to_hf(model.rope, head_dim, theta, model.original_context_length)
     config["max_position_embeddings"] = model.exported_max_position_embeddings
+    config["rotary_angles"] = model.rope.angles
     return config
 
 
@@ -172,6 +173,7 @@ def random_config(model: ModelConfig, shape: ArchitectureConfig) -> dict[str, An
         "dtype": "float32",
         "rope_parameters": rope_schemes.to_hf(model.rope, head_dim, shape.rope_theta, model.original_context_length),
         "max_position_embeddings": model.exported_max_position_embeddings,
+        "rotary_angles": model.rope.angles,
     }
 
 

@@ -20,6 +20,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from ultralong_ray.config import TrainConfig
+from ultralong_ray.model.angles import install_angles
 from ultralong_ray.parallel.loss import LanguageModelLoss
 from ultralong_ray.parallel.norm import install_fused_norms
 from ultralong_ray.parallel.ulysses import ATTENTION_NAME, register_attention
@@ -53,10 +54,11 @@ def build_model(
     # zero.Init rounds every tensor made inside it to bfloat16, RoPE's frequencies too: at position 100,000 that turns
     # an angle by hundreds of radians. Made again outside, they are float32.
     causal_lm.model.rotary_emb = type(causal_lm.model.rotary_emb)(config=shape).to(device)
+    install_angles(causal_lm)
     if random_seed is None:
         _read_weights(causal_lm, folder)
     else:
-        _draw_weights(causal_lm, shape.initializer_range, random_seed)
+        draw_weights(causal_lm, shape.initializer_range, random_seed, device)
     install_fused_norms(causal_lm)
     if plan.keep:
         install_replay(causal_lm, plan.keep, plan.mlp_tile_tokens, ActivationStore(device))
@@ -66,18 +68,27 @@ def build_model(
     return LanguageModelLoss(causal_lm, plan.loss_tile_tokens)
 
 
-def _draw_weights(causal_lm: nn.Module, std: float, seed: int) -> None:
-    """Llama's initialisation: matrices normal, norms 1, biases 0. The same for every ZeRO stage and world size."""
-    generator = torch.Generator().manual_seed(seed)
+def draw_weights(causal_lm: nn.Module, std: float, seed: int, device: torch.device) -> None:
+    """Llama's initialisation: matrices normal, norms 1, biases 0.
+
+    Drawn in float32 on `device`, since a CPU takes minutes for 8 billion numbers: the same for every ZeRO stage and
+    world size, but not the same on GPU and CPU. Collective.
+    """
+    generator = torch.Generator(device).manual_seed(seed)
     for name, parameter in causal_lm.named_parameters():
-        with writable(parameter) as writes, torch.no_grad():
-            if not writes:
-                continue
-            if parameter.dim() > 1:
-                drawn = torch.empty(parameter.shape, dtype=torch.float32).normal_(0.0, std, generator=generator)
-                parameter.copy_(drawn)
-            else:
-                parameter.fill_(0.0 if name.endswith("bias") else 1.0)
+        with writable(parameter) as writes:
+            if writes:
+                fill_drawn(parameter, name, std, generator)
+
+
+@torch.no_grad()
+def fill_drawn(parameter: nn.Parameter, name: str, std: float, generator: torch.Generator) -> None:
+    """One whole parameter of a new model, drawn on the generator's device whatever device the parameter is on."""
+    if parameter.dim() > 1:
+        drawn = torch.empty(parameter.shape, dtype=torch.float32, device=generator.device)
+        parameter.copy_(drawn.normal_(0.0, std, generator=generator))
+    else:
+        parameter.fill_(0.0 if name.endswith("bias") else 1.0)
 
 
 def _read_weights(causal_lm: nn.Module, folder: Location) -> None:

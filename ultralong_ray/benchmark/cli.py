@@ -1,0 +1,121 @@
+"""`python jobs/benchmark.py train ...`: the command line to a `Benchmark`, and its end as an exit status."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from typing import Any
+
+from ultralong_ray.benchmark.presets import arguments as preset_arguments
+from ultralong_ray.benchmark.run import run_benchmark, table
+from ultralong_ray.benchmark.setups import SHAPES, Benchmark, Setup, parse_degrees
+from ultralong_ray.config.degrees import heads_can_split
+from ultralong_ray.storage import Location
+from ultralong_ray.types import UserError
+
+DEFAULT_CHECK_ROWS = 256
+
+
+def main(argv: list[str]) -> int:
+    """Run the command. Returns 0, 1 when a run of ours failed, or 2 for a mistake that the message explains."""
+    try:
+        options = parse(argv)
+        result = run_benchmark(benchmark_of(options), ["python", "jobs/benchmark.py", *argv], Location.of(options.out))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(table(result))
+    print(f"written: {options.out}")
+    return int(any(run["contestant"] == "ours" and run["status"] != "ok" for run in result["runs"]))
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    """Arguments, those of a preset first so that the command line overrules them."""
+    parser = _parser()
+    options = parser.parse_args(argv)
+    if options.preset:
+        return parser.parse_args([argv[0], *preset_arguments(options.preset, options.gpus), *argv[1:]])
+    return options
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="benchmark.py", description=__doc__, allow_abbrev=False)
+    train = parser.add_subparsers(required=True).add_parser("train", help="training steps, ours and peers'")
+    add: Any = train.add_argument
+    add("--preset", help="named arguments, see benchmark/presets.py")
+    add("--shape", default="llama31_8b", help=f"model shape: {', '.join(SHAPES)}")
+    add("--layers", type=int, help="decoder layers; default: the shape's")
+    add("--length", type=int, default=131072, help="tokens of a sequence")
+    add("--gpus", type=int, default=1, help="processes, one per GPU")
+    add("--device", choices=("cuda", "cpu"), default="cuda")
+    add("--ulysses", type=int, help="default: as many GPUs as the heads can split")
+    add("--ring", type=int, help="default: the rest of the GPUs")
+    add("--keep", choices=("device", "host", "none"), default="device", help="none: no recomputation at all")
+    add("--rows", type=float, default=1.0, help="share of rows whose attention output is kept")
+    add("--attention", default="auto", help="kernel, as in the recipe")
+    add("--mlp-tile", type=int, default=16384, help="rows of the MLP at a time")
+    add("--loss-tile", type=int, default=2048, help="rows of logits at a time")
+    add("--offload-optimizer", action="store_true")
+    add("--also", action="append", default=[], metavar="FIELD=VALUE,...", help="one more run of ours, so changed")
+    add("--steps", type=int, default=3)
+    add("--warmup", type=int, default=1)
+    add("--seed", type=int, default=42)
+    add("--peers", default="", help="alst, torch_cp, ring_flash_attn; separated by commas")
+    add("--peer-layers", type=int, help="depth of the peers' model where theirs would not fit or last too long")
+    add("--peer-attention", default="auto", help="transformers' name of the attention under ALST")
+    add("--profile", action="store_true", help="one traced step more: where the GPU's time went")
+    add("--compare-degrees", metavar="UxR,...", help="compare loss and gradients between degrees")
+    add("--long", type=int, metavar="TOKENS", help="one layer of this length against a float32 reference")
+    add("--check-rows", type=int, default=DEFAULT_CHECK_ROWS, help="with --long: rows that have targets")
+    add("--limit-seconds", type=float, default=570.0, help="of the whole command")
+    add("--out", required=True, help="JSON file")
+    return parser
+
+
+def benchmark_of(options: argparse.Namespace) -> Benchmark:
+    """Raises UserError for a shape, a field or degrees that there are not."""
+    if options.shape not in SHAPES:
+        raise UserError(f"--shape {options.shape}: no such shape; there are {', '.join(SHAPES)}")
+    ulysses, ring = _degrees(options)
+    base = Setup(
+        length=options.long or options.length,
+        layers=options.layers or (1 if options.long else SHAPES[options.shape]["num_hidden_layers"]),
+        ulysses=ulysses,
+        ring=ring,
+        keep=options.keep,
+        rows=options.rows,
+        attention=options.attention,
+        mlp_tile=options.mlp_tile,
+        loss_tile=options.loss_tile,
+        offload_optimizer=options.offload_optimizer,
+    )
+    setups = (base, *(base.changed(text) for text in options.also))
+    if options.compare_degrees:
+        setups = tuple(base.changed(f"degrees={degrees}") for degrees in options.compare_degrees.split(","))
+    return Benchmark(
+        shape=options.shape,
+        num_gpus=options.gpus,
+        device=options.device,
+        setups=setups,
+        peers=tuple(name for name in options.peers.split(",") if name),
+        peer_layers=options.peer_layers,
+        peer_attention=options.peer_attention,
+        steps=options.steps,
+        warmup=options.warmup,
+        seed=options.seed,
+        profile=options.profile,
+        compare_gradients=bool(options.compare_degrees),
+        check_rows=options.check_rows if options.long else 0,
+        limit_seconds=options.limit_seconds,
+    )
+
+
+def _degrees(options: argparse.Namespace) -> tuple[int, int]:
+    if options.ulysses or options.ring:
+        ulysses = options.ulysses or max(1, options.gpus // options.ring)
+        return parse_degrees(f"{ulysses}x{options.ring or max(1, options.gpus // ulysses)}")
+    shape = SHAPES[options.shape]
+    heads, kv_heads = shape["num_attention_heads"], shape["num_key_value_heads"]
+    divisors = (degree for degree in range(options.gpus, 0, -1) if options.gpus % degree == 0)
+    ulysses = next(degree for degree in divisors if heads_can_split(heads, kv_heads, degree))
+    return ulysses, options.gpus // ulysses

@@ -1,0 +1,124 @@
+"""Fresh processes, one per GPU, that form a process group, run one function and leave their answers as JSON.
+
+Flows in: a picklable function with its argument. Flows out: what it returned on each rank. Every contestant gets
+processes of its own: peers patch libraries for a whole process, and only an ended process gives all its memory back.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import socket
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as multiprocessing
+
+from ultralong_ray.types import UserError
+
+POLL_SECONDS = 0.1
+ERROR_LINES = 12  # of a traceback that go into the record
+
+
+class Unavailable(Exception):
+    """A contestant cannot run here; the message says why."""
+
+
+class RunFailed(Exception):
+    """A contestant's process failed; the message says what the first of its ranks said."""
+
+
+def run_ranks(function: Callable[..., Any], num_ranks: int, device: str, argument: Any, seconds: float) -> list[Any]:
+    """`function(argument, torch device)` on every rank of a new process group; the JSON-ready answers by rank.
+
+    Raises Unavailable when it said so, RunFailed for any other error or after `seconds`.
+    """
+    with tempfile.TemporaryDirectory(prefix="benchmark-") as folder:
+        _set_environment(device)
+        context = multiprocessing.get_context("spawn")
+        port = _free_port()
+        processes = [
+            context.Process(target=_rank, args=(function, argument, device, rank, num_ranks, port, folder))
+            for rank in range(num_ranks)
+        ]
+        for process in processes:
+            process.start()
+        try:
+            _wait(processes, Path(folder), seconds)
+        finally:
+            for process in processes:
+                process.kill()
+                process.join()
+        return [json.loads((Path(folder) / f"answer-{rank}.json").read_text()) for rank in range(num_ranks)]
+
+
+def _wait(processes: list[Any], folder: Path, seconds: float) -> None:
+    """Until every process ended well. The first that fails ends the wait: the others hang in a collective."""
+    deadline = time.monotonic() + seconds
+    while any(process.exitcode is None for process in processes):
+        if any(process.exitcode not in (None, 0) for process in processes):
+            break
+        if time.monotonic() > deadline:
+            raise RunFailed(f"not done after {seconds:.0f} s")
+        time.sleep(POLL_SECONDS)
+    time.sleep(POLL_SECONDS)
+    errors = sorted(folder.glob("error-*.json"), key=lambda path: path.stat().st_mtime)
+    if errors:
+        error = json.loads(errors[0].read_text())
+        raise (Unavailable if error["kind"] == "Unavailable" else RunFailed)(error["message"])
+    codes = [process.exitcode for process in processes]
+    if any(codes):
+        raise RunFailed(f"processes ended with {codes} (negative: the signal that killed them)")
+
+
+def _set_environment(device: str) -> None:
+    """For the children: torch and DeepSpeed read these when they are imported."""
+    if device == "cpu":
+        os.environ["DS_ACCELERATOR"] = "cpu"
+    else:
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def _rank(
+    function: Callable[..., Any], argument: Any, device_type: str, rank: int, num_ranks: int, port: int, folder: str
+) -> None:
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(num_ranks)}
+    os.environ |= {"LOCAL_WORLD_SIZE": str(num_ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    try:
+        device = torch.device("cpu")
+        if device_type == "cuda":
+            device = torch.device("cuda", rank)
+            torch.cuda.set_device(device)
+        else:
+            torch.set_num_threads(1)
+        dist.init_process_group("nccl" if device_type == "cuda" else "gloo", rank=rank, world_size=num_ranks)
+        answer = function(argument, device)
+        (Path(folder) / f"answer-{rank}.json").write_text(json.dumps(answer))
+        gc.collect()
+        dist.barrier()
+    except BaseException as error:
+        (Path(folder) / f"error-{rank}.json").write_text(json.dumps(_described(error, rank)))
+        os._exit(1)  # the other ranks wait in a collective that this one will never enter
+    # No tidy end: communicators need minutes to be taken down at times, and everything is on disk.
+    os._exit(0)
+
+
+def _described(error: BaseException, rank: int) -> dict[str, str]:
+    if isinstance(error, Unavailable | UserError):
+        return {"kind": type(error).__name__, "message": str(error)}
+    if isinstance(error, torch.OutOfMemoryError):
+        return {"kind": "OutOfMemory", "message": f"rank {rank} is out of GPU memory: {error}"}
+    return {"kind": type(error).__name__, "message": "\n".join(traceback.format_exc().splitlines()[-ERROR_LINES:])}

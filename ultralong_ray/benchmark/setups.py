@@ -1,0 +1,205 @@
+"""What a benchmark runs: model shapes, one contestant's layout, and the whole of a command. Plain data, picklable.
+
+Flows in: fields from the command line. Flows out: `Setup` and `Benchmark`, which every worker process is given.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from ultralong_ray.config.degrees import heads_can_split, length_objection
+from ultralong_ray.types import LayerKeep, TrainPlan, UserError
+
+_LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 500000.0,
+    "factor": 512.0,  # the 4M recipe's, so that one model serves every length
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+# config.json of each shape; `--layers` replaces the depth. llama31_8b: meta-llama/Llama-3.1-8B.
+SHAPES: dict[str, dict[str, Any]] = {
+    "llama31_8b": {
+        "model_type": "llama",
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "vocab_size": 128256,
+        "rms_norm_eps": 1e-5,
+        "max_position_embeddings": 4194304,
+        "tie_word_embeddings": False,
+        "rope_parameters": _LLAMA3_ROPE,
+        "rotary_angles": "exact",
+    },
+    "tiny": {
+        "model_type": "llama",
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "vocab_size": 97,
+        "rms_norm_eps": 1e-5,
+        "max_position_embeddings": 4194304,
+        "tie_word_embeddings": False,
+        # Large, so that attention and positions matter to the loss.
+        "initializer_range": 0.2,
+        "rope_parameters": {**_LLAMA3_ROPE, "original_max_position_embeddings": 64},
+        "rotary_angles": "exact",
+    },
+}
+PEERS = ("alst", "torch_cp", "ring_flash_attn")
+LEARNING_RATE = 1e-5
+
+
+@dataclass(frozen=True, slots=True)
+class Setup:
+    """One way to train the shape. `keep*` and tiles are those of TrainPlan; peers use length and layers alone."""
+
+    length: int  # tokens of a sequence
+    layers: int
+    ulysses: int
+    ring: int
+    keep: Literal["device", "host", "none"] = "device"
+    """Where inputs and attention outputs wait; none: autograd keeps all."""
+    rows: float = 1.0
+    attention: str = "auto"
+    mlp_tile: int = 16384
+    loss_tile: int = 2048
+    offload_optimizer: bool = False
+
+    @property
+    def plan(self) -> TrainPlan:
+        layer = None if self.keep == "none" else LayerKeep(self.keep, self.keep, self.rows)
+        return TrainPlan(
+            ulysses_degree=self.ulysses,
+            ring_degree=self.ring,
+            keep=() if layer is None else (layer,) * self.layers,
+            mlp_tile_tokens=self.mlp_tile,
+            loss_tile_tokens=self.loss_tile,
+            offload_optimizer=self.offload_optimizer,
+        )
+
+    def changed(self, text: str) -> Setup:
+        """This setup with the fields of "length=65536,keep=host,degrees=2x2". UserError: unknown field or value."""
+        changes: dict[str, Any] = {}
+        for item in text.split(","):
+            name, _, value = item.strip().partition("=")
+            if name == "degrees":
+                changes["ulysses"], changes["ring"] = parse_degrees(value)
+            elif name in _PARSERS:
+                changes[name] = _PARSERS[name](name, value)
+            else:
+                raise UserError(f"{item!r}: no such field of a setup; there are degrees, {', '.join(_PARSERS)}")
+        return dataclasses.replace(self, **changes)
+
+
+def _integer(name: str, value: str) -> int:
+    if not value.isdigit() or int(value) == 0:
+        raise UserError(f"{name}={value!r} is not a positive integer")
+    return int(value)
+
+
+def _share(name: str, value: str) -> float:
+    try:
+        share = float(value)
+    except ValueError:
+        share = -1.0
+    if not 0.0 <= share <= 1.0:
+        raise UserError(f"{name}={value!r} is not a share between 0 and 1")
+    return share
+
+
+def _keep(name: str, value: str) -> str:
+    if value not in ("device", "host", "none"):
+        raise UserError(f"{name}={value!r}: give device, host or none")
+    return value
+
+
+def _boolean(name: str, value: str) -> bool:
+    if value not in ("true", "false"):
+        raise UserError(f"{name}={value!r}: give true or false")
+    return value == "true"
+
+
+_PARSERS: dict[str, Any] = {
+    "length": _integer,
+    "layers": _integer,
+    "keep": _keep,
+    "rows": _share,
+    "attention": lambda _, value: value,
+    "mlp_tile": _integer,
+    "loss_tile": _integer,
+    "offload_optimizer": _boolean,
+}
+
+
+def parse_degrees(text: str) -> tuple[int, int]:
+    """ "4x1" is Ulysses degree 4, ring degree 1."""
+    ulysses, _, ring = text.partition("x")
+    return _integer("ulysses", ulysses), _integer("ring", ring)
+
+
+@dataclass(frozen=True, slots=True)
+class Benchmark:
+    """A whole command. `check_rows` > 0 compares with a float32 reference instead of timing several steps."""
+
+    shape: str
+    num_gpus: int
+    device: Literal["cuda", "cpu"]
+    setups: tuple[Setup, ...]  # ours, in the order in which they run
+    peers: tuple[str, ...] = ()
+    peer_layers: int | None = None
+    peer_attention: str = "auto"
+    steps: int = 3
+    warmup: int = 1
+    seed: int = 42
+    profile: bool = False
+    compare_gradients: bool = False
+    check_rows: int = 0
+    limit_seconds: float = 570.0
+
+    @property
+    def precision(self) -> Literal["bfloat16", "float32"]:
+        return "bfloat16" if self.device == "cuda" else "float32"
+
+    def config(self, layers: int) -> dict[str, Any]:
+        """The shape's config.json at a depth."""
+        return {**SHAPES[self.shape], "num_hidden_layers": layers}
+
+    @property
+    def peer_setup(self) -> Setup:
+        """What peers compute: the first setup's length, all GPUs on one sequence."""
+        first = self.setups[0]
+        return dataclasses.replace(first, layers=self.peer_layers or first.layers, ulysses=self.num_gpus, ring=1)
+
+    def check(self) -> None:
+        """Raise UserError for what cannot run, before any process is started."""
+        if self.shape not in SHAPES:
+            raise UserError(f"--shape {self.shape}: no such shape; there are {', '.join(SHAPES)}")
+        unknown = set(self.peers) - set(PEERS)
+        if unknown:
+            raise UserError(f"--peers {', '.join(sorted(unknown))}: no such peer; there are {', '.join(PEERS)}")
+        shape = SHAPES[self.shape]
+        for setup in self.setups:
+            degree = setup.ulysses * setup.ring
+            if self.num_gpus % degree:
+                raise UserError(f"degrees {setup.ulysses}x{setup.ring} do not divide --gpus {self.num_gpus}")
+            if not heads_can_split(shape["num_attention_heads"], shape["num_key_value_heads"], setup.ulysses):
+                raise UserError(
+                    f"Ulysses degree {setup.ulysses} cannot split the {shape['num_attention_heads']} query and "
+                    f"{shape['num_key_value_heads']} key-value heads of {self.shape}; give the rest to the ring"
+                )
+            if objection := length_objection(setup.length, setup.ulysses, setup.ring):
+                raise UserError(objection)
+        if self.check_rows and (self.setups[0].layers != 1 or self.setups[0].plan.degree != self.num_gpus):
+            raise UserError("--long compares one layer of one sequence over all GPUs: give --layers 1 and all degrees")
+        if self.compare_gradients and len({(s.length, s.layers, s.plan.degree) for s in self.setups}) > 1:
+            raise UserError("gradients can be compared between setups of one length, depth and total degree only")

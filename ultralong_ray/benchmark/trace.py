@@ -1,0 +1,129 @@
+"""Where the GPU's time went in a step, from the profiler's own time stamps: kernels by kind, and what ran beside what.
+
+Flows in: a step to run, or the events of a Chrome trace (torch.profiler of torch 2.11-2.13). Flows out: seconds.
+An overlap is the length of the intersection of two unions of intervals, over all streams of the GPU.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+Interval = tuple[float, float]
+
+# The first pattern that matches decides: flash-attn-4's kernels are called cutlass as well.
+KINDS = (
+    ("nccl", re.compile(r"nccl", re.IGNORECASE)),
+    ("attention", re.compile(r"flash|fmha|sdpa|attn|attention", re.IGNORECASE)),
+    ("gemm", re.compile(r"gemm|cutlass|nvjet|xmma|wgmma|cublas|matmul|s\d+16816", re.IGNORECASE)),
+)
+COMPUTE = ("attention", "gemm", "elementwise and other")
+TRANSFERS = ("nccl", "memcpy HtoD", "memcpy DtoH")
+
+
+def union(intervals: Iterable[Interval]) -> list[Interval]:
+    """Disjoint intervals in ascending order that cover the same points."""
+    merged: list[Interval] = []
+    for start, end in sorted(intervals):
+        if merged and start <= merged[-1][1]:
+            merged[-1] = (merged[-1][0], max(merged[-1][1], end))
+        elif end > start:
+            merged.append((start, end))
+    return merged
+
+
+def length(disjoint: Iterable[Interval]) -> float:
+    return sum(end - start for start, end in disjoint)
+
+
+def intersection(first: list[Interval], second: list[Interval]) -> list[Interval]:
+    """What two unions have in common; both disjoint and ascending."""
+    common: list[Interval] = []
+    i = j = 0
+    while i < len(first) and j < len(second):
+        start, end = max(first[i][0], second[j][0]), min(first[i][1], second[j][1])
+        if start < end:
+            common.append((start, end))
+        if first[i][1] <= second[j][1]:
+            i += 1
+        else:
+            j += 1
+    return common
+
+
+def kind_of(category: str, name: str) -> str | None:
+    """What a trace event did on the GPU; None for one that did not run there."""
+    if category == "gpu_memcpy":
+        direction = re.search(r"HtoD|DtoH", name)
+        return f"memcpy {direction.group()}" if direction else "memcpy on the device"
+    if category != "kernel":
+        return None
+    return next((kind for kind, pattern in KINDS if pattern.search(name)), "elementwise and other")
+
+
+def summarise(events: Iterable[dict[str, Any]]) -> dict[str, Any]:
+    """Seconds by kind, and how much of each transfer lay beside compute kernels.
+
+    events: those of a Chrome trace, `ts` and `dur` in microseconds. A share is None where nothing was transferred.
+    NCCL's time holds its wait for the slowest rank.
+    """
+    spans: dict[str, list[Interval]] = {}
+    moved_bytes: dict[str, float] = {}
+    for event in events:
+        kind = kind_of(str(event.get("cat", "")).lower(), event.get("name", "")) if event.get("ph") == "X" else None
+        if kind is None:
+            continue
+        start = float(event["ts"])
+        spans.setdefault(kind, []).append((start, start + float(event["dur"])))
+        moved_bytes[kind] = moved_bytes.get(kind, 0.0) + float(event.get("args", {}).get("bytes", 0.0))
+    everything = union(interval for intervals in spans.values() for interval in intervals)
+    compute = union(interval for kind in COMPUTE for interval in spans.get(kind, []))
+    span = everything[-1][1] - everything[0][0] if everything else 0.0
+    return {
+        "span_seconds": span / 1e6,
+        "compute_busy_seconds": length(compute) / 1e6,
+        "idle_seconds": (span - length(everything)) / 1e6,
+        "kinds": {
+            kind: {"seconds": sum(end - start for start, end in intervals) / 1e6, "events": len(intervals)}
+            for kind, intervals in sorted(spans.items())
+        },
+        "transfers": {kind: _transfer(spans.get(kind, []), compute, moved_bytes.get(kind, 0.0)) for kind in TRANSFERS},
+    }
+
+
+def _transfer(intervals: list[Interval], compute: list[Interval], moved_bytes: float) -> dict[str, float | None]:
+    busy = union(intervals)
+    beside = length(intersection(busy, compute))
+    seconds = length(busy) / 1e6
+    return {
+        "seconds": seconds,
+        "beside_compute_share": beside / length(busy) if busy else None,
+        "exposed_seconds": seconds - beside / 1e6,
+        "gbytes": moved_bytes / 1e9,
+        "gbytes_per_second": moved_bytes / 1e9 / seconds if seconds and moved_bytes else None,
+    }
+
+
+def traced(step: Callable[[], Any], device: torch.device, folder: Path) -> dict[str, Any]:
+    """Run one step on every rank, the profiler on rank 0. Returns its summary there, a reason elsewhere."""
+    if device.type != "cuda":
+        step()
+        return {"reason": "no GPU, nothing to trace"}
+    if dist.get_rank() != 0:
+        step()
+        torch.cuda.synchronize(device)
+        return {"reason": "rank 0 has the trace"}
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+        step()
+        torch.cuda.synchronize(device)
+    path = folder / "trace.json"
+    profiler.export_chrome_trace(str(path))
+    summary = summarise(json.loads(path.read_text())["traceEvents"])
+    path.unlink()
+    return summary
