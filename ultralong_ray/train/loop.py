@@ -26,7 +26,7 @@ from ultralong_ray.parallel.topology import Topology
 from ultralong_ray.train.batches import accumulation_steps, read_ahead
 from ultralong_ray.train.checkpoint import load_checkpoint, save_checkpoint
 from ultralong_ray.train.engine import deepspeed_config, init_distributed, initialize, make_optimizer, set_learning_rate
-from ultralong_ray.train.flops import mfu, model_flops, peak_flops
+from ultralong_ray.flops import mfu, model_flops, peak_flops
 from ultralong_ray.train.job import TrainJob
 from ultralong_ray.train.metrics import MetricsWriter
 from ultralong_ray.train.order import cursor_after, sequences_of_step
