@@ -37,6 +37,7 @@ class Case:
     ulysses: int
     ring: int = 1
     kv_heads: int = 2
+    heads: int = 4
     tied: bool = False
     changes: dict[str, Any] = field(default_factory=dict)
     broken: str | None = None  # a key of BREAKAGES: the comparison must notice it
@@ -84,11 +85,14 @@ def reference(model: Location, mask_documents: bool) -> Answer:
     return Answer(loss.item(), norm, gradients)
 
 
-def solve(models: dict[tuple[int, bool], Location], packed: Location, cases: list[Case]) -> list[list[Answer]]:
+Models = dict[tuple[int, int, bool], Location]  # by query heads, key-value heads, tied
+
+
+def solve(models: Models, packed: Location, cases: list[Case]) -> list[list[Answer]]:
     """Each case on the running process group: [by ZeRO-3's gradients where there are any, by an SGD step]."""
     device = torch.device("cpu")
     engine_module.init_distributed(device)
-    return [_solve(models[case.kv_heads, case.tied], packed, case, device) for case in cases]
+    return [_solve(models[case.heads, case.kv_heads, case.tied], packed, case, device) for case in cases]
 
 
 def _solve(model: Location, packed: Location, case: Case, device: torch.device) -> list[Answer]:
@@ -125,6 +129,9 @@ BREAKAGES: dict[str, Callable[[MicroBatch], MicroBatch]] = {
     "labels not shifted": lambda batch: replace(batch, labels=batch.input_ids),
     "every target weighs 1": lambda batch: replace(
         batch, loss_weight=(batch.labels >= 0).float(), weight=float((batch.labels >= 0).sum())
+    ),
+    "positions as if the rank held one run": lambda batch: replace(
+        batch, position_ids=batch.position_ids[:, :1] + torch.arange(batch.position_ids.shape[1])
     ),
     "weight of the input token": lambda batch: replace(batch, loss_weight=batch.loss_weight.roll(1, 1)),
 }

@@ -76,14 +76,14 @@ def section(**changes: Any) -> PretrainConfig:
     return PretrainConfig(**{**values, **changes})
 
 
-def model_config(kv_heads: int, tied: bool = False) -> dict[str, Any]:
-    """config.json of a 2-layer Llama with 4 query heads."""
+def model_config(kv_heads: int, tied: bool = False, heads: int = 4) -> dict[str, Any]:
+    """config.json of a 2-layer Llama."""
     return {
         "model_type": "llama",
         "hidden_size": 32,
         "intermediate_size": 48,
         "num_hidden_layers": 2,
-        "num_attention_heads": 4,
+        "num_attention_heads": heads,
         "num_key_value_heads": kv_heads,
         "vocab_size": VOCAB,
         "max_position_embeddings": 256,
@@ -93,12 +93,12 @@ def model_config(kv_heads: int, tied: bool = False) -> dict[str, Any]:
     }
 
 
-def write_model(folder: Path, kv_heads: int, seed: int = 5, tied: bool = False) -> Location:
+def write_model(folder: Path, kv_heads: int, seed: int = 5, tied: bool = False, heads: int = 4) -> Location:
     """A Hugging Face folder with weights large enough that attention matters."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**model_config(kv_heads, tied)))
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**model_config(kv_heads, tied, heads)))
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.copy_(torch.randn_like(parameter) * 0.2 + (1.0 if parameter.dim() == 1 else 0.0))

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.parallel.numerics import BREAKAGES, STARTS, Answer, Case, problem, reference, solve
+from tests.parallel.numerics import BREAKAGES, STARTS, Answer, Case, Models, problem, reference, solve
 from tests.parallel.spawn import run_distributed, write_model, write_packed
 from ultralong_ray.storage import Location
 
@@ -29,25 +29,34 @@ TWO_RANKS = [
     Case("zero0 clipped", 2, changes={"zero_stage": 0, "gradient_clip": 0.25}),
     Case("zero3 clipped", 2, changes={"gradient_clip": 0.25}),
     Case("zero1 tied", 2, tied=True, changes={"zero_stage": 1}),
+    Case("ring two at once", 1, 2, changes={"micro_batch_sequences": 2}),
 ]
+RING_ONLY = "positions as if the rank held one run"  # a Ulysses rank does hold one
 BROKEN = [
     Case("broken", 2, changes={"zero_stage": 1, "micro_batch_sequences": 2}, broken=breakage)
     for breakage in (*BREAKAGES, "mean per rank")
-]
+    if breakage != RING_ONLY
+] + [Case("broken", 1, 2, changes={"zero_stage": 1, "micro_batch_sequences": 2}, broken=RING_ONLY)]
 FOUR_RANKS = [
     Case("zero3", 4),
     Case("zero3 one kv head masked", 4, kv_heads=1, changes={"mask_documents": True, "micro_batch_sequences": 2}),
-    Case("zero3 two groups", 2),
+    Case("zero3 two groups", 1, 2, kv_heads=4),
     Case("zero1", 4, changes={"zero_stage": 1}),
     Case("no recomputation", 4, kv_heads=4, changes={"gradient_checkpointing": False}),
+    Case("2x2 two at once, one kv head", 2, 2, kv_heads=1, changes={"micro_batch_sequences": 2}),
+    Case("1x4 two at once", 1, 4, changes={"micro_batch_sequences": 2}),
+    Case("1x4, more ranks than heads", 1, 4, heads=1, kv_heads=1),
 ]
 
 
 @pytest.fixture(scope="module")
-def files(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[tuple[int, bool], Location], Location]:
+def files(tmp_path_factory: pytest.TempPathFactory) -> tuple[Models, Location]:
     folder: Path = tmp_path_factory.mktemp("numerics")
-    shapes = [(1, False), (2, False), (4, False), (2, True)]
-    models = {(kv, tied): write_model(folder / f"model-{kv}-{tied}", kv, tied=tied) for kv, tied in shapes}
+    shapes = {(case.heads, case.kv_heads, case.tied) for case in TWO_RANKS + BROKEN + FOUR_RANKS}
+    models = {
+        (heads, kv, tied): write_model(folder / f"model-{heads}-{kv}-{tied}", kv, tied=tied, heads=heads)
+        for heads, kv, tied in shapes
+    }
     return models, write_packed(folder / "packed", *problem(), STARTS)
 
 
@@ -73,7 +82,7 @@ def test_every_case_equals_one_process(files, world_size: int, cases: list[Case]
     models, packed = files
     solved = run_distributed(solve, world_size, models, packed, cases)
     for index, case in enumerate(cases):
-        expected = reference(models[case.kv_heads, case.tied], bool(case.changes.get("mask_documents")))
+        expected = reference(models[case.heads, case.kv_heads, case.tied], bool(case.changes.get("mask_documents")))
         if case.changes.get("gradient_clip"):
             assert expected.grad_norm > 2 * case.changes["gradient_clip"]  # else nothing would be clipped
         for by_rank in solved:

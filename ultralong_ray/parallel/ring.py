@@ -41,24 +41,22 @@ def ring_forward(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(output [batch, rows, heads_local, head_dim], log-sum-exp float32 [batch, heads_local, rows]).
 
-    With `rows` (the same number on all ranks of the ring) only the first rows of the query are attended. Where a call
-    of the kernel over the first of its rows gives them the bits of a longer call, so does this. Float64 inputs are
-    computed in float64 throughout. Collective over the ring.
+    With `rows` (any number, but the same on all ranks of the ring) only the first rows of the query are attended, and
+    get the bits of the call over all of them. Float64 inputs are computed in float64. Collective over the ring.
     """
-    seq, chunk = key.shape[1], key.shape[1] // 2
-    rows = seq if rows is None else rows
-    own_rows = min(seq, -(-rows // kernel.row_alignment) * kernel.row_alignment)
+    chunk = key.shape[1] // 2
+    rows = key.shape[1] if rows is None else rows
     # Early rows look at no late chunk, nor at a block from further on: then the ring is a chain of early chunks.
     chain = rows <= chunk
     block = torch.stack((key[:, :chunk], value[:, :chunk]) if chain else (key, value))
     passing = _post(block, mesh, 0, chain)
-    partial, lse = kernel.forward(query[:, :own_rows], key[:, :own_rows], value[:, :own_rows], scale, True)
-    output, lse = partial[:, :rows].to(lse.dtype), lse[:, :, :rows].contiguous()
+    partial, lse = _attend(kernel, query, slice(0, rows), key, value, scale, True)
+    output, lse = partial.to(lse.dtype), lse.contiguous()
     for step in range(1, mesh.ring_rank + 1 if chain else mesh.ring_degree):
         block = passing.arrived()  # [2, batch, chunk or 2 * chunk, kv_heads_local, head_dim]
         passing = _post(block, mesh, step, chain)
         at, keys = _visible(mesh, step, rows, chunk)
-        part = kernel.forward(query[:, at], block[0][:, keys], block[1][:, keys], scale, False)
+        part = _attend(kernel, query, at, block[0][:, keys], block[1][:, keys], scale, False)
         _merge(output[:, at], lse[:, :, at], *part)
     passing.finish()
     return output.to(query.dtype), lse
@@ -104,6 +102,18 @@ def _visible(mesh: SequenceMesh, step: int, rows: int, chunk: int) -> tuple[slic
     if step <= mesh.ring_rank:
         return slice(0, rows), slice(0, chunk)
     return slice(chunk, rows), WHOLE
+
+
+def _attend(
+    kernel: Kernel, query: torch.Tensor, at: slice, key: torch.Tensor, value: torch.Tensor, scale: float, causal: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Output and log-sum-exp of the rows `at`, computed with as many more as their bits ask for."""
+    asked = at.stop - at.start
+    end = min(query.shape[1], at.start + -(-asked // kernel.row_alignment) * kernel.row_alignment)
+    if causal:
+        key, value = key[:, at.start : end], value[:, at.start : end]
+    output, lse = kernel.forward(query[:, at.start : end], key, value, scale, causal)
+    return output[:, :asked], lse[:, :, :asked]
 
 
 def _merge(output: torch.Tensor, lse: torch.Tensor, partial: torch.Tensor, partial_lse: torch.Tensor) -> None:
