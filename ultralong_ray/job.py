@@ -27,22 +27,36 @@ from ultralong_ray.types import UserError
 
 log = logging.getLogger("ultralong_ray")
 
+Action = Callable[[Recipe, str, list[str]], Any]
+
 _terminated: list[int] = []  # the SIGTERMs received
 
 
 def run_stages(*names: str) -> None:
-    """Entry point of a stage's script: run the named stages that the recipe has and that are not done."""
-    guarded(lambda recipe, path, _: [run_stage(recipe, name, path) for name in names if name in stages(recipe)])
+    """Entry point of a stage's script: run the named stages that the recipe has and that are not done.
+
+    Scripts of training stages take --preflight-only as well.
+    """
+
+    def each(run: Callable[[Recipe, str, str], Any]) -> Action:
+        return lambda recipe, path, _: [run(recipe, name, path) for name in names if name in stages(recipe)]
+
+    guarded(each(run_stage), each(preflight_stage) if set(names) <= {"pretrain", "sft"} else None)
 
 
-def guarded(action: Callable[[Recipe, str, list[str]], Any]) -> None:
-    """Parse the command line, run `action(recipe, recipe_path, overrides)`, turn mistakes into messages."""
+def guarded(action: Action, preflight: Action | None = None) -> None:
+    """Parse the command line, run `action(recipe, recipe_path, overrides)`, turn mistakes into messages.
+
+    Where `preflight` is given, --preflight-only runs it instead.
+    """
     parser = argparse.ArgumentParser(
         description="Runs one part of a recipe. Any key of the recipe can be overridden: --pretrain.learning_rate 1e-5",
         allow_abbrev=False,
     )
     parser.add_argument("recipe", help="TOML file, for example jobs/recipes/quickstart.toml")
     parser.add_argument("--dry-run", action="store_true", help="print the resolved plan and stop")
+    if preflight is not None:
+        parser.add_argument("--preflight-only", action="store_true", help="check the machine for this run and stop")
     arguments, overrides = parser.parse_known_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stdout)
     signal.signal(signal.SIGTERM, _stop)
@@ -51,6 +65,8 @@ def guarded(action: Callable[[Recipe, str, list[str]], Any]) -> None:
         check_base_model(recipe)
         if arguments.dry_run:
             print(describe(recipe))
+        elif preflight is not None and arguments.preflight_only:
+            preflight(recipe, arguments.recipe, overrides)
         else:
             action(recipe, arguments.recipe, overrides)
     except UserError as error:
@@ -86,6 +102,14 @@ def run_stage(recipe: Recipe, stage: str, recipe_path: str) -> StageDirectory:
     directory.mark_done({**summary, "seconds": round(time.monotonic() - began, 1)})
     log.info("%s is done in %.0f s: %s", stage, time.monotonic() - began, directory.location)
     return directory
+
+
+def preflight_stage(recipe: Recipe, stage: str, recipe_path: str) -> None:
+    """Check the machine for a training stage; nothing is trained and nothing is recorded."""
+    require_inputs(recipe, stage, recipe_path)
+    connect_to_ray()
+    _train(recipe, stage, stage_directory(recipe, stage), preflight_only=True)
+    log.info("preflight of %s: all checks passed", stage)
 
 
 def connect_to_ray() -> None:
@@ -134,12 +158,14 @@ def _output(recipe: Recipe, stage: str) -> Location:
     return stage_directory(recipe, stage).location
 
 
-def _train(recipe: Recipe, stage: str, directory: StageDirectory) -> dict[str, Any]:
+def _train(recipe: Recipe, stage: str, directory: StageDirectory, preflight_only: bool = False) -> dict[str, Any]:
     from ultralong_ray.train.trainer import train
 
     if stage == "pretrain":
-        return train(recipe, "pretrain", _output(recipe, "prepare"), _output(recipe, "extend") / "model", directory)
-    return train(recipe, "sft", _output(recipe, "prepare_sft"), _output(recipe, "pretrain") / "model", directory)
+        packed, model = _output(recipe, "prepare"), _output(recipe, "extend") / "model"
+        return train(recipe, "pretrain", packed, model, directory, preflight_only)
+    packed, model = _output(recipe, "prepare_sft"), _output(recipe, "pretrain") / "model"
+    return train(recipe, "sft", packed, model, directory, preflight_only)
 
 
 def _trained_model(recipe: Recipe) -> Location:

@@ -197,13 +197,14 @@ def test_a_tensor_beyond_the_limit_of_one_call_gives_the_same() -> None:
         torch.testing.assert_close(mine.grad, theirs.grad, atol=1e-6, rtol=1e-5)
 
 
-def test_a_ring_is_given_rows_that_end_on_the_alignment_of_their_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_ring_is_given_rows_aligned_in_both_of_its_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     mesh = SequenceMesh(ring_degree=2)
     core = AttentionContext(mesh, KERNELS[1])
-    # two chunks of 1100 rows: the second call of the kernel begins at row 1100
-    assert [aligned_rows(rows, 2200, core) for rows in (1, 512, 700, 1100, 1101, 1800, 2199)] == [
-        *(512, 512, 1024, 1536, 1612, 2124, 2200)
-    ]
+    # two chunks of 1024 rows, then of 1100: the call that begins with the second chunk would end between two blocks
+    assert [aligned_rows(rows, 2048, core) for rows in (1, 512, 1024, 1025, 2047)] == [512, 512, 1024, 1536, 2048]
+    assert [aligned_rows(rows, 2200, core) for rows in (1, 1024, 1025, 1800)] == [512, 1024, 2200, 2200]
+    alone = replace(core, mesh=SequenceMesh())
+    assert [aligned_rows(rows, 2200, alone) for rows in (1, 1025, 1800, 2199)] == [512, 1536, 2048, 2200]
     asked: list[int | None] = []
 
     def ring(q: torch.Tensor, k: Any, v: Any, scale: float, kernel: Kernel, mesh: Any, rows: int | None = None) -> Any:

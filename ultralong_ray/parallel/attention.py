@@ -99,11 +99,14 @@ def _replayed(
 def aligned_rows(missing: int, seq: int, context: AttentionContext) -> int:
     """The first rows to compute so that `missing` of them have the bits that a call over all `seq` rows gives them.
 
-    A rank of a ring holds two chunks of the sequence, and a kernel call begins at the start of each.
+    On a ring, kernel calls begin at a rank's first row and at its second chunk, so both must be aligned.
     """
     alignment = context.kernel.row_alignment
-    chunk = seq // 2 if context.mesh.ring_degree > 1 and missing > seq // 2 else 0
-    return min(seq, chunk + -(-(missing - chunk) // alignment) * alignment)
+    rows = -(-missing // alignment) * alignment
+    chunk = seq // 2
+    if context.mesh.ring_degree > 1 and rows > chunk and chunk % alignment:
+        return seq
+    return min(seq, rows)
 
 
 def _computed(

@@ -22,6 +22,7 @@ class TrainJob:
     model: Location  # Hugging Face folder to start from
     stage: Location  # the stage's directory
     fingerprint: str
+    preflight_only: bool = False  # build the model, run the checks, take no step
 
     @property
     def train(self) -> TrainConfig:

@@ -30,6 +30,7 @@ from ultralong_ray.flops import mfu, model_flops, peak_flops
 from ultralong_ray.train.job import TrainJob
 from ultralong_ray.train.metrics import MetricsWriter
 from ultralong_ray.train.order import cursor_after, sequences_of_step
+from ultralong_ray.train.preflight import RunShape, check_first_loss, preflight
 from ultralong_ray.train.schedule import learning_rate
 from ultralong_ray.train.step import StepResult, train_step
 from ultralong_ray.train.weights import build_model
@@ -63,7 +64,7 @@ class Trainer:
         self.shape: dict[str, Any] = (job.model / "config.json").read_json()
         self.topology = Topology(dist.get_world_size(), dist.get_rank(), *job.degrees(self.shape))
         self.mesh = create_mesh(self.topology)
-        dtype = torch.bfloat16 if self.train.precision == "bfloat16" else torch.float32
+        dtype = self.dtype = torch.bfloat16 if self.train.precision == "bfloat16" else torch.float32
         head_dim = self.shape.get("head_dim") or self.shape["hidden_size"] // self.shape["num_attention_heads"]
         self.kernel = choose_kernel(self.train.attention, device, dtype, head_dim)
         device_name = torch.cuda.get_device_name(device) if device.type == "cuda" else None
@@ -86,6 +87,15 @@ class Trainer:
             f"{self.job.section}.zero_stage": self.train.zero_stage,
             "cluster.num_workers": self.topology.world_size,
         }
+
+    def preflight(self) -> None:
+        """The checks of train/preflight.py for this run. Collective; UserError on every rank when one fails."""
+        length, batch = self.reader.manifest.sequence_length, self.train.micro_batch_sequences
+        shape = RunShape.of(self.job.section, self.shape, length, batch, self.dtype)
+        plan = TrainPlan(self.topology.ulysses_degree, self.topology.ring_degree, (), 0, 0, False)
+        frequencies = next(module.inv_freq for module in self.engine.modules() if hasattr(module, "inv_freq"))
+        rope = (frequencies, self.shape, self.job.recipe.model.rope)
+        preflight(shape, plan, self.mesh, self.kernel, rope, self.device)
 
     def metrics(self, step: int, result: StepResult, started_seconds: float) -> StepMetrics:
         """The step as numbers; reading them waits for the device. Raises UserError when the loss is not finite.
@@ -157,11 +167,17 @@ def refuse_broken(step: int, sums: list[list[float]], grad_norm: float, sequence
 def run(job: TrainJob, device: torch.device, restore_from: Path | None, keep_checkpoint: KeepCheckpoint) -> int:
     """Train to the last step and return the step that training started from. Collective over all ranks.
 
+    On GPUs the checks of train/preflight.py come first; with `job.preflight_only` nothing comes after them.
     Checkpoints are built below TMPDIR, and `keep_checkpoint(metrics, folder)` must have carried a folder away when it
     returns.
     """
     trainer = Trainer(job, device)
     topology, train = trainer.topology, job.train
+    if job.preflight_only or device.type == "cuda":
+        trainer.preflight()
+    if job.preflight_only:
+        trainer.close()
+        return 0
     restored = 0 if restore_from is None else load_checkpoint(trainer.engine, restore_from, trainer.identity)
     writer = MetricsWriter(job.stage, restored, job.section) if topology.rank == 0 else None
     started = time.perf_counter()
@@ -170,6 +186,8 @@ def run(job: TrainJob, device: torch.device, restore_from: Path | None, keep_che
         set_learning_rate(trainer.engine, learning_rate(train, step, trainer.num_steps))
         result = train_step(trainer.engine, micro_batches, trainer.mesh, trainer.kernel, peak_memory_gib(device))
         metrics = trainer.metrics(step, result, started)
+        if step == 1 and device.type == "cuda":
+            check_first_loss(metrics.loss, trainer.shape["vocab_size"], pretrained=job.random_seed is None)
         started = time.perf_counter()
         if writer is not None:
             writer.write(metrics)

@@ -42,14 +42,21 @@ RAY_SETTINGS = {
 
 
 def train(
-    recipe: Recipe, section: Literal["pretrain", "sft"], packed: Location, model: Location, stage: StageDirectory
+    recipe: Recipe,
+    section: Literal["pretrain", "sft"],
+    packed: Location,
+    model: Location,
+    stage: StageDirectory,
+    preflight_only: bool = False,
 ) -> dict[str, Any]:
     """Train `model` on `packed` as `recipe.<section>` says, into `<stage>/model`; Ray must be initialised.
+
+    With `preflight_only` the workers build the model, check the machine and leave: {} is returned.
 
     Continues from the last checkpoint below `stage` where there is one. Returns {steps, tokens, first_loss, last_loss,
     seconds, resumed_from_step}. Raises UserError for what the user can mend, wherever it was found.
     """
-    job = TrainJob(recipe, section, packed, model, stage.location, stage.fingerprint)
+    job = TrainJob(recipe, section, packed, model, stage.location, stage.fingerprint, preflight_only)
     check_inputs(job)
     error_file = stage.location / ERROR_FILE
     if error_file.exists():
@@ -68,6 +75,8 @@ def train(
     finally:
         signal.signal(signal.SIGINT, handler)
     _raise_user_error(error_file, None)
+    if preflight_only:
+        return {}
     if result.checkpoint is None:
         raise UserError(f"{stage.location}: training ended without a checkpoint; see the log of the workers")
     ray.get(ray.remote(num_cpus=1)(_consolidate).remote(job, result.checkpoint))
@@ -88,7 +97,8 @@ def _trainer(job: TrainJob) -> TorchTrainer:
             num_workers=cluster.num_workers, use_gpu=bool(cluster.gpus_per_worker), resources_per_worker=resources
         ),
         run_config=RunConfig(
-            name="train",  # the same name and storage path make Ray continue from the last checkpoint
+            # the same name and storage path make Ray continue from the last checkpoint
+            name="preflight" if job.preflight_only else "train",
             storage_path=storage.path,
             storage_filesystem=None if storage.is_local else storage.filesystem,
             failure_config=FailureConfig(max_failures=cluster.max_failures),
