@@ -4,6 +4,8 @@ Written for the Triton that comes with torch 2.11-2.13 (3.6 and later); imported
 need not exist elsewhere.
 """
 
+# pyright: reportMissingImports=false, reportIndexIssue=false
+
 from __future__ import annotations
 
 import torch

@@ -176,7 +176,8 @@ class HostBuffer:
             self._bytes = torch.empty(num_bytes, dtype=torch.uint8)
             return
         self._bytes, address = page_locked(num_bytes, held_bytes)
-        weakref.finalize(self, torch.cuda.cudart().cudaHostUnregister, address)
+        runtime: Any = torch.cuda.cudart()
+        weakref.finalize(self, runtime.cudaHostUnregister, address)
 
     def viewed(self, like: torch.Tensor) -> torch.Tensor:
         """The buffer with the type and shape of `like`."""
@@ -202,7 +203,8 @@ def page_locked(num_bytes: int, held_bytes: int) -> tuple[torch.Tensor, int]:
     with contextlib.suppress(OSError):  # a kernel without them
         mapped.madvise(mmap.MADV_HUGEPAGE)  # 512 times fewer pages to lock
     memory = torch.frombuffer(mapped, dtype=torch.uint8)
-    status = torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), num_bytes, 0)
+    runtime: Any = torch.cuda.cudart()
+    status = runtime.cudaHostRegister(memory.data_ptr(), num_bytes, 0)
     if int(status) != 0:
         raise UserError(f"{words} (CUDA error {int(status)})")
     return memory, memory.data_ptr()

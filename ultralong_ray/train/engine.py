@@ -92,20 +92,20 @@ def fitted_to_model(config: dict[str, Any], model: nn.Module) -> dict[str, Any]:
     wholes = get_z3_leaf_modules(model)
     if config["zero_optimization"]["stage"] < 3 or not wholes:
         return config
-    below = {id(parameter) for whole in wholes for parameter in whole.parameters()}
     layer = max(sum(_size(parameter) for parameter in whole.parameters()) for whole in wholes)
-    others = [_size(parameter) for parameter in model.parameters() if id(parameter) not in below]
+    gathered = max(_gathered(whole) for whole in wholes)
     sizes = {
         # Norms and biases stay on every rank: too small to be worth a message.
         "stage3_param_persistence_threshold": PERSISTENT_ELEMENTS,
         # Exactly the next layer: prefetching stops at the first parameter that fills it, so one element more would
         # begin to gather the layer after it, in a message of its own.
-        "stage3_prefetch_bucket_size": max(_gathered(whole) for whole in wholes),
-        # Room for two layers beside an embedding and a head.
-        "stage3_max_live_parameters": 2 * (layer + max(others, default=0)),
-        # A layer is released after its forward although its backward may come soon: the last layers would otherwise
-        # stay through the loss, where memory peaks.
-        "stage3_max_reuse_distance": layer,
+        "stage3_prefetch_bucket_size": gathered,
+        # Every module without parameters prefetches another bucket: this stops it at one layer ahead. Beside the head,
+        # which alone is larger, nothing is prefetched, so the last layer is gathered again when the loss is done.
+        "stage3_max_live_parameters": 2 * gathered,
+        # Only what the very next module uses stays gathered (the head, for its backward): the last layers would
+        # otherwise stay through the loss, where memory peaks.
+        "stage3_max_reuse_distance": 1,
         # One reduce-scatter per layer, run beside the next layer's backward. Larger tensors (embedding, head) are
         # reduced alone and uncopied.
         "reduce_bucket_size": layer,
