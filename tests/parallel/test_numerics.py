@@ -33,10 +33,10 @@ TWO_RANKS = [
 ]
 RING_ONLY = "positions as if the rank held one run"  # a Ulysses rank does hold one
 BROKEN = [
-    Case("broken", 2, changes={"zero_stage": 1, "micro_batch_sequences": 2}, broken=breakage)
+    Case("broken", *degrees, changes={"zero_stage": 1, "micro_batch_sequences": 2}, broken=breakage)
     for breakage in (*BREAKAGES, "mean per rank")
-    if breakage != RING_ONLY
-] + [Case("broken", 1, 2, changes={"zero_stage": 1, "micro_batch_sequences": 2}, broken=RING_ONLY)]
+    for degrees in [(1, 2) if breakage == RING_ONLY else (2, 1)]
+]
 FOUR_RANKS = [
     Case("zero3", 4),
     Case("zero3 one kv head masked", 4, kv_heads=1, changes={"mask_documents": True, "micro_batch_sequences": 2}),
