@@ -181,52 +181,50 @@ def test_the_first_loss_of_a_broken_model_is_refused() -> None:
     check_first_loss(2.1, 128256, pretrained=True)
     check_first_loss(12.7, 128256, pretrained=True)
     for loss in (12.8, float("nan"), float("inf")):
-        with pytest.raises(UserError, match="guessing among 128256 tokens has 11.76"):
+        with pytest.raises(UserError, match=r"guessing among 128256 tokens has 11\.76"):
             check_first_loss(loss, 128256, pretrained=True)
     check_first_loss(12.8, 128256, pretrained=False)
 
 
-def only_preflight(folder: Path, degrees: dict[str, int], broken_rank: int | None) -> tuple[str, list[str], bool]:
-    """What `run` raised, the log, and whether anything was trained."""
+def only_preflights(folder: Path) -> list[tuple[str, list[str], bool]]:
+    """Of three runs (Ulysses 2; ring 2; one rank's check broken): what was raised, the log, and was a step taken?"""
     from ultralong_ray.train import loop
 
-    records: list[str] = []
-    handler = logging.Handler()
-    handler.emit = lambda record: records.append(record.getMessage())  # type: ignore[method-assign]
-    logger = logging.getLogger("ultralong_ray")
-    logger.setLevel(logging.INFO)
-    logger.addHandler(handler)
-    task = replace(job(folder, "stage", cluster={"num_workers": 2}, attention="math", **degrees), preflight_only=True)
-    if torch.distributed.get_rank() == broken_rank:
-        checks.kernel_finding = lambda *_: 1 / 0
-    raised = ""
-    try:
-        assert loop.run(task, CPU, None, lambda *_: None) == 0
-    except UserError as error:
-        raised = str(error)
-    return raised, records, (folder / "stage" / "metrics.jsonl").exists()
+    found = []
+    for degrees, broken_rank in (((2, 1), None), ((1, 2), None), ((2, 1), 1)):
+        records: list[str] = []
+        handler = logging.Handler()
+        handler.emit = lambda record, records=records: records.append(record.getMessage())  # type: ignore[misc]
+        logger = logging.getLogger("ultralong_ray")
+        logger.setLevel(logging.INFO)
+        logger.handlers = [handler]
+        changes = {"ulysses_degree": degrees[0], "ring_degree": degrees[1], "zero_stage": 0, "loss_tile_tokens": 32}
+        task = job(folder, "stage", cluster={"num_workers": 2}, attention="math", **changes)
+        if torch.distributed.get_rank() == broken_rank:
+            checks.kernel_finding = lambda *_: 1 / 0
+        raised = ""
+        try:
+            assert loop.run(replace(task, preflight_only=True), CPU, None, lambda *_: None) == 0
+        except UserError as error:
+            raised = str(error)
+        said = [line for line in records if line.startswith("preflight")]
+        found.append((raised, said, (folder / "stage" / "metrics.jsonl").exists()))
+    return found
 
 
-@pytest.mark.parametrize("degrees", [{"ulysses_degree": 2, "ring_degree": 1}, {"ulysses_degree": 1, "ring_degree": 2}])
-def test_a_run_of_the_preflight_alone_logs_every_check_and_takes_no_step(
-    tmp_path: Path, degrees: dict[str, int]
-) -> None:
+def test_preflight_alone_logs_every_check_and_one_failing_rank_stops_all(tmp_path: Path) -> None:
     write_inputs(tmp_path)
-    (raised, log, trained), (_, other_log, _) = run_distributed(only_preflight, 2, tmp_path, degrees, None)
-    assert raised == "" and not trained
-    said = [line for line in log if line.startswith("preflight")]
-    names = [line.split(": ")[1] for line in said]
-    exchange = "Ulysses all-to-all" if degrees["ulysses_degree"] == 2 else "ring send and receive"
-    assert names == ["heads", "2^31 elements", "kernel", "cuDNN", "host memory", "RoPE", exchange]
-    assert [line for line in other_log if line.startswith("preflight")] == []
-    assert f"math at {32 // degrees['ring_degree']} tokens, " in said[2] and "GB/s a rank" in said[6]
-
-
-def test_what_fails_on_one_rank_stops_all_with_its_name(tmp_path: Path) -> None:
-    write_inputs(tmp_path)
-    degrees = {"ulysses_degree": 2, "ring_degree": 1}
-    for raised, _, trained in run_distributed(only_preflight, 2, tmp_path, degrees, 1):
-        assert raised == "preflight failed\n  kernel, rank 1: ZeroDivisionError: division by zero" and not trained
+    first_rank, second_rank = run_distributed(only_preflights, 2, tmp_path)
+    for index, exchange in enumerate(("Ulysses all-to-all", "ring send and receive")):
+        raised, said, trained = first_rank[index]
+        assert raised == "" and not trained
+        names = [line.split(": ")[1] for line in said]
+        assert names == ["heads", "2^31 elements", "kernel", "cuDNN", "host memory", "RoPE", exchange]
+        assert f"math at {32 // (index + 1)} tokens, " in said[2] and "GB/s a rank" in said[6]
+        assert second_rank[index] == ("", [], False)
+    failure = "preflight failed\n  kernel, rank 1: ZeroDivisionError: division by zero"
+    assert [rank[2][0] for rank in (first_rank, second_rank)] == [failure, failure]
+    assert any("kernel (rank 1): ZeroDivisionError" in line for line in first_rank[2][1])
 
 
 def test_the_shape_of_a_run_comes_from_config_json() -> None:

@@ -93,8 +93,8 @@ class Trainer:
         length, batch = self.reader.manifest.sequence_length, self.train.micro_batch_sequences
         shape = RunShape.of(self.job.section, self.shape, length, batch, self.dtype)
         plan = TrainPlan(self.topology.ulysses_degree, self.topology.ring_degree, (), 0, 0, False)
-        frequencies = next(module.inv_freq for module in self.engine.modules() if hasattr(module, "inv_freq"))
-        rope = (frequencies, self.shape, self.job.recipe.model.rope)
+        model: Any = self.engine.module
+        rope = (model.causal_lm.model.rotary_emb.inv_freq, self.shape, self.job.recipe.model.rope)
         preflight(shape, plan, self.mesh, self.kernel, rope, self.device)
 
     def metrics(self, step: int, result: StepResult, started_seconds: float) -> StepMetrics:
