@@ -37,10 +37,10 @@ def plan_training(
     """
     section = section_of(recipe, name, shape)
     workers = hardware.num_gpus if hardware is not None else recipe.cluster.num_workers
-    if not legal(section, workers) and hardware is None:
-        raise UserError(f"{name}: {no_degrees(section, workers)}")
     if hardware is None:
-        return Planned(section, _unpredicted(section, workers), None, ())
+        unknown = "the GPU is not known here, so nothing is predicted: give cluster.gpu (H100, H200, A100 or B200)"
+        notes = (unknown,) if recipe.cluster.gpus_per_worker else ()
+        return Planned(section, _unpredicted(section, workers), None, notes)
     if kernel_of(section.train.attention, hardware) is None:
         note = f'no speed is known for {name}.attention = "{section.train.attention}": nothing is predicted'
         return Planned(section, _unpredicted(section, workers), None, (note,))

@@ -11,8 +11,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from ultralong_ray.planner.choose import TILES, fastest, keep_policy, legal, workload
-from ultralong_ray.planner.hardware import Hardware
 from ultralong_ray.planner.costs import COSTS
+from ultralong_ray.planner.hardware import Hardware
 from ultralong_ray.planner.predict import Prediction, predict_work
 from ultralong_ray.planner.section import Section
 from ultralong_ray.types import TrainPlan, UserError

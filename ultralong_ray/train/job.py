@@ -9,7 +9,7 @@ from ultralong_ray.config import Recipe, TrainConfig
 from ultralong_ray.config.heads import heads_can_split, heads_message
 from ultralong_ray.packed import PackedManifest
 from ultralong_ray.storage import Location
-from ultralong_ray.types import UserError
+from ultralong_ray.types import TrainPlan, UserError
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +22,7 @@ class TrainJob:
     model: Location  # Hugging Face folder to start from
     stage: Location  # the stage's directory
     fingerprint: str
+    plan: TrainPlan  # degrees, what layers keep, tiles, offload
 
     @property
     def train(self) -> TrainConfig:
@@ -44,7 +45,7 @@ def check_inputs(job: TrainJob) -> None:
     shape: dict[str, Any] = (job.model / "config.json").read_json()
     manifest = PackedManifest.read(job.packed)
     name, train = job.section, job.train
-    length, degree = manifest.sequence_length, job.recipe.sequence_parallel_degree(train)
+    length, degree = manifest.sequence_length, job.plan.degree
     heads = shape["num_attention_heads"]
     kv_heads = shape.get("num_key_value_heads") or heads
     if not heads_can_split(heads, kv_heads, degree):

@@ -18,13 +18,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from ultralong_ray.flops import ModelShape, ledger, mfu
 from ultralong_ray.packed import PackedReader
 from ultralong_ray.parallel.topology import Topology
 from ultralong_ray.parallel.ulysses import create_group
+from ultralong_ray.planner.hardware import peak_flops
 from ultralong_ray.train.batches import accumulation_steps, read_ahead
 from ultralong_ray.train.checkpoint import load_checkpoint, save_checkpoint
 from ultralong_ray.train.engine import deepspeed_config, init_distributed, initialize, make_optimizer, set_learning_rate
-from ultralong_ray.train.flops import mfu, model_flops, peak_flops
 from ultralong_ray.train.job import TrainJob
 from ultralong_ray.train.metrics import MetricsWriter
 from ultralong_ray.train.order import cursor_after, sequences_of_step
@@ -56,8 +57,7 @@ class Trainer:
     def __init__(self, job: TrainJob, device: torch.device) -> None:
         init_distributed(device)
         self.job, self.train, self.device = job, job.train, device
-        degree = job.recipe.sequence_parallel_degree(job.train)
-        self.topology = Topology(dist.get_world_size(), dist.get_rank(), degree)
+        self.topology = Topology(dist.get_world_size(), dist.get_rank(), job.plan.degree)
         self.group = create_group(self.topology)
         self.reader = PackedReader(job.packed)
         self.num_steps = job.num_steps(self.reader.manifest.num_sequences)
@@ -88,7 +88,8 @@ class Trainer:
         step_seconds = time.perf_counter() - started_seconds
         batch, manifest = self.train.global_batch_sequences, self.reader.manifest
         refuse_broken(step, sums, grad_norm, sequences_of_step(step, batch, manifest.num_sequences, self.train.seed))
-        flops = batch * model_flops(self.shape, manifest.sequence_length)
+        shape = ModelShape.from_config(self.shape)
+        flops = ledger(shape, manifest.sequence_length, self.job.plan).times(batch)
         cursor = cursor_after(step, batch, manifest.num_sequences)
         tokens = batch * manifest.sequence_length
         return StepMetrics(
@@ -100,8 +101,10 @@ class Trainer:
             tokens=step * tokens,
             tokens_per_second=tokens / step_seconds,
             step_seconds=step_seconds,
-            model_flops=flops,
-            mfu=mfu(flops, step_seconds, self.topology.world_size, self.peak_flops),
+            model_flops_causal=flops.model_flops_causal,
+            hardware_flops=flops.hardware_flops,
+            alst_flops=flops.alst_flops,
+            mfu=mfu(flops.model_flops_causal, step_seconds, self.topology.world_size, self.peak_flops),
             memory_gib=max(row[2] for row in sums),
             epoch=cursor.epoch,
             sequence=cursor.sequence,
