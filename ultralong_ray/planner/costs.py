@@ -46,6 +46,7 @@ class Costs:
     nccl_gib: float = 1.0  # communicators' buffers [assumed]
     allocator_slack: float = 0.04  # reserved beyond allocated, with expandable segments [assumed]
     process_host_gib: float = 4.0  # Python, CUDA and NCCL in a rank's resident memory, slices of the corpus [assumed]
+    device_usable: float = 0.95  # of what torch reports as total: room for what a prediction misses [chosen]
     host_usable: float = 0.9  # of a node's memory: the rest is the system's and Ray's [assumed]
 
 

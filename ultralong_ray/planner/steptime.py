@@ -68,7 +68,9 @@ def _layer(work: Workload) -> LayerTime:
         share * rate * TERA for rate in gpu.attention_tflops(work.kernel, work.sequence_length)
     )
     causal = 2.0 * shape.attention_width * float(work.sequence_length) ** 2 * work.micro_batch_sequences / plan.degree
-    again = sum(replayed_attention(layer.attention_rows, plan.ring_degree).slowest for layer in plan.keep)
+    again = sum(
+        number * replayed_attention(layer.attention_rows, plan.ring_degree).slowest for number, layer in work.kept
+    )
     gemm = _gemm_rate(work)
     elementwise_forward, elementwise_backward = _elementwise_bytes(work)
     memory = _speed(work, gpu.memory_gbytes_per_second)
@@ -150,8 +152,8 @@ def _zero_exposed(work: Workload, layer: LayerTime) -> float:
 def _host_exposed(work: Workload, layer: LayerTime) -> float:
     """What of the copies to and from the host takes longer than the layer beside which they run."""
     speed = _speed(work, work.hardware.gpu.pcie_gbytes_per_second)
-    copies = [work.kept_bytes(kept)[1] / speed for kept in work.plan.keep]
-    return sum(max(0.0, copy - layer.forward) + max(0.0, copy - layer.backward) for copy in copies)
+    copies = [(number, work.kept_bytes(kept)[1] / speed) for number, kept in work.kept]
+    return sum(number * (max(0.0, copy - layer.forward) + max(0.0, copy - layer.backward)) for number, copy in copies)
 
 
 def _head(work: Workload) -> float:
