@@ -40,7 +40,7 @@ def main() -> int:
     refused = [outcome for outcome in outcomes if isinstance(outcome, UserError)]
     planned = [outcome for outcome in outcomes if not isinstance(outcome, UserError)]
     if arguments.json:
-        print(json.dumps([as_json(plan) for plan in planned], indent=2))
+        print(json.dumps([*map(as_json, planned), *({"refused": str(refusal)} for refusal in refused)], indent=2))
     else:
         print("\n\n".join(describe_plan(plan, num_steps_known(recipe, plan.section.name)) for plan in planned))
     for refusal in refused:

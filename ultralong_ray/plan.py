@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from ultralong_ray.config import Recipe, TrainConfig
 from ultralong_ray.config.degrees import Heads, model_heads
+from ultralong_ray.flops import ModelShape
+from ultralong_ray.planner.hardware import Hardware
+from ultralong_ray.planner.plan import Planned, hardware_of, plan_training
+from ultralong_ray.planner.words import plan_words, summary
 from ultralong_ray.stages import inputs, stage_directory, stages
 from ultralong_ray.storage import Location
 from ultralong_ray.types import UserError
@@ -12,6 +16,32 @@ from ultralong_ray.types import UserError
 def num_steps(train: TrainConfig, num_sequences: int) -> int:
     """Optimizer steps: as given, else one epoch over `num_sequences` (at least one step)."""
     return train.steps or max(1, num_sequences // train.global_batch_sequences)
+
+
+def num_steps_known(recipe: Recipe, section: str) -> int | None:
+    """Optimizer steps of a training section; None where the data decides."""
+    train = next(train for name, train, _ in recipe.train_stages() if name == section)
+    return num_steps(train, recipe.prepare.num_sequences) if section == "pretrain" else train.steps
+
+
+def model_shape(recipe: Recipe) -> ModelShape | None:
+    """From [model.architecture], or config.json where the base model lies on this disk."""
+    if recipe.model.architecture is not None:
+        return ModelShape.from_architecture(recipe.model.architecture)
+    config = Location.of(recipe.model.base) / "config.json"
+    return ModelShape.from_config(config.read_json()) if config.is_local and config.exists() else None
+
+
+def plan_stages(recipe: Recipe, hardware: Hardware | None = None) -> list[Planned | UserError]:
+    """Layout and prediction, or refusal, of every training stage; on the recipe's own [cluster] by default."""
+    outcomes: list[Planned | UserError] = []
+    where, shape = hardware or hardware_of(recipe), model_shape(recipe)
+    for name, _, _ in recipe.train_stages():
+        try:
+            outcomes.append(plan_training(recipe, "sft" if name == "sft" else "pretrain", where, shape))
+        except UserError as error:
+            outcomes.append(error)
+    return outcomes
 
 
 def check_base_model(recipe: Recipe) -> None:
@@ -38,8 +68,8 @@ def _heads(recipe: Recipe) -> Heads | None:
 def describe(recipe: Recipe) -> str:
     """The resolved plan: window, RoPE, tokens, sequences, steps, degrees, paths and what is already done."""
     lines = [f"recipe {recipe.name}", *_model_lines(recipe), *_prepare_lines(recipe)]
-    for name, train, length in recipe.train_stages():
-        lines += _train_lines(recipe, name, train, length)
+    for (name, train, length), outcome in zip(recipe.train_stages(), plan_stages(recipe), strict=True):
+        lines += _train_lines(recipe, name, train, length, outcome)
     return "\n".join([*lines, *_evaluate_lines(recipe), *_stage_lines(recipe)])
 
 
@@ -98,8 +128,11 @@ def _prepare_lines(recipe: Recipe) -> list[str]:
     ]
 
 
-def _train_lines(recipe: Recipe, name: str, train: TrainConfig, length: int) -> list[str]:
-    ulysses, ring = recipe.degrees(train, _heads(recipe))
+def _train_lines(recipe: Recipe, name: str, train: TrainConfig, length: int, outcome: Planned | UserError) -> list[str]:
+    if isinstance(outcome, UserError):
+        ulysses, ring = recipe.degrees(train, _heads(recipe))
+    else:
+        ulysses, ring = outcome.plan.ulysses_degree, outcome.plan.ring_degree
     workers = recipe.cluster.num_workers
     groups = workers // (ulysses * ring)
     accumulation = train.global_batch_sequences // (groups * train.micro_batch_sequences)
@@ -124,7 +157,16 @@ def _train_lines(recipe: Recipe, name: str, train: TrainConfig, length: int) -> 
         f"{train.zero_stage}; {length // (ulysses * ring):,} tokens of a sequence per worker; micro-batch "
         f"{train.micro_batch_sequences}, accumulation {accumulation}; {train.precision}"
     )
-    return lines
+    return [*lines, *_layout_lines(outcome)]
+
+
+def _layout_lines(outcome: Planned | UserError) -> list[str]:
+    if isinstance(outcome, UserError):
+        return [f"  layout    {line}" for line in str(outcome).splitlines()]
+    lines = [f"  layout    {plan_words(outcome.plan)}"]
+    if outcome.prediction is not None:
+        lines.append(f"  predicted {summary(outcome.prediction)}; more: jobs/plan.py")
+    return [*lines, *(f"  note      {note}" for note in outcome.notes)]
 
 
 def _evaluate_lines(recipe: Recipe) -> list[str]:

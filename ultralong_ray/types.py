@@ -151,8 +151,12 @@ class StepMetrics:
     tokens: int  # tokens consumed so far, over all ranks
     tokens_per_second: float
     step_seconds: float
-    model_flops: float  # causal model FLOPs of this step: 6*N*s + 6*L*h*s^2 per sequence
-    mfu: float | None  # model FLOP utilisation, None where the peak of the device is unknown
+    model_flops_causal: float  # of this step: 6*N*s + 6*L*h*s^2 per sequence
+    hardware_flops: (
+        float  # of this step, as executed: what is computed again is counted, flash backward is 2.5 forwards
+    )
+    alst_flops: float  # of this step: 8*N*s + 16*L*h*s^2 per sequence, to compare with figures counted so
+    mfu: float | None  # causal model FLOPs over the devices' peak, None where that is unknown
     memory_gib: float  # peak of the fullest rank: GPU memory, or resident memory on CPU
     epoch: int
     sequence: int  # sequences of the current epoch consumed so far

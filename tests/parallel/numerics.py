@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from transformers import AutoModelForCausalLM
 
-from tests.parallel.spawn import VOCAB, section
+from tests.parallel.spawn import VOCAB, plan, section
 from ultralong_ray.packed import PackedReader
 from ultralong_ray.parallel.kernels.choose import choose_kernel
 from ultralong_ray.parallel.mesh import create_mesh
@@ -21,7 +21,6 @@ from ultralong_ray.storage import Location
 from ultralong_ray.train import engine as engine_module
 from ultralong_ray.train import step as step_module
 from ultralong_ray.train.batches import accumulation_steps, read_step
-from ultralong_ray.train.loop import default_plan
 from ultralong_ray.train.step import MicroBatch
 from ultralong_ray.train.weights import build_model
 
@@ -98,10 +97,10 @@ def solve(models: Models, packed: Location, cases: list[Case]) -> list[list[Answ
 def _solve(model: Location, packed: Location, case: Case, device: torch.device) -> list[Answer]:
     train = section(**case.changes)
     topology = Topology(dist.get_world_size(), dist.get_rank(), case.ulysses, case.ring)
-    plan = default_plan(train, (case.ulysses, case.ring), num_layers=2)
+    layout = plan(case.ulysses, case.ring, num_layers=2)
     accumulation = accumulation_steps(train, topology)
-    config = engine_module.deepspeed_config(train, topology.world_size, accumulation, plan.offload_optimizer)
-    module = build_model(model, None, train, plan, config, device)
+    config = engine_module.deepspeed_config(train, topology.world_size, accumulation, layout.offload_optimizer)
+    module = build_model(model, None, train, layout, config, device)
     # SGD of rate 1 moves a parameter by its gradient: the one observation that means the same at every ZeRO stage
     engine = engine_module.initialize(module, torch.optim.SGD(module.parameters(), lr=1.0), config)
     before = _whole_parameters(module)

@@ -18,7 +18,7 @@ import torch.multiprocessing as mp
 from ultralong_ray.config import PretrainConfig
 from ultralong_ray.packed import PackedFile, PackedManifest, chunking, file_name, write_placements, write_sequences
 from ultralong_ray.storage import Location
-from ultralong_ray.types import PackedSequence, Placement
+from ultralong_ray.types import LayerKeep, PackedSequence, Placement, TrainPlan
 
 VOCAB = 61
 
@@ -125,3 +125,9 @@ def write_packed(folder: Path, ids: np.ndarray, weights: np.ndarray | None, star
     manifest = PackedManifest(length, len(ids), chunk_tokens, rows_per_group, weights is not None, VOCAB, files)
     manifest.write(location)
     return location
+
+
+def plan(ulysses: int, ring: int, num_layers: int, **changes: Any) -> TrainPlan:
+    """Everything kept on the device, one tile for the MLP."""
+    values: dict[str, Any] = {"mlp_tile_tokens": 16384, "loss_tile_tokens": 24, "offload_optimizer": False}
+    return TrainPlan(ulysses, ring, (LayerKeep(),) * num_layers, **{**values, **changes})

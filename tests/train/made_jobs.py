@@ -8,7 +8,9 @@ from typing import Any
 import numpy as np
 
 from ultralong_ray.config import Recipe
+from ultralong_ray.flops import ModelShape
 from ultralong_ray.packed import PackedFile, PackedManifest, chunking, file_name, write_placements, write_sequences
+from ultralong_ray.planner.plan import plan_training
 from ultralong_ray.storage import Location
 from ultralong_ray.train.job import TrainJob
 from ultralong_ray.types import PackedSequence, Placement
@@ -76,5 +78,6 @@ def write_inputs(folder: Path) -> None:
 
 def job(folder: Path, stage: str, **changes: Any) -> TrainJob:
     """A job over `write_inputs(folder)` in stage directory `folder/stage`."""
-    where = Location.of(folder)
-    return TrainJob(recipe(folder, **changes), "pretrain", where / "packed", where / "model", where / stage, stage)
+    where, made = Location.of(folder), recipe(folder, **changes)
+    plan = plan_training(made, "pretrain", None, ModelShape.from_config(ARCHITECTURE)).plan
+    return TrainJob(made, "pretrain", where / "packed", where / "model", where / stage, stage, plan)

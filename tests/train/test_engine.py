@@ -8,11 +8,12 @@ from typing import Any
 import pytest
 import torch
 
-from tests.parallel.spawn import model_config, run_distributed, section
-from ultralong_ray.parallel.ulysses import AttentionContext
+from tests.parallel.spawn import model_config, plan, run_distributed, section
+from ultralong_ray.parallel.context import AttentionContext
+from ultralong_ray.parallel.kernels.choose import choose_kernel
+from ultralong_ray.parallel.mesh import SequenceMesh
 from ultralong_ray.storage import Location
 from ultralong_ray.train import engine as engine_module
-from ultralong_ray.train.loop import default_plan
 from ultralong_ray.train.weights import build_model
 
 # As in a real model, the embedding is larger than a layer and a norm much smaller.
@@ -47,12 +48,12 @@ def steps_of(model: Location) -> dict[bool, list[tuple[float, list[str]]]]:
 def three_steps(model: Location, offload_optimizer: bool, messages: list[str]) -> list[tuple[float, list[str]]]:
     device, train = torch.device("cpu"), section(learning_rate=0.1)
     config = engine_module.deepspeed_config(train, 2, 1, offload_optimizer)
-    module = build_model(model, 1, train, default_plan(train, 1, num_layers=4), config, device)
+    module = build_model(model, 1, train, plan(1, 1, num_layers=4), config, device)
     engine = engine_module.initialize(module, engine_module.make_optimizer(module, train, device), config)
     ids, steps = torch.arange(16).unsqueeze(0), []
     for _ in range(3):
         messages.clear()
-        context = AttentionContext(None)
+        context = AttentionContext(SequenceMesh(), choose_kernel("auto", device, torch.float32, 8))
         loss = engine(ids, position_ids=ids, labels=ids, loss_weight=torch.ones(1, 16), attention_context=context)
         engine.backward(loss / 16, scale_wrt_gas=False)
         engine_module.take_step(engine)

@@ -14,7 +14,7 @@ from ultralong_ray.types import StepMetrics, UserError
 
 
 def record(step: int, loss: float = 2.0) -> StepMetrics:
-    return StepMetrics(step, 9, loss, 1.5, 1e-3, step * 64, 32.0, 2.0, 1e6, None, 0.5, 0, step * 2)
+    return StepMetrics(step, 9, loss, 1.5, 1e-3, step * 64, 32.0, 2.0, 1e6, 2e6, 3e6, None, 0.5, 0, step * 2)
 
 
 def write(stage: Location, restored: int, steps: list[int], loss: float) -> None:

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Literal, TypeVar
 
-from ultralong_ray.planner.degrees import legal_degrees
+from ultralong_ray.config.degrees import legal_degrees
 from ultralong_ray.planner.hardware import Hardware
 from ultralong_ray.planner.predict import Prediction, kernel_of, predict_work
 from ultralong_ray.planner.section import Section
@@ -54,13 +54,17 @@ def _plainness(prediction: Prediction) -> tuple[bool, float, int, int]:
 
 
 def legal(section: Section, num_workers: int) -> list[tuple[int, int]]:
-    """(Ulysses, ring) degrees that the cluster, the heads, the length, the batch and the given fields allow."""
+    """(Ulysses, ring) degrees that the cluster, the heads, the length, the batch and the given fields allow.
+
+    Larger groups first, and in a group the larger Ulysses degree. Documents are masked only without a ring.
+    """
     train, shape = section.train, section.shape
-    pairs = legal_degrees(num_workers, section.sequence_length, shape.heads, shape.kv_heads, train.mask_documents)
+    pairs = legal_degrees(num_workers, section.sequence_length, shape.heads, shape.kv_heads)
     return [
         (ulysses, ring)
-        for ulysses, ring in pairs
+        for ulysses, ring in reversed(pairs)
         if section.degrees_given(ulysses, ring)
+        and not (train.mask_documents and ring > 1)
         and train.global_batch_sequences % (num_workers // (ulysses * ring) * train.micro_batch_sequences) == 0
     ]
 
@@ -79,11 +83,27 @@ def fit(section: Section, hardware: Hardware, degrees: tuple[int, int], offload:
 
 
 def _keep_most(section: Section, work: Workload) -> Prediction | None:
-    """The most rows that fit somewhere."""
+    """The most rows that fit somewhere. Fewer rows never take more, so their number is found by halving."""
     if not section.train.gradient_checkpointing:
         prediction = predict_work(work)
         return prediction if prediction.fits else None
-    return next((found for rows in _rows(section) if (found := _most_on_device(section, work, rows))), None)
+
+    def kept(rows: float) -> Prediction | None:
+        found = most_on_device(section, work, rows)
+        return found if found is not None and found.fits else None
+
+    if section.train.keep_attention_rows != "auto":
+        return kept(section.train.keep_attention_rows)
+    if (whole := kept(1.0)) is not None:
+        return whole
+    best, least, most = kept(0.0), 0, ROW_STEPS
+    while best is not None and most - least > 1:
+        middle = (least + most) // 2
+        if (found := kept(middle / ROW_STEPS)) is not None:
+            best, least = found, middle
+        else:
+            most = middle
+    return best
 
 
 def workload(section: Section, hardware: Hardware, plan: TrainPlan) -> Workload:
@@ -104,10 +124,11 @@ def workload(section: Section, hardware: Hardware, plan: TrainPlan) -> Workload:
     )
 
 
-def _most_on_device(section: Section, work: Workload, rows: float) -> Prediction | None:
-    """With this share of rows: as many of the last layers on the GPU as fit, the rest on the host, if that fits.
+def most_on_device(section: Section, work: Workload, rows: float) -> Prediction | None:
+    """With this share of rows: as many of the last layers on the GPU as fit, the rest on the host, full or not.
 
-    Fewer layers on the GPU always means less there and more on the host, so the number is found by halving.
+    Fewer layers on the GPU always means less there and more on the host, so the number is found by halving. None where
+    the GPU is too small even with all on the host.
     """
 
     def with_device_layers(number: int) -> Prediction:
@@ -115,32 +136,31 @@ def _most_on_device(section: Section, work: Workload, rows: float) -> Prediction
 
     least, most = 0, section.shape.layers
     prediction = with_device_layers(most)
-    if not prediction.fits_device:
-        if not with_device_layers(least).fits_device:
-            return None
-        while most - least > 1:
-            middle = (least + most) // 2
-            least, most = (middle, most) if with_device_layers(middle).fits_device else (least, middle)
-        prediction = with_device_layers(least)
-    return prediction if prediction.fits_host else None
+    if prediction.fits_device:
+        return prediction
+    best = with_device_layers(least)
+    if not best.fits_device:
+        return None
+    while most - least > 1:
+        middle = (least + most) // 2
+        prediction = with_device_layers(middle)
+        if prediction.fits_device:
+            best, least = prediction, middle
+        else:
+            most = middle
+    return best
 
 
 def keep_policy(section: Section, device_layers: int, rows: float) -> tuple[LayerKeep, ...]:
     """The last `device_layers` keep on the GPU, the others on the host, unless a field says where."""
-    layers, train = section.shape.layers, section.train
+    train = section.train
 
-    def layer(index: int) -> LayerKeep:
-        place: Place = "device" if index >= layers - device_layers else "host"
+    def layer(place: Place) -> LayerKeep:
         inputs = place if train.keep_inputs == "auto" else train.keep_inputs
         attention = place if train.keep_attention == "auto" else train.keep_attention
         return LayerKeep(inputs, attention, rows)
 
-    return tuple(layer(index) for index in range(layers))
-
-
-def _rows(section: Section) -> tuple[float, ...]:
-    steps = tuple(step / ROW_STEPS for step in range(ROW_STEPS, -1, -1))
-    return _choices(section.train.keep_attention_rows, steps)
+    return (layer("host"),) * (section.shape.layers - device_layers) + (layer("device"),) * device_layers
 
 
 def _tiles(section: Section) -> Iterator[tuple[int, int]]:

@@ -107,12 +107,12 @@ def _kept(work: Workload) -> Parts:
         attention = 3 * work.query_bytes + 2 * work.key_bytes
         layer = 4 * work.hidden_bytes + attention + 4 * work.intermediate_bytes
         return {"kept by autograd": shape.layers * layer}
-    inputs = sum(work.hidden_bytes for layer in plan.keep if layer.inputs == "device")
-    kept = [work.kept_bytes(layer) for layer in plan.keep]
+    inputs = sum(number * work.hidden_bytes for number, layer in work.kept if layer.inputs == "device")
+    kept = [(number, *work.kept_bytes(layer)) for number, layer in work.kept]
     return {
         "kept inputs": inputs,
-        "kept attention": sum(device for device, _ in kept) - inputs,
-        "fetched from the host": 2 * max(host for _, host in kept),
+        "kept attention": sum(number * device for number, device, _ in kept) - inputs,
+        "fetched from the host": 2 * max(host for _, _, host in kept),
     }
 
 
@@ -130,7 +130,7 @@ def _head(work: Workload) -> Parts:
 
 def _replayed(work: Workload) -> Parts:
     """What one layer's replay holds for its own backward, with the gradients of its weights."""
-    partial = any(layer.attention_rows < 1 for layer in work.plan.keep)
+    partial = any(layer.attention_rows < 1 for _, layer in work.kept)
     return {
         "layer's weight gradients": work.layer_weight_bytes,
         "layer's query, key, value": work.query_bytes + 2 * work.key_bytes,
@@ -185,7 +185,7 @@ def _host(work: Workload) -> Parts:
     """Host memory of a rank, bytes."""
     share = work.partition(1) * work.shape.parameters
     return {
-        "kept activations": sum(work.kept_bytes(layer)[1] for layer in work.plan.keep),
+        "kept activations": sum(number * work.kept_bytes(layer)[1] for number, layer in work.kept),
         "optimizer": work.plan.offload_optimizer * share * (MASTER_BYTES + MOMENT_BYTES + work.gradient_bytes),
         "checkpoint staging": 4.0 * min(SUB_GROUP_ELEMENTS, share),
         "process": work.costs.process_host_gib * GIB,

@@ -37,10 +37,10 @@ def plan_training(
     """
     section = section_of(recipe, name, shape)
     workers = hardware.num_gpus if hardware is not None else recipe.cluster.num_workers
-    if not legal(section, workers) and hardware is None:
-        raise UserError(f"{name}: {no_degrees(section, workers)}")
     if hardware is None:
-        return Planned(section, _unpredicted(section, workers), None, ())
+        unknown = "the GPU is not known here, so nothing is predicted: give cluster.gpu (H100, H200, A100 or B200)"
+        notes = (unknown,) if recipe.cluster.gpus_per_worker else ()
+        return Planned(section, _unpredicted(section, workers), None, notes)
     if kernel_of(section.train.attention, hardware) is None:
         note = f'no speed is known for {name}.attention = "{section.train.attention}": nothing is predicted'
         return Planned(section, _unpredicted(section, workers), None, (note,))
@@ -85,7 +85,7 @@ def _unpredicted(section: Section, workers: int) -> TrainPlan:
 
 def _why(section: Section, best: Prediction) -> list[str]:
     """For each thing given up, what having it would have taken; then the other degrees."""
-    plan, hardware = best.work.plan, best.work.hardware
+    plan = best.work.plan
     notes = []
     on_host = sum(layer != LayerKeep(attention_rows=layer.attention_rows) for layer in plan.keep)
     if on_host:
@@ -93,14 +93,14 @@ def _why(section: Section, best: Prediction) -> list[str]:
         device = _with(best, tuple(LayerKeep(attention_rows=layer.attention_rows) for layer in plan.keep))
         notes.append(
             f"{on_host} of {layers} layers wait on the host: all on the GPU would take {device.memory.gib:.1f} GiB of "
-            f"{hardware.gpu.memory_gib:g}"
+            f"{best.work.device_usable_gib:.1f} usable"
         )
     if plan.keep and plan.keep[0].attention_rows < 1:
         rows = plan.keep[0].attention_rows + 1 / ROW_STEPS
         more = _with(best, keep_policy(section, section.shape.layers - on_host, min(rows, 1.0)))
         notes.append(
             f"{plan.keep[0].attention_rows:.0%} of the attention rows are kept: {min(rows, 1.0):.0%} would take "
-            f"{more.memory.gib:.1f} GiB of {hardware.gpu.memory_gib:g} on the GPU and "
+            f"{more.memory.gib:.1f} GiB of {best.work.device_usable_gib:.1f} usable on the GPU and "
             f"{more.memory.host_node_gib:,.0f} GiB of {best.work.host_usable_gib:,.0f} usable "
             f"on the host of a node"
         )

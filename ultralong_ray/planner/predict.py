@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 from ultralong_ray.flops import Ledger, ModelShape, ledger, mfu
@@ -13,14 +14,23 @@ from ultralong_ray.planner.workload import Workload
 from ultralong_ray.types import TrainPlan, UserError
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Prediction:
-    """What one optimizer step of a workload takes."""
+    """What one optimizer step of a workload takes. A search asks most layouts only whether they fit."""
 
     work: Workload
     memory: MemoryPrediction
-    time: Seconds
-    flops: Ledger  # of the whole step, over all ranks
+
+    @functools.cached_property
+    def time(self) -> Seconds:
+        """Parts of the step."""
+        return predict_time(self.work)
+
+    @functools.cached_property
+    def flops(self) -> Ledger:
+        """Of the whole step, over all ranks."""
+        sequences = self.work.accumulation * self.work.data_parallel * self.work.micro_batch_sequences
+        return ledger(self.work.shape, self.work.sequence_length, self.work.plan).times(sequences)
 
     @property
     def step_seconds(self) -> float:
@@ -44,7 +54,7 @@ class Prediction:
 
     @property
     def fits_device(self) -> bool:
-        return self.memory.gib <= self.work.hardware.gpu.memory_gib
+        return self.memory.gib <= self.work.device_usable_gib
 
     @property
     def fits_host(self) -> bool:
@@ -107,7 +117,4 @@ def predict(
 
 
 def predict_work(work: Workload, first_step: bool = False) -> Prediction:
-    memory, seconds = predict_memory(work, first_step), predict_time(work)
-    sequences = work.accumulation * work.data_parallel * work.micro_batch_sequences
-    flops = ledger(work.shape, work.sequence_length, work.plan).times(sequences)
-    return Prediction(work, memory, seconds, flops)
+    return Prediction(work, predict_memory(work, first_step))

@@ -6,13 +6,15 @@ and the cluster that they lead to.
 
 from __future__ import annotations
 
+import bisect
+import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from ultralong_ray.planner.choose import TILES, fastest, keep_policy, legal, workload
-from ultralong_ray.planner.hardware import Hardware
+from ultralong_ray.planner.choose import TILES, fastest, keep_policy, legal, most_on_device, workload
 from ultralong_ray.planner.costs import COSTS
+from ultralong_ray.planner.hardware import Hardware
 from ultralong_ray.planner.predict import Prediction, predict_work
 from ultralong_ray.planner.section import Section
 from ultralong_ray.types import TrainPlan, UserError
@@ -93,9 +95,10 @@ def _other_fields(section: Section, hardware: Hardware) -> Candidates:
 
 
 def _more_host_memory(section: Section, hardware: Hardware) -> Candidates:
-    needed = [p.memory.host_node_gib for p in _leanest(section, hardware) if p.fits_device]
+    needed = [leanest.memory.host_node_gib for leanest in _leanest(section, hardware) if leanest.fits_device]
     if needed:
-        gib = float(math.ceil(min(needed) / COSTS.host_usable / HOST_STEP_GIB) * HOST_STEP_GIB)
+        least = min(needed) / COSTS.host_usable
+        gib = float(math.ceil(least / HOST_STEP_GIB) * HOST_STEP_GIB)
         words = (
             f"{gib:,.0f} GiB of host memory per node instead of {hardware.host_memory_gib_per_node:,.0f} "
             f"(cluster.host_memory_gib_per_node)"
@@ -117,27 +120,36 @@ def _more_gpus(section: Section, hardware: Hardware) -> Candidates:
 
 
 def _shorter(section: Section, hardware: Hardware) -> Candidates:
+    """The longest in sixteenths of the length, found by halving."""
     field = "sft.sequence_length" if section.name == "sft" else "prepare.sequence_length"
-    for step in range(LENGTH_STEPS - 1, 0, -1):
-        length = section.sequence_length * step // LENGTH_STEPS
-        yield f"{field} = {length}", replace(section, sequence_length=length), hardware
+
+    def cut(step: int) -> Section:
+        return replace(section, sequence_length=section.sequence_length * step // LENGTH_STEPS)
+
+    steps = range(1, LENGTH_STEPS)
+    # the first step that does not fit; all before it do
+    limit = bisect.bisect_left(steps, True, key=lambda step: fastest(cut(step), hardware) is None)
+    if limit > 0:
+        shorter = cut(steps[limit - 1])
+        yield f"{field} = {shorter.sequence_length}", shorter, hardware
 
 
 def _leanest(section: Section, hardware: Hardware) -> list[Prediction]:
-    """Per degrees, the layouts that ask least of the GPU: small tiles, no rows more than given, all on the host or
-    as many layers on the GPU as it takes."""
+    """Per degrees, the layouts that ask least: small tiles, the fewest rows that the fields allow, with the optimizer
+    on either side where it may be. Where the GPU is large enough, as many layers on it as fit; else none."""
     train = section.train
-    offload = train.offload_optimizer is True or train.offload_optimizer == "auto"
     mlp = TILES[-1][0] if train.mlp_tile_tokens == "auto" else train.mlp_tile_tokens
     loss = TILES[-1][1] if train.loss_tile_tokens == "auto" else train.loss_tile_tokens
     rows = 0.0 if train.keep_attention_rows == "auto" else train.keep_attention_rows
+    sides = (False, True) if train.offload_optimizer == "auto" else (train.offload_optimizer,)
     found = []
-    for degrees in legal(section, hardware.num_gpus):
-        for device_layers in range(section.shape.layers + 1) if train.gradient_checkpointing else (0,):
-            keep = keep_policy(section, device_layers, rows) if train.gradient_checkpointing else ()
-            for offloaded in {offload, train.offload_optimizer is True}:
-                plan = TrainPlan(*degrees, keep, mlp, loss, offloaded)
-                found.append(predict_work(workload(section, hardware, plan)))
+    for degrees, offload in itertools.product(legal(section, hardware.num_gpus), sides):
+        work = workload(section, hardware, TrainPlan(*degrees, (), mlp, loss, offload))
+        best = most_on_device(section, work, rows) if train.gradient_checkpointing else None
+        if best is None:
+            keep = keep_policy(section, 0, rows) if train.gradient_checkpointing else ()
+            best = predict_work(replace(work, plan=replace(work.plan, keep=keep)))
+        found.append(best)
     return found
 
 
@@ -153,27 +165,34 @@ def _shortage(section: Section, hardware: Hardware) -> str:
         named = ", ".join(f"{name} {size:.1f}" for name, size in largest)
         return (
             f"at {section.sequence_length:,} tokens a GPU needs {on_device.memory.gib:.1f} GiB at least and has "
-            f"{hardware.gpu.memory_gib:g} ({moment}: {named})"
+            f"{on_device.work.device_usable_gib:.1f} usable ({moment}: {named})"
         )
     host = min((p for p in leanest if p.fits_device), key=lambda p: p.memory.host_node_gib)
     return (
         f"at {section.sequence_length:,} tokens the GPUs fit only with {host.memory.host_node_gib:,.0f} GiB of host "
-        f"memory per node, and {COSTS.host_usable * hardware.host_memory_gib_per_node:,.0f} of "
+        f"memory per node, and {host.work.host_usable_gib:,.0f} of "
         f"{hardware.host_memory_gib_per_node:,.0f} are usable"
     )
 
 
 def no_degrees(section: Section, num_workers: int) -> str:
-    """Words for workers that no pair of degrees fits."""
-    train, shape = section.train, section.shape
-    per_group = train.micro_batch_sequences
+    """Words for workers that no pair of degrees fits, the plainest reason first."""
+    train, shape, total = section.train, section.shape, section.total
+    if total != "auto" and num_workers % total:
+        return f"{section.name}.sequence_parallel_degree {total} does not divide {num_workers} workers"
+    one_batch = section.changed(global_batch_sequences=num_workers * train.micro_batch_sequences)
+    if pairs := legal(one_batch, num_workers):
+        groups = num_workers // max(ulysses * ring for ulysses, ring in pairs)
+        return (
+            f"{section.name}.global_batch_sequences {train.global_batch_sequences} is not a multiple of "
+            f"{groups * train.micro_batch_sequences}: {groups} groups at least, each of "
+            f"{train.micro_batch_sequences} micro-batch sequences"
+        )
     free = section.changed(sequence_parallel_degree="auto", ulysses_degree="auto", ring_degree="auto")
-    pairs = legal(free, num_workers)
-    known = ", ".join(f"{ulysses} x {ring}" for ulysses, ring in pairs[:6]) if pairs else "none"
+    known = ", ".join(f"{ulysses} x {ring}" for ulysses, ring in legal(free, num_workers)[:6]) or "none"
     return (
-        f"no Ulysses x ring degrees fit {num_workers} workers, {section.sequence_length:,} tokens, {shape.heads} query "
-        f"and {shape.kv_heads} key-value heads and batches of {train.global_batch_sequences} sequences (whole passes "
-        f"of {per_group} per group) together with the degrees given; without those: {known}"
+        f"no Ulysses x ring degrees suit {num_workers} workers, {section.sequence_length:,} tokens and {shape.heads} "
+        f"query and {shape.kv_heads} key-value heads together with the degrees given; without those: {known}"
     )
 
 

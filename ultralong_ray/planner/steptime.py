@@ -63,18 +63,21 @@ def predict_time(work: Workload) -> Seconds:
 
 def _layer(work: Workload) -> LayerTime:
     shape, plan, gpu = work.shape, work.plan, work.hardware.gpu
-    forward_rate, backward_rate = gpu.attention_tflops(work.kernel, work.sequence_length)
-    if plan.ring_degree > 1:
-        forward_rate, backward_rate = work.costs.ring_share * forward_rate, work.costs.ring_share * backward_rate
+    share = work.costs.sustained_share * (work.costs.ring_share if plan.ring_degree > 1 else 1.0)
+    forward_rate, backward_rate = (
+        share * rate * TERA for rate in gpu.attention_tflops(work.kernel, work.sequence_length)
+    )
     causal = 2.0 * shape.attention_width * float(work.sequence_length) ** 2 * work.micro_batch_sequences / plan.degree
-    again = sum(replayed_attention(layer.attention_rows, plan.ring_degree).slowest for layer in plan.keep)
-    gemm = work.costs.gemm_share * gpu.peak_tflops * TERA
+    again = sum(
+        number * replayed_attention(layer.attention_rows, plan.ring_degree).slowest for number, layer in work.kept
+    )
+    gemm = _gemm_rate(work)
     elementwise_forward, elementwise_backward = _elementwise_bytes(work)
     memory = _speed(work, gpu.memory_gbytes_per_second)
     return LayerTime(
-        attention_forward=causal / (forward_rate * TERA),
-        attention_backward=FLASH_BACKWARD_SHARE * causal / (backward_rate * TERA),
-        attention_replay=causal / (forward_rate * TERA) * again / shape.layers,
+        attention_forward=causal / forward_rate,
+        attention_backward=FLASH_BACKWARD_SHARE * causal / backward_rate,
+        attention_replay=causal / forward_rate * again / shape.layers,
         matrices_forward=2.0 * (shape.attention_matrices + shape.mlp_matrices) * work.rows / gemm,
         matrices_replay=2.0 * replayed_matrices(shape, plan) / shape.layers * work.rows / gemm,
         elementwise_forward=elementwise_forward / memory,
@@ -149,14 +152,14 @@ def _zero_exposed(work: Workload, layer: LayerTime) -> float:
 def _host_exposed(work: Workload, layer: LayerTime) -> float:
     """What of the copies to and from the host takes longer than the layer beside which they run."""
     speed = _speed(work, work.hardware.gpu.pcie_gbytes_per_second)
-    copies = [work.kept_bytes(kept)[1] / speed for kept in work.plan.keep]
-    return sum(max(0.0, copy - layer.forward) + max(0.0, copy - layer.backward) for copy in copies)
+    copies = [(number, work.kept_bytes(kept)[1] / speed) for number, kept in work.kept]
+    return sum(number * (max(0.0, copy - layer.forward) + max(0.0, copy - layer.backward)) for number, copy in copies)
 
 
 def _head(work: Workload) -> float:
     """Three products of the head's size, and the softmax of every logit."""
     logits, gpu = float(work.rows) * work.shape.vocab, work.hardware.gpu
-    products = 6.0 * logits * work.shape.hidden / (work.costs.gemm_share * gpu.peak_tflops * TERA)
+    products = 6.0 * logits * work.shape.hidden / _gemm_rate(work)
     return products + logits * work.costs.logit_passes_bytes / _speed(work, gpu.memory_gbytes_per_second)
 
 
@@ -175,3 +178,8 @@ def _update(work: Workload) -> float:
 def _speed(work: Workload, gbytes_per_second: float) -> float:
     """What large transfers reach of a data sheet's GB/s, in bytes per second."""
     return work.costs.link_share * gbytes_per_second * GIGA
+
+
+def _gemm_rate(work: Workload) -> float:
+    """FLOP/s of large matrix products within a step."""
+    return work.costs.sustained_share * work.costs.gemm_share * work.hardware.gpu.peak_tflops * TERA

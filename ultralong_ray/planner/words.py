@@ -40,6 +40,15 @@ def plan_words(plan: TrainPlan) -> str:
     )
 
 
+def summary(prediction: Prediction) -> str:
+    """Memory, time and speed in a line."""
+    memory = prediction.memory
+    return (
+        f"{memory.gib:.1f} GiB per GPU, {memory.host_node_gib:,.0f} GiB of host memory per node, "
+        f"{prediction.step_seconds:.1f} s per step, MFU {prediction.mfu:.1%} (causal model FLOPs)"
+    )
+
+
 def describe_plan(planned: Planned, num_steps: int | None) -> str:
     """The table of one training stage. `num_steps`: of the recipe, None where the data decides."""
     section, prediction = planned.section, planned.prediction
@@ -69,14 +78,14 @@ def _layout_lines(planned: Planned, prediction: Prediction) -> list[str]:
 
 
 def _memory_lines(prediction: Prediction) -> list[str]:
-    memory, hardware = prediction.memory, prediction.work.hardware
+    memory = prediction.memory
     moment, parts = memory.peak
     usable = prediction.work.host_usable_gib
     return [
-        f"  GPU memory  {memory.gib:.1f} GiB of {hardware.gpu.memory_gib:g} per rank, highest at: {moment}; torch "
-        f"allocates {memory.allocated_gib:.1f}",
+        f"  GPU memory  {memory.gib:.1f} GiB per rank of {prediction.work.device_usable_gib:.1f} usable, highest at: "
+        f"{moment}; torch allocates {memory.allocated_gib:.1f}",
         *_table({**parts, **memory.outside}, "GiB", 1),
-        f"  host        {memory.host_gib:.1f} GiB per rank, {memory.host_node_gib:,.0f} of {usable:,.0f} usable per node",
+        f"  host        {memory.host_gib:.1f} GiB per rank; a node {memory.host_node_gib:,.0f} of {usable:,.0f} usable",
         *_table(memory.host, "GiB", 1),
     ]
 

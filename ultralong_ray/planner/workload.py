@@ -6,6 +6,7 @@ rows         = micro-batch sequences x sequence length / (Ulysses x ring degree)
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 from ultralong_ray.flops import ModelShape
@@ -78,6 +79,10 @@ class Workload:
         return float(self.shape.vocab * self.shape.hidden * self.element_bytes)
 
     @property
+    def device_usable_gib(self) -> float:
+        return self.costs.device_usable * self.hardware.gpu.memory_gib
+
+    @property
     def host_usable_gib(self) -> float:
         """Of a node."""
         return self.costs.host_usable * self.hardware.host_memory_gib_per_node
@@ -85,6 +90,11 @@ class Workload:
     def partition(self, stage: int) -> float:
         """The share of a state that a rank holds when ZeRO partitions it from `stage` on."""
         return 1.0 / self.hardware.num_gpus if self.zero_stage >= stage else 1.0
+
+    @property
+    def kept(self) -> list[tuple[int, LayerKeep]]:
+        """Neighbouring layers that keep alike, as (how many, what)."""
+        return [(len(list(run)), layer) for layer, run in itertools.groupby(self.plan.keep)]
 
     def kept_bytes(self, layer: LayerKeep) -> tuple[float, float]:
         """What a layer keeps between forward and backward: bytes on (device, host) of a rank."""

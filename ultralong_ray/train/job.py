@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from ultralong_ray.config import Recipe, TrainConfig
-from ultralong_ray.config.degrees import Degrees, model_heads, refuse_batch
+from ultralong_ray.config.degrees import model_heads, refuse_batch
 from ultralong_ray.packed import PackedManifest
 from ultralong_ray.storage import Location
-from ultralong_ray.types import UserError
+from ultralong_ray.types import TrainPlan, UserError
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +22,7 @@ class TrainJob:
     model: Location  # Hugging Face folder to start from
     stage: Location  # the stage's directory
     fingerprint: str
+    plan: TrainPlan  # degrees, what layers keep, tiles, offload
     preflight_only: bool = False  # build the model, run the checks, take no step
 
     @property
@@ -33,11 +34,6 @@ class TrainJob:
 
     def num_steps(self, num_sequences: int) -> int:
         return self.train.steps or num_sequences // self.train.global_batch_sequences
-
-    def degrees(self, shape: dict[str, Any]) -> Degrees:
-        """(ulysses_degree, ring_degree) for the model whose config.json is `shape`. ValueError where none fits."""
-        length = PackedManifest.read(self.packed).sequence_length
-        return self.recipe.degrees(self.train, model_heads(shape), length)
 
     @property
     def random_seed(self) -> int | None:
@@ -52,8 +48,8 @@ def check_inputs(job: TrainJob) -> None:
     name, train = job.section, job.train
     length = manifest.sequence_length
     try:
-        ulysses, ring = job.degrees(shape)
-        groups = job.recipe.cluster.num_workers // (ulysses * ring)
+        job.recipe.degrees(train, model_heads(shape), length)
+        groups = job.recipe.cluster.num_workers // job.plan.degree
         refuse_batch(name, train.global_batch_sequences, train.micro_batch_sequences, groups)
     except ValueError as error:
         raise UserError(f"{error} ({job.model} on {job.packed})") from None

@@ -18,15 +18,15 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from ultralong_ray.config import TrainConfig
+from ultralong_ray.flops import ModelShape, ledger, mfu
 from ultralong_ray.packed import PackedReader
 from ultralong_ray.parallel.kernels.choose import choose_kernel
 from ultralong_ray.parallel.mesh import create_mesh
 from ultralong_ray.parallel.topology import Topology
+from ultralong_ray.planner.hardware import peak_flops
 from ultralong_ray.train.batches import accumulation_steps, read_ahead
 from ultralong_ray.train.checkpoint import load_checkpoint, save_checkpoint
 from ultralong_ray.train.engine import deepspeed_config, init_distributed, initialize, make_optimizer, set_learning_rate
-from ultralong_ray.flops import mfu, model_flops, peak_flops
 from ultralong_ray.train.job import TrainJob
 from ultralong_ray.train.metrics import MetricsWriter
 from ultralong_ray.train.order import cursor_after, sequences_of_step
@@ -34,7 +34,7 @@ from ultralong_ray.train.preflight import RunShape, check_first_loss, preflight
 from ultralong_ray.train.schedule import learning_rate
 from ultralong_ray.train.step import StepResult, train_step
 from ultralong_ray.train.weights import build_model
-from ultralong_ray.types import LayerKeep, StepMetrics, TrainPlan, UserError
+from ultralong_ray.types import StepMetrics, UserError
 
 KeepCheckpoint = Callable[[dict[str, Any], Path], None]
 
@@ -62,19 +62,17 @@ class Trainer:
         self.reader = PackedReader(job.packed)
         self.num_steps = job.num_steps(self.reader.manifest.num_sequences)
         self.shape: dict[str, Any] = (job.model / "config.json").read_json()
-        self.topology = Topology(dist.get_world_size(), dist.get_rank(), *job.degrees(self.shape))
+        plan = job.plan
+        self.topology = Topology(dist.get_world_size(), dist.get_rank(), plan.ulysses_degree, plan.ring_degree)
         self.mesh = create_mesh(self.topology)
         dtype = self.dtype = torch.bfloat16 if self.train.precision == "bfloat16" else torch.float32
         head_dim = self.shape.get("head_dim") or self.shape["hidden_size"] // self.shape["num_attention_heads"]
         self.kernel = choose_kernel(self.train.attention, device, dtype, head_dim)
         device_name = torch.cuda.get_device_name(device) if device.type == "cuda" else None
         self.peak_flops = peak_flops(device_name, job.recipe.cluster.peak_tflops_per_worker)
-        degrees = (self.topology.ulysses_degree, self.topology.ring_degree)
-        self.plan = default_plan(self.train, degrees, self.shape["num_hidden_layers"])
         accumulation = accumulation_steps(self.train, self.topology)
-        offload = self.plan.offload_optimizer
-        config = deepspeed_config(self.train, self.topology.world_size, accumulation, offload)
-        model = build_model(job.model, job.random_seed, self.train, self.plan, config, device)
+        config = deepspeed_config(self.train, self.topology.world_size, accumulation, plan.offload_optimizer)
+        model = build_model(job.model, job.random_seed, self.train, plan, config, device)
         self.engine = initialize(model, make_optimizer(model, self.train, device), config)
 
     @property
@@ -92,10 +90,9 @@ class Trainer:
         """The checks of train/preflight.py for this run. Collective; UserError on every rank when one fails."""
         length, batch = self.reader.manifest.sequence_length, self.train.micro_batch_sequences
         shape = RunShape.of(self.job.section, self.shape, length, batch, self.dtype)
-        plan = TrainPlan(self.topology.ulysses_degree, self.topology.ring_degree, (), 0, 0, False)
         model: Any = self.engine.module
         rope = (model.causal_lm.model.rotary_emb.inv_freq, self.shape, self.job.recipe.model.rope)
-        preflight(shape, plan, self.mesh, self.kernel, rope, self.device)
+        preflight(shape, self.job.plan, self.mesh, self.kernel, rope, self.device)
 
     def metrics(self, step: int, result: StepResult, started_seconds: float) -> StepMetrics:
         """The step as numbers; reading them waits for the device. Raises UserError when the loss is not finite.
@@ -106,7 +103,8 @@ class Trainer:
         step_seconds = time.perf_counter() - started_seconds
         batch, manifest = self.train.global_batch_sequences, self.reader.manifest
         refuse_broken(step, sums, grad_norm, sequences_of_step(step, batch, manifest.num_sequences, self.train.seed))
-        flops = batch * model_flops(self.shape, manifest.sequence_length)
+        shape = ModelShape.from_config(self.shape)
+        flops = ledger(shape, manifest.sequence_length, self.job.plan).times(batch)
         cursor = cursor_after(step, batch, manifest.num_sequences)
         tokens = batch * manifest.sequence_length
         return StepMetrics(
@@ -118,8 +116,10 @@ class Trainer:
             tokens=step * tokens,
             tokens_per_second=tokens / step_seconds,
             step_seconds=step_seconds,
-            model_flops=flops,
-            mfu=mfu(flops, step_seconds, self.topology.world_size, self.peak_flops),
+            model_flops_causal=flops.model_flops_causal,
+            hardware_flops=flops.hardware_flops,
+            alst_flops=flops.alst_flops,
+            mfu=mfu(flops.model_flops_causal, step_seconds, self.topology.world_size, self.peak_flops),
             memory_gib=max(row[2] for row in sums),
             epoch=cursor.epoch,
             sequence=cursor.sequence,
@@ -130,25 +130,6 @@ class Trainer:
         del self.engine
         gc.collect()
         dist.barrier()
-
-
-def default_plan(train: TrainConfig, degrees: tuple[int, int], num_layers: int) -> TrainPlan:
-    """What the section says, and for every "auto" the choice for a model that fits: all kept on the device."""
-
-    def given(value: Any, otherwise: Any) -> Any:
-        return otherwise if value == "auto" else value
-
-    keep = LayerKeep(
-        given(train.keep_inputs, "device"), given(train.keep_attention, "device"), given(train.keep_attention_rows, 1.0)
-    )
-    return TrainPlan(
-        ulysses_degree=degrees[0],
-        ring_degree=degrees[1],
-        keep=(keep,) * num_layers if train.gradient_checkpointing else (),
-        mlp_tile_tokens=given(train.mlp_tile_tokens, 16384),
-        loss_tile_tokens=given(train.loss_tile_tokens, 2048),
-        offload_optimizer=given(train.offload_optimizer, False),
-    )
 
 
 def refuse_broken(step: int, sums: list[list[float]], grad_norm: float, sequences: list[int]) -> None:

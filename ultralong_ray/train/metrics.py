@@ -118,7 +118,7 @@ def log_line(metrics: StepMetrics, recent: list[StepMetrics]) -> str:
     """One step in words; the time left is that of the `recent` steps' median."""
     seconds = sorted(record.step_seconds for record in recent)[len(recent) // 2]
     left = int(seconds * (metrics.num_steps - metrics.step))
-    utilisation = "" if metrics.mfu is None else f", MFU {metrics.mfu:.1%}"
+    utilisation = "" if metrics.mfu is None else f", MFU {metrics.mfu:.1%} (causal model FLOPs)"
     return (
         f"step {metrics.step}/{metrics.num_steps}: loss {metrics.loss:.4f}, grad norm {metrics.grad_norm:.3f}, "
         f"lr {metrics.learning_rate:.2e}, {metrics.tokens_per_second:,.0f} tokens/s{utilisation}, "

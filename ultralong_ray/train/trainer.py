@@ -1,13 +1,15 @@
 """The driver's side of training: check, run the loop on Ray workers, join the last checkpoint into a model folder.
 
-Flows in: a recipe, packed sequences, a Hugging Face folder, a stage's directory. Flows out, in that directory: `model/`
-(Hugging Face folder), `metrics.jsonl`, `tensorboard/`, and `ray/train/`, Ray's own folder of checkpoints, from which a
-stopped run continues when it is submitted again. Read against Ray 2.60 (Ray Train V2).
+Flows in: a recipe, packed sequences, a Hugging Face folder, a stage's directory. Flows out, in that directory:
+`plan.json` (how the workers are laid out and what that should cost), `model/` (Hugging Face folder), `metrics.jsonl`,
+`tensorboard/`, and `ray/train/`, Ray's own folder of checkpoints, from which a stopped run continues when it is
+submitted again. Read against Ray 2.60 (Ray Train V2).
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 import os
 import signal
@@ -27,10 +29,16 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2.api.exceptions import TrainingFailedError, WorkerGroupError
 
 from ultralong_ray.config import Recipe
+from ultralong_ray.flops import ModelShape
+from ultralong_ray.planner.plan import as_json, hardware_of, plan_training
+from ultralong_ray.planner.refuse import PlanRefused
+from ultralong_ray.planner.words import describe_plan, plan_words
 from ultralong_ray.storage import Location, StageDirectory, explain_full_disk
 from ultralong_ray.train.job import TrainJob, check_inputs
 from ultralong_ray.train.metrics import read_metrics
-from ultralong_ray.types import UserError
+from ultralong_ray.types import TrainPlan, UserError
+
+logger = logging.getLogger(__name__)
 
 # A worker writes here what the user must mend. Ray would restart the workers as after a crash; restarted ones see the
 # file and leave at once.
@@ -56,7 +64,8 @@ def train(
     Continues from the last checkpoint below `stage` where there is one. Returns {steps, tokens, first_loss, last_loss,
     seconds, resumed_from_step}. Raises UserError for what the user can mend, wherever it was found.
     """
-    job = TrainJob(recipe, section, packed, model, stage.location, stage.fingerprint, preflight_only)
+    plan = _plan(recipe, section, model, stage.location)
+    job = TrainJob(recipe, section, packed, model, stage.location, stage.fingerprint, plan, preflight_only)
     check_inputs(job)
     error_file = stage.location / ERROR_FILE
     if error_file.exists():
@@ -81,6 +90,40 @@ def train(
         raise UserError(f"{stage.location}: training ended without a checkpoint; see the log of the workers")
     ray.get(ray.remote(num_cpus=1)(_consolidate).remote(job, result.checkpoint))
     return _summary(job, result.return_value)
+
+
+def _plan(recipe: Recipe, section: Literal["pretrain", "sft"], model: Location, stage: Location) -> TrainPlan:
+    """The layout of this stage on the cluster as it is; logged, and written to `plan.json`.
+
+    A layout that the recipe spells out to the last field is run even where it is predicted not to fit.
+    """
+    gpu_name, host_memory_gib = _found_on_cluster() if recipe.cluster.gpus_per_worker else (None, None)
+    shape = ModelShape.from_config((model / "config.json").read_json())
+    try:
+        planned = plan_training(recipe, section, hardware_of(recipe, gpu_name, host_memory_gib), shape)
+    except PlanRefused as refused:
+        if refused.forced is None:
+            raise
+        logger.warning("%s\nEvery field of the layout is given, so it is tried all the same.", refused)
+        (stage / "plan.json").write_json({"plan": dataclasses.asdict(refused.forced), "refused": str(refused)})
+        return refused.forced
+    if planned.prediction is None:
+        logger.info("%s: %s", section, "; ".join([plan_words(planned.plan), *planned.notes]))
+    else:
+        logger.info("%s", describe_plan(planned, None))
+    (stage / "plan.json").write_json(as_json(planned))
+    return planned.plan
+
+
+def _found_on_cluster() -> tuple[str | None, float | None]:
+    """(GPU, GiB of host memory of the smallest node) of the nodes with GPUs; None where Ray does not say, or they
+    differ. Ray 2.60 names the GPU in a label and in a resource, and splits a node's memory in two.
+    """
+    nodes = [node for node in ray.nodes() if node["Alive"] and node["Resources"].get("GPU")]
+    prefix = "accelerator_type:"
+    names = {key.removeprefix(prefix) for node in nodes for key in node["Resources"] if key.startswith(prefix)}
+    sizes = [node["Resources"].get("memory", 0) + node["Resources"].get("object_store_memory", 0) for node in nodes]
+    return names.pop() if len(names) == 1 else None, min(sizes, default=0) / 2**30 or None
 
 
 def _trainer(job: TrainJob) -> TorchTrainer:

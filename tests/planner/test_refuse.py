@@ -1,0 +1,101 @@
+"""Refusals: that they are true, that they name what is missing, and that every proposal really fits."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.planner.shapes import llama_recipe
+from ultralong_ray.planner.choose import fastest
+from ultralong_ray.planner.hardware import parse_cluster
+from ultralong_ray.planner.plan import plan_training
+from ultralong_ray.planner.predict import predict_work
+from ultralong_ray.planner.refuse import PlanRefused
+
+
+def refused(tag: str, cluster: str, *overrides: str, host_gib: float | None = None) -> PlanRefused:
+    with pytest.raises(PlanRefused) as caught:
+        plan_training(llama_recipe(tag, *overrides), "pretrain", parse_cluster(cluster, host_gib))
+    return caught.value
+
+
+CASES = [
+    ("4m", "4xH200", (), None, "GiB of host memory per node"),
+    ("2m", "8xH100", ("pretrain.keep_inputs=device", "pretrain.keep_attention=device"), None, "a GPU needs"),
+    ("1m", "8xH100", ("pretrain.keep_inputs=host",), 128.0, "GiB of host memory per node"),
+    ("2m", "2xH100", (), None, "a GPU needs"),
+    ("4m", "8xH100", ("pretrain.keep_attention_rows=1",), None, "GiB of host memory per node"),
+    ("1m", "8xH100", ("pretrain.gradient_checkpointing=false",), None, "a GPU needs"),
+]
+
+
+@pytest.mark.parametrize(("tag", "cluster", "overrides", "host_gib", "words"), CASES)
+def test_every_proposal_fits_and_the_refused_one_does_not(
+    tag: str, cluster: str, overrides: tuple[str, ...], host_gib: float | None, words: str
+) -> None:
+    refusal = refused(tag, cluster, *overrides, host_gib=host_gib)
+    assert words in str(refusal)
+    assert refusal.proposals
+    for proposal in refusal.proposals:
+        again = predict_work(proposal.best.work)
+        assert again.memory.gib <= 0.95 * proposal.hardware.gpu.memory_gib
+        assert again.memory.host_node_gib <= 0.9 * proposal.hardware.host_memory_gib_per_node
+        assert proposal.words in str(refusal)
+        assert fastest(proposal.section, proposal.hardware) is not None
+    assert f"the smallest change that fits: {refusal.proposals[0].words}" in str(refusal)
+
+
+def test_given_fields_are_named_and_let_go_first() -> None:
+    refusal = refused("2m", "8xH100", "pretrain.keep_inputs=device", "pretrain.keep_attention_rows=1")
+    text = str(refusal)
+    assert 'given: pretrain.keep_inputs = "device", pretrain.keep_attention_rows = 1.0' in text
+    assert refusal.proposals[0].words.startswith("pretrain.keep_")
+    assert refusal.proposals[0].best.fits
+
+
+def test_the_host_memory_proposed_is_the_least() -> None:
+    refusal = refused("4m", "4xH200")
+    larger = refusal.proposals[0].hardware
+    assert "GiB of host memory per node instead of 1,024" in refusal.proposals[0].words
+    less = parse_cluster("4xH200", larger.host_memory_gib_per_node - 32)
+    assert fastest(refusal.proposals[0].section, less) is None
+
+
+def test_the_gpus_proposed_are_the_fewest() -> None:
+    refusal = refused("4m", "2xH100")
+    proposal = next(p for p in refusal.proposals if "cluster.num_workers" in p.words)
+    assert proposal.hardware.num_gpus == 8  # 4 are tried before
+    assert fastest(proposal.section, parse_cluster("4xH100")) is None
+
+
+@pytest.mark.parametrize(
+    ("tag", "cluster", "override", "words"),
+    [
+        ("1m", "6xH100", "pretrain.sequence_parallel_degree=4", "sequence_parallel_degree 4 does not divide 6 workers"),
+        ("4m", "8xH100", "pretrain.sequence_parallel_degree=2", "global_batch_sequences 2 is not a multiple of 4"),
+        ("4m", "8xH100", "pretrain.ulysses_degree=3", "no Ulysses x ring degrees suit 8 workers"),
+    ],
+)
+def test_degrees_that_do_not_suit_the_cluster(tag: str, cluster: str, override: str, words: str) -> None:
+    # On 32 workers the recipe itself is legal; the cluster asked about is another.
+    recipe = llama_recipe(tag)
+    field, value = override.removeprefix("pretrain.").split("=")
+    train = recipe.pretrain.model_copy(update={field: int(value)})
+    with pytest.raises(PlanRefused, match=words):
+        plan_training(recipe.model_copy(update={"pretrain": train}), "pretrain", parse_cluster(cluster))
+
+
+def test_a_layout_given_to_the_last_field_can_still_be_run() -> None:
+    fields = (
+        "sequence_parallel_degree=8",
+        "ulysses_degree=8",
+        "keep_inputs=device",
+        "keep_attention=device",
+        "keep_attention_rows=1",
+        "offload_optimizer=false",
+        "mlp_tile_tokens=4096",
+        "loss_tile_tokens=512",
+    )
+    refusal = refused("1m", "8xH100", *(f"pretrain.{field}" for field in fields))
+    assert refusal.forced is not None and refusal.forced.ulysses_degree == 8
+    assert len(refusal.forced.keep) == 32 and refusal.forced.mlp_tile_tokens == 4096
+    assert refused("1m", "8xH100", *(f"pretrain.{field}" for field in fields[:-1])).forced is None
