@@ -90,10 +90,18 @@ def float64_kernel(row_alignment: int = 1) -> Kernel:
         kept_in = torch.float64 if query.dtype == torch.float64 else torch.float32
         return output.to(query.dtype), lse.to(kept_in)
 
-    def backward(*arguments: Any) -> Any:
-        *tensors, scale, causal = arguments
-        grads = math_kernel.backward(*(tensor.double() for tensor in tensors), scale, causal)
-        return tuple(grad.to(tensor.dtype) for grad, tensor in zip(grads, tensors[1:4], strict=True))
+    def backward(
+        grad_output: torch.Tensor,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        output: torch.Tensor,
+        lse: torch.Tensor,
+        scale: float,
+        causal: bool,
+    ) -> Any:
+        tensors = grad_output.double(), query.double(), key.double(), value.double(), output.double(), lse.double()
+        return tuple(found.to(query.dtype) for found in math_kernel.backward(*tensors, scale, causal))
 
     return Kernel("float64", forward, backward, row_alignment=row_alignment)
 
@@ -154,13 +162,13 @@ def events(mesh: SequenceMesh) -> dict[str, list[Any]]:
             self.work.wait()
             seen.append("wait")
 
-    def forward(query: torch.Tensor, key: torch.Tensor, *rest: Any) -> Any:
-        seen.append(query.shape[1] * key.shape[1] // (2 if rest[-1] else 1))
-        return inner.forward(query, key, *rest)
+    def counted(call: Any, query_at: int) -> Any:
+        def run(*arguments: Any) -> Any:
+            rows, keys = (arguments[at].shape[1] for at in (query_at, query_at + 1))
+            seen.append(rows * keys // (2 if arguments[-1] else 1))  # the last says whether it is causal
+            return call(*arguments)
 
-    def backward(grad: torch.Tensor, query: torch.Tensor, key: torch.Tensor, *rest: Any) -> Any:
-        seen.append(query.shape[1] * key.shape[1] // (2 if rest[-1] else 1))
-        return inner.backward(grad, query, key, *rest)
+        return run
 
     def posted(operations: list[Any]) -> list[Any]:
         seen.append("post")
@@ -169,7 +177,7 @@ def events(mesh: SequenceMesh) -> dict[str, list[Any]]:
 
     mine = rows_of(LENGTH, RANKS, mesh.ring_rank)
     query, key, value, grad = (tensor[:, mine] for tensor in whole(Case(RANKS)))
-    kernel = Kernel("seen", forward, backward)
+    kernel = Kernel("seen", counted(inner.forward, 0), counted(inner.backward, 1))
     dist.batch_isend_irecv = posted
     try:
         output, lse = ring.ring_forward(query, key, value, SCALE, kernel, mesh)
