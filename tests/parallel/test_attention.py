@@ -75,8 +75,10 @@ def test_padding_rows_leave_no_trace_however_large_their_scores_are(kernel: Kern
     """A padding row repeats a document's first token, whose log-sum-exp says nothing about later keys."""
     q, k, v = tensors(batch=1, rows=8, heads=2, kv_heads=1)
     with torch.no_grad():
-        q.mul_(40)  # exp(score - lse of the first token) would be infinite in float32
-        k.mul_(10)
+        # the first token of the padded document likes the next key and not its own: its log-sum-exp is about -100, its
+        # score with that key 100, and the exponential of their difference infinite in float32
+        k[:, 5] = 6.5
+        k[:, 4], q[:, 4] = -k[:, 5], 6.5
     ids = np.array([[0, 0, 0, 0, 1, 1, 1, 2]], np.int32)
     core_attention(q, k, v, SCALE, context(kernel, ids)).sum().backward()
     found = [t.grad for t in (q, k, v)]

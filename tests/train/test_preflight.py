@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -60,7 +60,7 @@ def damaged(**changes: Any) -> Kernel:
                 grads[("dq", "dk", "dv").index(name)][:, rows] *= factor
         return grads
 
-    return Kernel("damaged", forward, backward)
+    return Kernel("damaged", cast(Any, forward), cast(Any, backward))
 
 
 @pytest.mark.parametrize("kernel", [math.load(), sdpa_flash.load()], ids=lambda kernel: kernel.name)
