@@ -73,6 +73,13 @@ def gpu_name(found: dict[str, Any]) -> str | None:
     return found["gpus"][0].split(",")[0].strip() if found["gpus"] else None
 
 
+def described(contestant: str, setup: Setup) -> dict[str, Any]:
+    """The fields of a setup that mean something to a contestant."""
+    if contestant == "ours":
+        return dataclasses.asdict(setup)
+    return {"length": setup.length, "layers": setup.layers, "sequence_parallel_degree": setup.plan.degree}
+
+
 def entry(
     benchmark: Benchmark, contestant: str, setup: Setup, answers: list[dict[str, Any]], found: dict[str, Any]
 ) -> dict[str, Any]:
@@ -92,7 +99,7 @@ def entry(
     record = {
         "contestant": contestant,
         "status": "ok",
-        "setup": dataclasses.asdict(setup),
+        "setup": described(contestant, setup),
         "median_step_seconds": median,
         "step_seconds": by_step,
         "tokens_per_second_per_gpu": groups * setup.length / median / benchmark.num_gpus,
@@ -161,11 +168,12 @@ def comparison(runs: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _against(first: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
+    is_ours = other["contestant"] == "ours"
     same_work = all(first["setup"][key] == other["setup"][key] for key in ("length", "layers"))
     both_known = first["mfu_causal"] is not None and other["mfu_causal"] is not None
-    result = {
+    result: dict[str, Any] = {
         "contestant": other["contestant"],
-        "setup": {key: value for key, value in other["setup"].items() if value != first["setup"][key]},
+        "setup": {key: value for key, value in other["setup"].items() if not is_ours or value != first["setup"][key]},
         "mfu_ratio": first["mfu_causal"] / other["mfu_causal"] if both_known else None,
         "step_seconds_ratio": other["median_step_seconds"] / first["median_step_seconds"] if same_work else None,
         "first_loss_relative_difference": abs(other["losses"][0] / first["losses"][0] - 1) if same_work else None,
