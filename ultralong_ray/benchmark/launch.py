@@ -42,7 +42,7 @@ def run_ranks(module: str, num_ranks: int, device: str, argument: Any, seconds: 
     Raises Unavailable when it said so, RunFailed for any other error or after `seconds`.
     """
     with tempfile.TemporaryDirectory(prefix="benchmark-") as folder:
-        _set_environment(device)
+        set_environment(device)
         context = multiprocessing.get_context("spawn")
         port = _free_port()
         processes = [
@@ -79,8 +79,8 @@ def _wait(processes: list[Any], folder: Path, seconds: float) -> None:
         raise RunFailed(f"processes ended with {codes} (negative: the signal that killed them)")
 
 
-def _set_environment(device: str) -> None:
-    """For the children: torch and DeepSpeed read these when they are imported."""
+def set_environment(device: str) -> None:
+    """What the children inherit: torch and DeepSpeed read these when they are imported."""
     if device == "cpu":
         os.environ["DS_ACCELERATOR"] = "cpu"
     else:
@@ -105,6 +105,7 @@ def _rank(module: str, argument: Any, device_type: str, rank: int, num_ranks: in
             torch.set_num_threads(1)
         dist.init_process_group("nccl" if device_type == "cuda" else "gloo", rank=rank, world_size=num_ranks)
         answer = importlib.import_module(module).run(argument, device)
+        answer["device"] = torch.cuda.get_device_name(device) if device_type == "cuda" else "cpu"
         (Path(folder) / f"answer-{rank}.json").write_text(json.dumps(answer))
         gc.collect()
         dist.barrier()

@@ -6,7 +6,7 @@ import tempfile
 import time
 from typing import Any
 
-from ultralong_ray.benchmark.launch import RunFailed, Unavailable, run_ranks
+from ultralong_ray.benchmark.launch import RunFailed, Unavailable, run_ranks, set_environment
 from ultralong_ray.benchmark.measure import Work
 from ultralong_ray.benchmark.record import comparison, described, entry, environment
 from ultralong_ray.benchmark.setups import Benchmark
@@ -24,6 +24,7 @@ def run_benchmark(benchmark: Benchmark, command: list[str], out: Location) -> di
     """
     benchmark.check()
     began = time.time()
+    set_environment(benchmark.device)
     found = environment(benchmark.device)
     contestants = [("ours", setup) for setup in benchmark.setups]
     contestants += [(peer, benchmark.peer_setup) for peer in benchmark.peers]
