@@ -34,7 +34,10 @@ def observed_step(
 
     def observed(*args: Any, **kwargs: Any) -> Any:
         for name, parameter in engine.module.named_parameters():
-            visit(name.removeprefix(WRAPPER), safe_get_full_grad(parameter))
+            gradient = safe_get_full_grad(parameter)
+            if gradient is None:
+                raise RuntimeError(f"{name} has no gradient")
+            visit(name.removeprefix(WRAPPER), gradient)
         return update(*args, **kwargs)
 
     engine.step = observed

@@ -1,19 +1,20 @@
-"""Fresh processes, one per GPU, that form a process group, run one function and leave their answers as JSON.
+"""Fresh processes, one per GPU, that form a process group, run one module and leave their answers as JSON.
 
-Flows in: a picklable function with its argument. Flows out: what it returned on each rank. Every contestant gets
-processes of its own: peers patch libraries for a whole process, and only an ended process gives all its memory back.
+Flows in: the name of a module with a function `run`, and its argument. Flows out: what it returned on each rank. Every
+contestant gets processes of its own: peers patch libraries for a whole process, and only an ended process gives all its
+memory back. The module is imported by the children alone, so the parent never touches a GPU.
 """
 
 from __future__ import annotations
 
 import gc
+import importlib
 import json
 import os
 import socket
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -35,17 +36,17 @@ class RunFailed(Exception):
     """A contestant's process failed; the message says what the first of its ranks said."""
 
 
-def run_ranks(function: Callable[..., Any], num_ranks: int, device: str, argument: Any, seconds: float) -> list[Any]:
-    """`function(argument, torch device)` on every rank of a new process group; the JSON-ready answers by rank.
+def run_ranks(module: str, num_ranks: int, device: str, argument: Any, seconds: float) -> list[Any]:
+    """`module.run(argument, torch device)` on every rank of a new process group; the JSON-ready answers by rank.
 
     Raises Unavailable when it said so, RunFailed for any other error or after `seconds`.
     """
     with tempfile.TemporaryDirectory(prefix="benchmark-") as folder:
-        _set_environment(device)
+        set_environment(device)
         context = multiprocessing.get_context("spawn")
         port = _free_port()
         processes = [
-            context.Process(target=_rank, args=(function, argument, device, rank, num_ranks, port, folder))
+            context.Process(target=_rank, args=(module, argument, device, rank, num_ranks, port, folder))
             for rank in range(num_ranks)
         ]
         for process in processes:
@@ -78,8 +79,8 @@ def _wait(processes: list[Any], folder: Path, seconds: float) -> None:
         raise RunFailed(f"processes ended with {codes} (negative: the signal that killed them)")
 
 
-def _set_environment(device: str) -> None:
-    """For the children: torch and DeepSpeed read these when they are imported."""
+def set_environment(device: str) -> None:
+    """What the children inherit: torch and DeepSpeed read these when they are imported."""
     if device == "cpu":
         os.environ["DS_ACCELERATOR"] = "cpu"
     else:
@@ -92,9 +93,7 @@ def _free_port() -> int:
         return probe.getsockname()[1]
 
 
-def _rank(
-    function: Callable[..., Any], argument: Any, device_type: str, rank: int, num_ranks: int, port: int, folder: str
-) -> None:
+def _rank(module: str, argument: Any, device_type: str, rank: int, num_ranks: int, port: int, folder: str) -> None:
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(num_ranks)}
     os.environ |= {"LOCAL_WORLD_SIZE": str(num_ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     try:
@@ -105,7 +104,8 @@ def _rank(
         else:
             torch.set_num_threads(1)
         dist.init_process_group("nccl" if device_type == "cuda" else "gloo", rank=rank, world_size=num_ranks)
-        answer = function(argument, device)
+        answer = importlib.import_module(module).run(argument, device)
+        answer["device"] = torch.cuda.get_device_name(device) if device_type == "cuda" else "cpu"
         (Path(folder) / f"answer-{rank}.json").write_text(json.dumps(answer))
         gc.collect()
         dist.barrier()

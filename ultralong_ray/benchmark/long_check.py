@@ -63,6 +63,8 @@ def check_against_reference(ours: Ours, num_rows: int) -> dict[str, Any]:
     progress(work, f"step with {len(rows)} targets: {seconds:.1f} s, loss {numbers.loss:.5f}; now the reference")
     answer: dict[str, Any] = {"step_seconds": [seconds], "losses": [numbers.loss], "grad_norms": [numbers.grad_norm]}
     answer |= peak_memory(device)
+    if device.type == "cuda":
+        torch.cuda.empty_cache()  # the step's buffers, for the reference
     leaves = {name: weight.to(device).float().requires_grad_() for name, weight in weights.items()}
     reference = ReferenceLayer(ours.config, leaves, torch.from_numpy(ids).to(device))
     positions = torch.from_numpy(rows).to(device)

@@ -1,4 +1,4 @@
-"""The clock of every contestant: warm-up, timed steps, memory, progress. One step function in, JSON-ready numbers out."""
+"""The clock of every contestant: warm-up, timed steps, memory, progress. A step function in, JSON-ready numbers out."""
 
 from __future__ import annotations
 

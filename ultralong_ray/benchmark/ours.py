@@ -59,7 +59,8 @@ class Ours:
 
     @property
     def causal_lm(self) -> Any:
-        return self.engine.module.causal_lm
+        module: Any = self.engine.module
+        return module.causal_lm
 
     def ids(self, index: int) -> Any:
         """int64 [length]: the whole sequence of this rank's group in a step."""

@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.metadata
+import os
 import platform
 import shutil
 import statistics
 import subprocess
 from pathlib import Path
 from typing import Any
-
-import psutil
 
 from ultralong_ray.benchmark.setups import Benchmark, Setup
 from ultralong_ray.flops import ModelShape, ledger, mfu
@@ -56,8 +55,9 @@ def environment(device: str) -> dict[str, Any]:
         "versions": versions,
         "git_revision": _output(["git", "-C", root, "rev-parse", "HEAD"]),
         "git_changes": bool(_output(["git", "-C", root, "status", "--porcelain"])),
-        "cpu_count": psutil.cpu_count(),
-        "host_memory_gib": psutil.virtual_memory().total / GIB,
+        "PYTORCH_ALLOC_CONF": os.environ.get("PYTORCH_ALLOC_CONF"),
+        "cpu_count": os.cpu_count(),
+        "host_memory_gib": os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / GIB,
     }
 
 
@@ -68,9 +68,11 @@ def _output(command: list[str]) -> str | None:
     return done.stdout.strip() if done.returncode == 0 else None
 
 
-def gpu_name(found: dict[str, Any]) -> str | None:
-    """Of `environment`: "NVIDIA H200" without the driver's version."""
-    return found["gpus"][0].split(",")[0].strip() if found["gpus"] else None
+def described(contestant: str, setup: Setup) -> dict[str, Any]:
+    """The fields of a setup that mean something to a contestant."""
+    if contestant == "ours":
+        return dataclasses.asdict(setup)
+    return {"length": setup.length, "layers": setup.layers, "sequence_parallel_degree": setup.plan.degree}
 
 
 def entry(
@@ -85,14 +87,14 @@ def entry(
     is_ours = contestant == "ours"
     plan = setup.plan if is_ours else _peer_plan(setup)
     flops = ledger(ModelShape.from_config(benchmark.config(setup.layers)), setup.length, plan).times(groups)
-    peak = peak_flops(gpu_name(found), None)
+    peak = peak_flops(first["device"], None)
     memory = {key: [answer[key] for answer in answers] for key in first if key.startswith("peak_")}
     # Whatever a contestant answers beside times and memory is passed on as rank 0 has it: trace, gradients, check.
     extras = {key: value for key, value in first.items() if key not in memory and key != "step_seconds"}
     record = {
         "contestant": contestant,
         "status": "ok",
-        "setup": dataclasses.asdict(setup),
+        "setup": described(contestant, setup),
         "median_step_seconds": median,
         "step_seconds": by_step,
         "tokens_per_second_per_gpu": groups * setup.length / median / benchmark.num_gpus,
@@ -106,7 +108,12 @@ def entry(
         "by_rank": memory,
     }
     if is_ours:
-        record["predicted"] = predicted(benchmark, setup, first["kernel"], found, memory, median)
+        host_gib = found["host_memory_gib"]
+        record["predicted"] = predicted(benchmark, setup, first, host_gib)
+        if prediction := record["predicted"].get("step_seconds"):
+            allocated = max(memory["peak_gpu_gib"])
+            record["predicted"]["step_seconds_error"] = prediction / median - 1.0
+            record["predicted"]["peak_gpu_error"] = record["predicted"]["peak_gpu_gib"] / allocated - 1.0
     return record
 
 
@@ -116,30 +123,20 @@ def _peer_plan(setup: Setup) -> TrainPlan:
     return TrainPlan(setup.ulysses, setup.ring, (recompute,) * setup.layers, 1, 1, False)
 
 
-def predicted(
-    benchmark: Benchmark,
-    setup: Setup,
-    kernel: str,
-    found: dict[str, Any],
-    memory: dict[str, list[float]],
-    seconds: float,
-) -> dict[str, Any]:
-    """The planner's figures for a setup beside the measured ones, or the reason why there are none."""
-    gpu = find_gpu(gpu_name(found))
+def predicted(benchmark: Benchmark, setup: Setup, answer: dict[str, Any], host_gib: float) -> dict[str, Any]:
+    """The planner's figures for a setup with the kernel and GPU that a rank reports, or why there are none."""
+    gpu = find_gpu(answer["device"])
     if gpu is None:
-        return {"reason": "the planner does not know this device"}
-    hardware = cluster_of(gpu.name, benchmark.num_gpus, host_memory_gib_per_node=found["host_memory_gib"])
+        return {"reason": f"the planner does not know {answer['device']}"}
+    hardware = cluster_of(gpu.name, benchmark.num_gpus, host_memory_gib_per_node=host_gib)
     shape = ModelShape.from_config(benchmark.config(setup.layers))
     try:
-        prediction = predict(shape, setup.length, setup.plan, hardware, kernel=kernel)
+        prediction = predict(shape, setup.length, setup.plan, hardware, kernel=answer["kernel"])
     except UserError as error:
         return {"reason": str(error)}
-    allocated = max(memory["peak_gpu_gib"])
     return {
         "step_seconds": prediction.step_seconds,
-        "step_seconds_error": prediction.step_seconds / seconds - 1.0,
         "peak_gpu_gib": prediction.memory.allocated_gib,
-        "peak_gpu_error": prediction.memory.allocated_gib / allocated - 1.0,
         "seconds_by_part": prediction.time,
         "peak_gib_by_part": prediction.memory.peak[1],
         "peak_at": prediction.memory.peak[0],
@@ -161,12 +158,13 @@ def comparison(runs: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _against(first: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
+    is_ours = other["contestant"] == "ours"
     same_work = all(first["setup"][key] == other["setup"][key] for key in ("length", "layers"))
-    both_known = first["mfu_causal"] is not None and other["mfu_causal"] is not None
-    result = {
+    shares = (first["mfu_causal"], other["mfu_causal"])
+    result: dict[str, Any] = {
         "contestant": other["contestant"],
-        "setup": {key: value for key, value in other["setup"].items() if value != first["setup"][key]},
-        "mfu_ratio": first["mfu_causal"] / other["mfu_causal"] if both_known else None,
+        "setup": {key: value for key, value in other["setup"].items() if not is_ours or value != first["setup"][key]},
+        "mfu_ratio": None if None in shares else shares[0] / shares[1],
         "step_seconds_ratio": other["median_step_seconds"] / first["median_step_seconds"] if same_work else None,
         "first_loss_relative_difference": abs(other["losses"][0] / first["losses"][0] - 1) if same_work else None,
     }

@@ -1,16 +1,15 @@
-"""A whole benchmark command: ours in every setup, then the peers, each in fresh processes; the JSON grows run by run."""
+"""A whole benchmark command: ours in every setup, then the peers, each in fresh processes; the JSON grows by runs."""
 
 from __future__ import annotations
 
-import importlib
 import tempfile
 import time
 from typing import Any
 
-from ultralong_ray.benchmark.launch import RunFailed, Unavailable, run_ranks
+from ultralong_ray.benchmark.launch import RunFailed, Unavailable, run_ranks, set_environment
 from ultralong_ray.benchmark.measure import Work
-from ultralong_ray.benchmark.record import comparison, entry, environment
-from ultralong_ray.benchmark.setups import Benchmark, Setup
+from ultralong_ray.benchmark.record import comparison, described, entry, environment
+from ultralong_ray.benchmark.setups import Benchmark
 from ultralong_ray.storage import Location
 
 MODULES = {"ours": "ours", "alst": "alst", "ring_flash_attn": "alst", "torch_cp": "torch_cp"}
@@ -25,6 +24,7 @@ def run_benchmark(benchmark: Benchmark, command: list[str], out: Location) -> di
     """
     benchmark.check()
     began = time.time()
+    set_environment(benchmark.device)
     found = environment(benchmark.device)
     contestants = [("ours", setup) for setup in benchmark.setups]
     contestants += [(peer, benchmark.peer_setup) for peer in benchmark.peers]
@@ -54,9 +54,9 @@ def _run_contestant(work: Work, found: dict[str, Any]) -> dict[str, Any]:
     remaining = benchmark.limit_seconds - (time.time() - work.began)
     if remaining < START_SECONDS:
         return _not_run(work, "not run", f"{remaining:.0f} s left of --limit-seconds {benchmark.limit_seconds:.0f}")
-    module = importlib.import_module(f"ultralong_ray.benchmark.{MODULES[work.contestant]}")
     try:
-        answers = run_ranks(module.run, benchmark.num_gpus, benchmark.device, work, remaining)
+        module = f"ultralong_ray.benchmark.{MODULES[work.contestant]}"
+        answers = run_ranks(module, benchmark.num_gpus, benchmark.device, work, remaining)
     except Unavailable as error:
         return _not_run(work, "unavailable", str(error))
     except RunFailed as error:
@@ -66,11 +66,12 @@ def _run_contestant(work: Work, found: dict[str, Any]) -> dict[str, Any]:
 
 def _not_run(work: Work, status: str, reason: str) -> dict[str, Any]:
     print(f"[{time.time() - work.began:7.1f} s] {work.contestant}: {status}: {reason}", flush=True)
-    return {"contestant": work.contestant, "status": status, "reason": reason, "setup": _named(work.setup)}
-
-
-def _named(setup: Setup) -> dict[str, Any]:
-    return {name: getattr(setup, name) for name in setup.__dataclass_fields__}
+    return {
+        "contestant": work.contestant,
+        "status": status,
+        "reason": reason,
+        "setup": described(work.contestant, work.setup),
+    }
 
 
 def table(result: dict[str, Any]) -> str:

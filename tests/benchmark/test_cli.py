@@ -1,0 +1,85 @@
+"""The command line: setups, presets, and mistakes in words."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from ultralong_ray.benchmark import presets
+from ultralong_ray.benchmark.cli import benchmark_of, main, parse
+from ultralong_ray.types import LayerKeep
+
+OUT = ["--out", "x.json"]
+
+
+def test_the_command_of_the_documentation() -> None:
+    words = "train --shape llama31_8b --layers 8 --length 524288 --gpus 4 --ulysses 2 --ring 2 --keep host --rows 0.5"
+    benchmark = benchmark_of(parse([*words.split(), "--peers", "alst,torch_cp", "--peer-layers", "4", *OUT]))
+    (setup,) = benchmark.setups
+    assert (setup.length, setup.layers, setup.ulysses, setup.ring) == (524288, 8, 2, 2)
+    assert setup.plan.keep == (LayerKeep("host", "host", 0.5),) * 8
+    assert benchmark.peers == ("alst", "torch_cp")
+    peer = benchmark.peer_setup
+    assert (peer.layers, peer.length, peer.plan.degree) == (4, 524288, 4)
+    assert benchmark.config(8)["num_hidden_layers"] == 8
+
+
+def test_degrees_by_default_are_ulysses_as_far_as_heads_go() -> None:
+    def degrees(*words: str) -> tuple[int, int]:
+        setup = benchmark_of(parse(["train", *words, *OUT])).setups[0]
+        return setup.ulysses, setup.ring
+
+    assert degrees("--gpus", "8") == (8, 1)
+    assert degrees("--gpus", "64") == (32, 2)
+    assert degrees("--gpus", "8", "--ring", "4") == (2, 4)
+    assert degrees("--gpus", "8", "--shape", "tiny") == (4, 2)
+
+
+def test_more_setups() -> None:
+    words = ["train", "--gpus", "4", "--also", "keep=host,rows=0.5", "--also", "degrees=1x4,length=65536"]
+    first, second, third = benchmark_of(parse([*words, *OUT])).setups
+    assert (second.keep, second.rows, second.length) == ("host", 0.5, first.length)
+    assert (third.ulysses, third.ring, third.length, third.keep) == (1, 4, 65536, "device")
+
+
+@pytest.mark.parametrize("gpus", [2, 4, 8])
+@pytest.mark.parametrize(
+    "name", ["128k", "512k", "512k-8", "1m", "4m-layer", "degrees-256k", "ring-256k", "keep-512k", "rows-512k", "sweep"]
+)
+def test_presets_are_commands_that_can_run(name: str, gpus: int) -> None:
+    benchmark = benchmark_of(parse(["train", "--preset", name, "--gpus", str(gpus), *OUT]))
+    benchmark.check()
+    assert all(setup.plan.degree == gpus for setup in benchmark.setups)
+    assert len(benchmark.setups) > 1 or name in ("128k", "512k", "512k-8", "1m", "4m-layer")
+
+
+def test_the_command_line_overrules_a_preset() -> None:
+    benchmark = benchmark_of(parse(["train", "--preset", "1m", "--gpus", "4", "--layers", "3", "--steps", "2", *OUT]))
+    assert (benchmark.setups[0].layers, benchmark.setups[0].length, benchmark.steps) == (3, 2**20, 2)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--shape gpt2", "--shape gpt2: no such shape; there are llama31_8b, tiny"),
+        ("--peers alst,nemo", "--peers nemo: no such peer"),
+        ("--gpus 4 --ulysses 3", "degrees 3x1 do not divide --gpus 4"),
+        ("--gpus 64 --ulysses 64", "cannot split the 32 query and 8 key-value heads"),
+        ("--gpus 4 --ring 4 --length 131076", "131076"),
+        ("--also rows=2", "rows='2' is not a share between 0 and 1"),
+        ("--also depth=2", "'depth=2': no such field of a setup"),
+        ("--also degrees=2", "is not a positive integer"),
+        ("--long 4194304 --layers 2", "give --layers 1"),
+        ("--preset 64k", "--preset 64k: no such preset; there are 128k"),
+        ("--gpus 4 --compare-degrees 4x1,1x2", "of one length, depth and total degree"),
+    ],
+)
+def test_mistakes_get_words(words: str, message: str, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert main(["train", *words.split(), "--out", str(tmp_path / "x.json")]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "x.json").exists()
+
+
+def test_presets_name_what_there_is() -> None:
+    assert presets.arguments("ring-256k", 4).count("--also") == 2
