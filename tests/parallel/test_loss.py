@@ -5,12 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
+from ultralong_ray.parallel import loss as loss_module
 from ultralong_ray.parallel.loss import tiled_cross_entropy
 
 ROWS, HIDDEN, VOCAB = 37, 16, 53
 
 
-def problem(dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, ...]:
+def problem(dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(1)
     hidden = torch.randn(ROWS, HIDDEN, generator=generator).to(dtype).requires_grad_()
     weight = torch.randn(VOCAB, HIDDEN, generator=generator).to(dtype).requires_grad_()
@@ -51,3 +52,31 @@ def test_no_gradient_is_computed_where_none_is_wanted() -> None:
     with torch.no_grad():
         loss = tiled_cross_entropy(hidden, weight, labels, loss_weight, 8)
     assert not loss.requires_grad
+
+
+def test_the_scale_of_a_loss_is_not_rounded_to_bfloat16() -> None:
+    """1 + 2^-9 would become 1: every gradient of a step would be off by as much."""
+    hidden, weight, labels, loss_weight = problem(torch.bfloat16)
+    scale = 1 + 2**-9
+    (tiled_cross_entropy(hidden, weight, labels, loss_weight, 8) * (1000 * scale)).backward()
+    found = hidden.grad, weight.grad
+    hidden, weight, *_ = problem(torch.bfloat16)
+    (tiled_cross_entropy(hidden, weight, labels, loss_weight, 8) * 1000).backward()
+    for one, other in zip(found, (hidden.grad, weight.grad), strict=True):
+        assert one is not None and other is not None
+        assert float(one.double().abs().sum() / other.double().abs().sum()) == pytest.approx(scale, abs=2**-11)
+
+
+def test_one_loss_serves_one_backward_pass() -> None:
+    loss = tiled_cross_entropy(*problem(), 8)
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="twice"):
+        loss.backward()
+
+
+def test_logits_exist_a_tile_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+    compute = loss_module.cross_entropy_
+    monkeypatch.setattr(loss_module, "cross_entropy_", lambda *args: seen.append(len(args[0])) or compute(*args))
+    tiled_cross_entropy(*problem(), 10)
+    assert sum(seen) == ROWS and max(seen) <= 10

@@ -11,7 +11,7 @@ from transformers.models.llama.configuration_llama import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 from ultralong_ray.parallel import mlp as mlp_module
-from ultralong_ray.parallel.mlp import install_tiled_mlp, tile_slices
+from ultralong_ray.parallel.mlp import GradientSum, install_tiled_mlp, tile_slices
 from ultralong_ray.types import UserError
 
 ROWS, HIDDEN, INTERMEDIATE = 37, 16, 24
@@ -49,18 +49,18 @@ def test_output_and_gradients_equal_the_plain_module(tile_tokens: int, bias: boo
         assert float((one - other).norm() / other.norm()) < 1e-6
 
 
-def test_weight_gradients_of_bfloat16_are_summed_in_float32() -> None:
-    """With a row per tile a bfloat16 sum would lose what a float32 one keeps."""
-    whole, tiled = made(False, torch.bfloat16), made(False, torch.bfloat16)
-    install_tiled_mlp(tiled, 1, lambda: False)
-    exact = gradients(
-        made(False, torch.bfloat16).float(), hidden_states(torch.bfloat16).detach().float().requires_grad_()
-    )[1]
-    untiled = gradients(whole, hidden_states(torch.bfloat16))[1]
-    found = gradients(tiled, hidden_states(torch.bfloat16))[1]
-    for one, other, truth in zip(found, untiled, exact, strict=True):
-        assert one.dtype == torch.bfloat16
-        assert float((one - truth).norm()) < 1.5 * float((other - truth).norm())
+@pytest.mark.parametrize("tiles", [1, 600])
+def test_a_bfloat16_gradient_is_rounded_once_however_many_tiles(tiles: int) -> None:
+    generator = torch.Generator().manual_seed(6)
+    grad, entered = (torch.randn(600, 8, generator=generator).to(torch.bfloat16) + 1 for _ in range(2))
+    total, bias = (GradientSum(torch.empty(shape, dtype=torch.bfloat16), tiles) for shape in ((8, 8), (8,)))
+    for tile in tile_slices(600, 600 // tiles):
+        total.add_product(grad[tile], entered[tile])
+        bias.add_rows(grad[tile])
+    product = grad.double().T @ entered.double()
+    for found, exact in ((total.result(), product), (bias.result(), grad.double().sum(0))):
+        assert found.dtype == torch.bfloat16
+        torch.testing.assert_close(found.double(), exact, rtol=2**-8, atol=0.0)
 
 
 def test_nothing_as_wide_as_the_mlp_is_kept_for_the_backward_pass() -> None:

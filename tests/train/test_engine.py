@@ -1,4 +1,4 @@
-"""Under ZeRO-3 a layer is gathered and reduced as a whole, whatever place the optimizer has."""
+"""Under ZeRO-3 a layer is gathered and reduced as a whole, and what waits on the host changes no step."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ LAYER = 2 * HIDDEN * HIDDEN + 2 * HIDDEN * HIDDEN // 2 + 3 * HIDDEN * 48
 
 
 def steps_of(model: Location) -> dict[bool, list[tuple[float, list[str]]]]:
-    """Three steps with the optimizer on the device (False) and on the host: the loss and the messages of each."""
+    """Three steps with all on the device (False), and with optimizer and activations on the host: loss and messages."""
     import deepspeed.runtime.zero.partition_parameters as partitioning
     from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3 as Stage3
 
@@ -45,10 +45,18 @@ def steps_of(model: Location) -> dict[bool, list[tuple[float, list[str]]]]:
     return {offload: three_steps(model, offload, messages) for offload in (False, True)}
 
 
+<<<<<<< HEAD
 def three_steps(model: Location, offload_optimizer: bool, messages: list[str]) -> list[tuple[float, list[str]]]:
     device, train = torch.device("cpu"), section(learning_rate=0.1)
     config = engine_module.deepspeed_config(train, 2, 1, offload_optimizer)
     module = build_model(model, 1, train, plan(1, 1, num_layers=4), config, device)
+=======
+def three_steps(model: Location, offload: bool, messages: list[str]) -> list[tuple[float, list[str]]]:
+    place = "host" if offload else "device"
+    device, train = torch.device("cpu"), section(learning_rate=0.1, keep_inputs=place, keep_attention=place)
+    config = engine_module.deepspeed_config(train, 2, 1, offload)
+    module = build_model(model, 1, train, default_plan(train, 1, num_layers=4), config, device)
+>>>>>>> activations
     engine = engine_module.initialize(module, engine_module.make_optimizer(module, train, device), config)
     ids, steps = torch.arange(16).unsqueeze(0), []
     for _ in range(3):
@@ -76,7 +84,9 @@ def test_a_layer_is_one_message_each_way(steps: dict[bool, list[tuple[float, lis
     assert messages.count(f"reduce {LAYER + 2 * HIDDEN}") == 4
 
 
-def test_an_optimizer_on_the_host_takes_the_same_steps(steps: dict[bool, list[tuple[float, list[str]]]]) -> None:
+def test_optimizer_and_activations_on_the_host_take_the_same_steps(
+    steps: dict[bool, list[tuple[float, list[str]]]],
+) -> None:
     losses = {offload: [loss for loss, _ in taken] for offload, taken in steps.items()}
     assert losses[True] == pytest.approx(losses[False], rel=1e-6)
     assert losses[False][2] < losses[False][0]

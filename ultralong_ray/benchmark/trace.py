@@ -25,6 +25,7 @@ KINDS = (
 )
 COMPUTE = ("attention", "gemm", "elementwise and other")
 TRANSFERS = ("nccl", "memcpy HtoD", "memcpy DtoH")
+LARGEST_SHOWN, NAME_CHARACTERS = 16, 100
 
 
 def union(intervals: Iterable[Interval]) -> list[Interval]:
@@ -75,12 +76,14 @@ def summarise(events: Iterable[dict[str, Any]]) -> dict[str, Any]:
     """
     spans: dict[str, list[Interval]] = {}
     moved_bytes: dict[str, float] = {}
+    by_name: dict[str, list[float]] = {}
     for event in events:
         kind = kind_of(str(event.get("cat", "")).lower(), event.get("name", "")) if event.get("ph") == "X" else None
         if kind is None:
             continue
         start = float(event["ts"])
         spans.setdefault(kind, []).append((start, start + float(event["dur"])))
+        by_name.setdefault(event["name"], []).append(float(event["dur"]) / 1e6)
         moved_bytes[kind] = moved_bytes.get(kind, 0.0) + float(event.get("args", {}).get("bytes", 0.0))
     everything = union(interval for intervals in spans.values() for interval in intervals)
     compute = union(interval for kind in COMPUTE for interval in spans.get(kind, []))
@@ -93,6 +96,10 @@ def summarise(events: Iterable[dict[str, Any]]) -> dict[str, Any]:
             kind: {"seconds": sum(end - start for start, end in intervals) / 1e6, "events": len(intervals)}
             for kind, intervals in sorted(spans.items())
         },
+        "largest": [
+            {"name": name[:NAME_CHARACTERS], "seconds": sum(seconds), "events": len(seconds)}
+            for name, seconds in sorted(by_name.items(), key=lambda item: -sum(item[1]))[:LARGEST_SHOWN]
+        ],
         "transfers": {kind: _transfer(spans.get(kind, []), compute, moved_bytes.get(kind, 0.0)) for kind in TRANSFERS},
     }
 

@@ -20,7 +20,7 @@ def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     kernels = gpu_kernels(gate.device.type)
     if kernels is not None:
         return kernels.swiglu(gate, up)
-    return torch.nn.functional.silu(gate) * up
+    return (torch.nn.functional.silu(gate.float()) * up.float()).to(gate.dtype)
 
 
 def swiglu_backward(

@@ -45,7 +45,10 @@ class ActivationStore:
 
         Raises UserError when the host cannot give the memory.
         """
-        return DeviceTensor(self, tensor.detach()) if place == "device" else HostTensor(self, tensor.detach())
+        # A copy of scattered rows would be staged somewhere on its way: they are brought together here instead.
+        return (
+            DeviceTensor(self, tensor.detach()) if place == "device" else HostTensor(self, tensor.detach().contiguous())
+        )
 
     def send_out(self, kept: HostTensor, source: torch.Tensor) -> Any:
         """Start the copy of `source` to the host and return the event of its end."""

@@ -125,9 +125,9 @@ class AttentionSlot:
         if first == rows:
             return
         if first > 0:
-            # A copy where the tensor stays: a view would hold all of it.
-            alone = torch.clone if policy.attention == "device" else torch.Tensor.contiguous
-            output, lse = alone(output[:, first:]), alone(lse[:, :, first:])
+            output, lse = output[:, first:], lse[:, :, first:]
+            if policy.attention == "device":
+                output, lse = output.clone(), lse.clone()  # a view would hold the memory of all rows
         self._kept.output, self._kept.lse = (store.keep(tensor, policy.attention) for tensor in (output, lse))
 
     def load(self) -> tuple[torch.Tensor, torch.Tensor] | None:
