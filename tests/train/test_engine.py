@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from ultralong_ray.parallel.mesh import SequenceMesh
 from ultralong_ray.storage import Location
 from ultralong_ray.train import engine as engine_module
 from ultralong_ray.train.weights import build_model
+from ultralong_ray.types import LayerKeep
 
 # As in a real model, the embedding is larger than a layer and a norm much smaller.
 VOCAB, HIDDEN = 512, 32
@@ -45,18 +47,12 @@ def steps_of(model: Location) -> dict[bool, list[tuple[float, list[str]]]]:
     return {offload: three_steps(model, offload, messages) for offload in (False, True)}
 
 
-<<<<<<< HEAD
-def three_steps(model: Location, offload_optimizer: bool, messages: list[str]) -> list[tuple[float, list[str]]]:
-    device, train = torch.device("cpu"), section(learning_rate=0.1)
-    config = engine_module.deepspeed_config(train, 2, 1, offload_optimizer)
-    module = build_model(model, 1, train, plan(1, 1, num_layers=4), config, device)
-=======
 def three_steps(model: Location, offload: bool, messages: list[str]) -> list[tuple[float, list[str]]]:
+    device, train = torch.device("cpu"), section(learning_rate=0.1)
     place = "host" if offload else "device"
-    device, train = torch.device("cpu"), section(learning_rate=0.1, keep_inputs=place, keep_attention=place)
+    layout = replace(plan(1, 1, num_layers=4), keep=(LayerKeep(place, place),) * 4)
     config = engine_module.deepspeed_config(train, 2, 1, offload)
-    module = build_model(model, 1, train, default_plan(train, 1, num_layers=4), config, device)
->>>>>>> activations
+    module = build_model(model, 1, train, layout, config, device)
     engine = engine_module.initialize(module, engine_module.make_optimizer(module, train, device), config)
     ids, steps = torch.arange(16).unsqueeze(0), []
     for _ in range(3):
