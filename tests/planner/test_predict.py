@@ -91,10 +91,20 @@ def test_half_the_rows_save_three_quarters_of_the_replay() -> None:
     assert half == pytest.approx(none / 4)
 
 
+def test_a_ring_waits_for_its_slowest_rank() -> None:
+    """Half the rows kept: the last of four ranks computes 3.5 of its 8 chunk squares again, their mean is 2."""
+    none, half = (
+        made(524_288, ulysses=1, ring=4, keep=LayerKeep(attention_rows=rows)).time["attention again"]
+        for rows in (0.0, 0.5)
+    )
+    assert half / none == pytest.approx(3.5 / 8)
+
+
 def test_the_host_takes_what_the_gpu_gives_up() -> None:
     device, host = made(524_288), made(524_288, keep=LayerKeep("host", "host"))
     moved = host.memory.host_gib - device.memory.host_gib
     assert moved == pytest.approx(device.memory.peak[1]["kept inputs"] + device.memory.peak[1]["kept attention"])
+    assert "kept inputs" not in host.memory.peak[1] and "kept attention" not in host.memory.peak[1]
     assert host.memory.gib < device.memory.gib - 0.9 * moved  # two layers stay, on their way
     assert "host transfer not hidden" not in host.time  # at 512K a layer computes far longer than it copies
 

@@ -5,17 +5,56 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import ray
 
 from tests.train.made_jobs import NUM_SEQUENCES, recipe, write_inputs
 from ultralong_ray.storage import Location, StageDirectory
+from ultralong_ray.train import trainer
 from ultralong_ray.train.metrics import read_metrics
 from ultralong_ray.train.trainer import train
-from ultralong_ray.types import UserError
+from ultralong_ray.types import LayerKeep, TrainPlan, UserError
 
+NODE = {"Alive": True, "Resources": {"GPU": 8.0, "accelerator_type:H100": 1.0, "memory": 2**40, "CPU": 64.0}}
 ROOT = Path(__file__).resolve().parents[2]
+
+
+def test_the_cluster_says_its_gpu_and_its_smallest_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    smaller = {**NODE, "Resources": {**NODE["Resources"], "memory": 2**39, "object_store_memory": 2**38}}
+    head = {"Alive": True, "Resources": {"CPU": 4.0, "memory": 2**34}}
+    gone = {"Alive": False, "Resources": {"GPU": 8.0, "accelerator_type:A100": 1.0, "memory": 1}}
+    monkeypatch.setattr(ray, "nodes", lambda: [NODE, smaller, head, gone])
+    assert trainer._found_on_cluster() == ("H100", 768.0)
+    other = {**NODE, "Resources": {"GPU": 8.0, "accelerator_type:H200": 1.0}}
+    monkeypatch.setattr(ray, "nodes", lambda: [NODE, other])
+    assert trainer._found_on_cluster() == (None, None)
+
+
+def test_a_layout_given_to_the_last_field_is_tried_against_the_prediction(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    write_inputs(tmp_path)
+    where = Location.of(tmp_path)
+    monkeypatch.setattr(trainer, "_found_on_cluster", lambda: ("H100", 0.001))  # no host holds even the process
+    workers = {"num_workers": 2, "gpus_per_worker": 1}
+    with pytest.raises(UserError, match="of host memory per node"):
+        trainer._plan(recipe(tmp_path, cluster=workers), "pretrain", where / "model", where)
+    fields: dict[str, Any] = {
+        "ulysses_degree": 2,
+        "ring_degree": 1,
+        "keep_inputs": "host",
+        "keep_attention": "host",
+        "keep_attention_rows": 0.5,
+        "offload_optimizer": False,
+        "mlp_tile_tokens": 16,
+        "loss_tile_tokens": 8,
+    }
+    given = recipe(tmp_path, cluster=workers, sequence_parallel_degree=2, **fields)
+    plan = trainer._plan(given, "pretrain", where / "model", where)
+    assert plan == TrainPlan(2, 1, (LayerKeep("host", "host", 0.5),) * 2, 16, 8, False)
+    assert "host memory per node" in (where / "plan.json").read_json()["refused"]
 
 
 @pytest.fixture(scope="module")
@@ -43,6 +82,8 @@ def test_an_interrupted_run_continues_and_a_finished_one_loads(cluster: None, tm
     assert summary["resumed_from_step"] == 4 and summary["steps"] == NUM_SEQUENCES // 2
     assert summary["tokens"] == NUM_SEQUENCES * 32
     assert summary["last_loss"] < summary["first_loss"]
+    written = (stage.location / "plan.json").read_json()
+    assert written["plan"]["ulysses_degree"] == 2 and len(written["plan"]["keep"]) == 2
     assert [record.step for record in read_metrics(stage.location)] == [1, 2, 3, 4, 5, 6]
     from transformers import AutoModelForCausalLM
 
