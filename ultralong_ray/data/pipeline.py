@@ -49,7 +49,7 @@ from ultralong_ray.data.sources import materialise
 from ultralong_ray.data.summary import prepare_report, sft_report
 from ultralong_ray.data.token_shards import DocumentTable, delete_token_shards, read_document_table
 from ultralong_ray.data.tokenize import load_tokenizer, pad_token_id, separator_ids
-from ultralong_ray.object_store import explained, meaning_of
+from ultralong_ray.object_store import explained, meaning_of, retried
 from ultralong_ray.packed import PackedFile, PackedManifest, chunking, file_name, write_placement_columns
 from ultralong_ray.stages import workdir
 from ultralong_ray.storage import Location, StageDirectory
@@ -61,6 +61,7 @@ TOKENS_PER_FILE = 2**22  # one 4M sequence, or as many shorter ones
 PROGRESS_SECONDS = 10.0
 # Documents that are not cut do not fill a budget to the last sequence: this share of it is enough.
 WHOLE_FILL = 0.95
+TASK_ATTEMPTS = 3  # while the store does not answer; each request has been tried storage.max_attempts times by then
 
 Item = TypeVar("Item")
 
@@ -176,7 +177,7 @@ def _clear_output(folder: Location) -> None:
     """Remove what a run that was cut short has left, plan included."""
     (folder / "sequences").delete_dir()
     for file in folder.files():
-        file.filesystem.delete_file(file.path)
+        file.delete_file()
 
 
 def _draw_samples(measured: Measured, wanted: int | None, seed: int, max_tokens: int) -> Copies:
@@ -324,7 +325,8 @@ def _run(
 
     def task(row: dict[str, Any]) -> dict[str, Any]:
         try:
-            return {"result": pickle.dumps(work(pickle.loads(row["item"]))), "error": ""}
+            item = pickle.loads(row["item"])
+            return {"result": pickle.dumps(retried(lambda: work(item), TASK_ATTEMPTS)), "error": ""}
         except UserError as error:
             return {"result": b"", "error": str(error)}
         except OSError as error:

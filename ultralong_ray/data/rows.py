@@ -245,7 +245,7 @@ def _lines(part: ShardPart) -> Iterator[bytes]:
         with location.filesystem.open_input_stream(location.path, compression=compression) as stream:
             yield from _split_lines(stream.read, None)
         return
-    with location.filesystem.open_input_file(location.path) as file:
+    with location.open_input() as file:
         # One byte earlier: the line that begins exactly at `start` belongs here, the rest of an earlier one does not.
         file.seek(max(part.start - 1, 0))
         lines = _split_lines(file.read, part.end - max(part.start - 1, 0))
