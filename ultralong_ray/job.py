@@ -44,9 +44,7 @@ def plan_prepare(recipe: Recipe) -> str:
     return f"{plan_only(recipe, directory)}\nplan: {directory.location}/plan.json"
 
 
-def guarded(
-    action: Callable[[Recipe, str, list[str]], Any], plan: Callable[[Recipe], str] | None = None
-) -> None:
+def guarded(action: Callable[[Recipe, str, list[str]], Any], plan: Callable[[Recipe], str] | None = None) -> None:
     """Parse the command line, run `action(recipe, recipe_path, overrides)`, turn mistakes into messages.
 
     With `plan` the script also takes --plan-only, which prints what `plan` returns and stops.

@@ -105,9 +105,7 @@ def _write_rows(
     rows: list[tuple[IntArray | ByteArray, ...]] = []
     for sequence in sequences:
         if len(sequence.input_ids) != sequence_length:
-            raise ValueError(
-                f"sequence {sequence.index} has {len(sequence.input_ids)} tokens, not {sequence_length}"
-            )
+            raise ValueError(f"sequence {sequence.index} has {len(sequence.input_ids)} tokens, not {sequence_length}")
         for start in range(0, sequence_length, chunk_tokens):
             part = slice(start, start + chunk_tokens)
             row: tuple[IntArray | ByteArray, ...] = (sequence.input_ids[part],)

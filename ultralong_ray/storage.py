@@ -26,6 +26,7 @@ from ultralong_ray.types import StorageOptions, UserError
 
 SUCCESS_FILE = "_SUCCESS.json"
 
+DEFAULT_OPTIONS = StorageOptions()
 Value = TypeVar("Value")
 
 
@@ -60,10 +61,10 @@ class Location:
     """A file or folder by URI. `Location("s3://b/x") / "y"` is `s3://b/x/y`, reached with the same options."""
 
     uri: str
-    options: StorageOptions = StorageOptions()
+    options: StorageOptions = DEFAULT_OPTIONS
 
     @staticmethod
-    def of(uri: str | Path | Location, options: StorageOptions = StorageOptions()) -> Location:  # noqa: B008
+    def of(uri: str | Path | Location, options: StorageOptions = DEFAULT_OPTIONS) -> Location:
         """Normalise: a path without scheme becomes absolute, `file://` becomes a path."""
         if isinstance(uri, Location):
             return uri
@@ -86,7 +87,7 @@ class Location:
     @property
     def filesystem(self) -> pafs.FileSystem:
         if self.is_local:
-            return _filesystem_of("", StorageOptions())
+            return _filesystem_of("", DEFAULT_OPTIONS)
         scheme, rest = self.uri.split("://", 1)
         return _filesystem_of(f"{scheme}://{rest.split('/', 1)[0]}", self.options)
 

@@ -16,7 +16,10 @@ from contextlib import contextmanager, suppress
 METHODS = (b"GET ", b"PUT ", b"HEAD ", b"POST ", b"DELETE ")
 SLOW_DOWN = b"503 Slow Down", b"<Error><Code>SlowDown</Code><Message>Reduce your request rate</Message></Error>"
 DENIED = b"403 Forbidden", b"<Error><Code>AccessDenied</Code><Message>Access Denied</Message></Error>"
-EXPIRED = b"400 Bad Request", b"<Error><Code>ExpiredToken</Code><Message>The provided token has expired</Message></Error>"
+EXPIRED = (
+    b"400 Bad Request",
+    b"<Error><Code>ExpiredToken</Code><Message>The provided token has expired</Message></Error>",
+)
 
 # number of a request, its first line -> None: pass on; (status, body): answer; "reset": drop the connection at once;
 # "cut": drop it in the middle of the answer
@@ -61,7 +64,10 @@ class FaultProxy:
                     fault = self._fault(data.split(b"\r\n", 1)[0])
                     if isinstance(fault, tuple):
                         status, body = fault
-                        head = b"HTTP/1.1 %b\r\nContent-Type: application/xml\r\nContent-Length: %d\r\n" % (status, len(body))
+                        head = b"HTTP/1.1 %b\r\nContent-Type: application/xml\r\nContent-Length: %d\r\n" % (
+                            status,
+                            len(body),
+                        )
                         body = b"" if data.startswith(b"HEAD ") else body
                         writer.write(head + b"Connection: close\r\n\r\n" + body)
                         await writer.drain()

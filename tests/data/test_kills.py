@@ -15,9 +15,9 @@ import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+
 from tests.data.test_object_store import serially
 from tests.data.test_prepare_pipeline import content, recipe, rows
-
 from ultralong_ray.config import Recipe
 from ultralong_ray.data import pipeline
 from ultralong_ray.stages import stage_directory
@@ -112,7 +112,7 @@ def test_killed_in_mid_run_and_submitted_again(
     worker.kill()
     assert process.wait(200) == 0, (tmp_path / "log.txt").read_text()[-3000:]
 
-    monkeypatch.setattr(pipeline, "_run", serially)
+    monkeypatch.setattr(pipeline, "run_tasks", serially)
     monkeypatch.setattr(pipeline, "TOKENS_PER_FILE", 7 * 512)
     undisturbed = recipe(tmp_path / "b", tokenizer_folder, corpus, num_workers=1)
     stage = stage_directory(undisturbed, "prepare")

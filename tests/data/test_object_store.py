@@ -17,13 +17,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+
 from tests.data import fault_proxy
 from tests.data.fault_proxy import FaultProxy
 from tests.data.test_prepare_pipeline import content, recipe, rows, run
-
 from ultralong_ray.config import Recipe, SourceConfig, StorageConfig
 from ultralong_ray.data import pipeline
 from ultralong_ray.data.corpus import list_parts, list_shards
+from ultralong_ray.data.fan_out import TASK_ATTEMPTS
 from ultralong_ray.data.rows import DocumentColumns, Quarantine, read_documents
 from ultralong_ray.object_store import retried
 from ultralong_ray.packed import (
@@ -70,13 +71,15 @@ def data_of(stage: StageDirectory) -> dict[str, bytes]:
 
 def serially(items: Any, work: Callable[[Any], dict[str, Any]], *_: Any) -> list[dict[str, Any]]:
     """What Ray Data does, in this process."""
-    return [retried(lambda item=item: work(item), pipeline.TASK_ATTEMPTS) for item in items]
+    return [retried(lambda item=item: work(item), TASK_ATTEMPTS) for item in items]
 
 
 @pytest.fixture
-def undisturbed(tmp_path: Path, tokenizer_folder: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Recipe, dict[str, bytes]]:
+def undisturbed(
+    tmp_path: Path, tokenizer_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> tuple[Recipe, dict[str, bytes]]:
     """A recipe over a local corpus, and what it makes of it."""
-    monkeypatch.setattr(pipeline, "_run", serially)
+    monkeypatch.setattr(pipeline, "run_tasks", serially)
     monkeypatch.setattr(pipeline, "TOKENS_PER_FILE", 7 * 512)
     (tmp_path / "corpus").mkdir()
     for name, part in (("a", rows()[:100]), ("b", rows()[100:200]), ("c", rows()[200:])):
@@ -159,7 +162,7 @@ def test_nothing_there(proxy: FaultProxy) -> None:
         list_shards(SourceConfig(uri=f"{BUCKET}/no/such/prefix", storage=storage))
     with pytest.raises(UserError, match="holds no shard"):
         list_shards(SourceConfig(uri=f"{BUCKET}/no/such/*.parquet", storage=storage))
-    with pytest.raises(UserError, match="no such bucket|nothing is there"):
+    with pytest.raises(UserError, match=r"no such bucket|nothing is there"):
         list_shards(SourceConfig(uri="s3://no-such-bucket-here/x", storage=storage))
 
 

@@ -1,4 +1,4 @@
-"""The shards of a corpus and the parts they are cut into. Parquet, Arrow (IPC file or stream) and JSONL (plain, gz, zst).
+"""The shards of a corpus and the parts they are cut into: Parquet, Arrow (IPC file or stream), JSONL (plain, gz, zst).
 
 A source is a file, a folder or a glob on any `Location`. A shard is cut into parts of about `PART_BYTES`, which are the
 units of parallel work; how many workers there are never changes them:
@@ -269,5 +269,5 @@ def unreadable(shard: Shard, error: Exception) -> UserError:
         return explained(error, str(shard.location))
     return BadShard(
         f"{shard.location}: cannot be read as {shard.format} ({error}). The shard is truncated, damaged or of another "
-        f"format or compression: write it again, set format, or leave such shards out with on_bad_shard = \"skip\""
+        f'format or compression: write it again, set format, or leave such shards out with on_bad_shard = "skip"'
     )
