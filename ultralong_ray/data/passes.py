@@ -105,10 +105,10 @@ def tokenize_items(
     max_tokens: int,
     seed: int,
 ) -> tuple[list[TokenizeItem], list[SkippedShard]]:
-    """Cut sources, each with how it is read ("text" or "chat"), into work items, named by what they read: never by workers, nor by what lies beside it.
+    """Cut sources, each with how it is read ("text" or "chat"), into work items.
 
-    Also returns the shards that a source asks to leave out. Raises UserError for shards that are missing, empty,
-    truncated or without the columns.
+    An item is named by what it reads: never by workers, nor by what lies beside it. Also returns the shards that a
+    source asks to leave out. Raises UserError for shards that are missing, empty, truncated or without the columns.
     """
     items: list[TokenizeItem] = []
     skipped: list[SkippedShard] = []

@@ -28,7 +28,7 @@ from ultralong_ray.data.fan_out import run_tasks
 from ultralong_ray.data.fill import FilePlan
 from ultralong_ray.data.glimpses import decoded_meetings, decoded_sample, write_holdout
 from ultralong_ray.data.pack import PackPlan, Separators, plan_concatenated, plan_whole, split
-from ultralong_ray.data.passes import PackItem, TokenizeItem, pack_file, tokenize_items, tokenize_part
+from ultralong_ray.data.passes import Kind, PackItem, TokenizeItem, pack_file, tokenize_items, tokenize_part
 from ultralong_ray.data.plan_file import plan_text
 from ultralong_ray.data.quarantine import write_quarantine
 from ultralong_ray.data.sample import (
@@ -196,9 +196,9 @@ def _tokenize(
     """Pass 1: the documents in the order of the sources and their shards, and what was set aside."""
     files = materialise(sources, recipe, chat=chat)
     name = (recipe.model.base, recipe.model.revision)
-    items, skipped = tokenize_items(
-        [(s, "chat" if chat else "text") for s in files], name, workdir(recipe) / "tokens", max_tokens, config.seed
-    )
+    shards_folder = workdir(recipe) / "tokens"
+    readings: list[tuple[SourceConfig, Kind]] = [(source, "chat" if chat else "text") for source in files]
+    items, skipped = tokenize_items(readings, name, shards_folder, max_tokens, config.seed)
     log.info("tokenising %d parts of %d sources", len(items), len(sources))
     results = {r["name"]: r for r in run_tasks(items, tokenize_part, config.num_workers, "tokenised", "parts")}
     quarantine = write_quarantine(folder, files, items, skipped, results)
