@@ -82,7 +82,7 @@ def test_tokenizers_that_look_beyond_a_word_are_told_apart() -> None:
 def test_a_text_stays_whole_where_cuts_are_not_exact_or_there_is_no_place() -> None:
     text = "word " * 400_000
     assert list(pieces.pieces(text, exact=False)) == [text]
-    assert [len(p) for p in pieces.pieces(text, exact=True)] == [2**20, 2 * 10**6 - 2**20]
+    assert [len(p) for p in pieces.pieces(text, exact=True)] == [2**20 + 3, 2 * 10**6 - 2**20 - 3]
     assert list(pieces.pieces("7" * 2**21, exact=True)) == ["7" * 2**21]
     assert len(list(pieces.pieces("word " * 4 * 10**6, exact=False))) > 10
 
