@@ -80,7 +80,8 @@ def run(argv: Sequence[str]) -> None:
     with tempfile.TemporaryDirectory(dir=options.scratch) as scratch:
         sizes = [_measure(options, Path(scratch) / str(size), size) for size in options.gigabytes]
     result = {
-        "command": ["jobs/benchmark.py", "data", *argv],
+        # folders by their names: where they lay on this machine is of no use elsewhere
+        "command": ["jobs/benchmark.py", "data", *(Path(a).name if os.sep in a else a for a in argv)],
         "cpu": _cpu_name(),
         "cores": os.cpu_count(),
         "load_average_at_the_end": os.getloadavg(),
