@@ -1,4 +1,4 @@
-"""Corpus shards to packed sequences, for continued pretraining and for SFT."""
+"""Corpus shards to packed sequences, for continued pretraining and for SFT. --plan-only stops after the plan."""
 
 from ultralong_ray.job import run_stages
 

@@ -35,6 +35,21 @@ def test_dry_run_prints_the_plan_and_writes_nothing(tmp_path: Path):
     assert not (tmp_path / "run").exists()
 
 
+def test_plan_only_prints_the_plan_and_runs_nothing(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setattr(sys, "argv", ["prepare.py", str(ROOT / QUICKSTART), "--plan-only"])
+    ran: list[str] = []
+    job.guarded(
+        lambda *_: ran.append("stage"),
+        job.Only("--plan-only", "", lambda recipe, *_: print(f"plan of {recipe.name}")),
+    )
+    assert "plan of " in capsys.readouterr().out and ran == []
+    with pytest.raises(SystemExit):  # a script without a plan takes it for an override
+        job.guarded(lambda *_: ran.append("stage"))
+    assert ran == []
+
+
 def test_a_stage_without_its_input_names_it(tmp_path: Path):
     done = run_script("pretrain", QUICKSTART, "--workdir", str(tmp_path))
     assert done.returncode == 2

@@ -15,6 +15,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from types import FrameType
 from typing import Any
 
@@ -32,22 +33,45 @@ Action = Callable[[Recipe, str, list[str]], Any]
 _terminated: list[int] = []  # the SIGTERMs received
 
 
+@dataclass(frozen=True, slots=True)
+class Only:
+    """A flag that does something instead of running a stage."""
+
+    flag: str
+    help: str
+    action: Action
+
+
 def run_stages(*names: str) -> None:
     """Entry point of a stage's script: run the named stages that the recipe has and that are not done.
 
-    Scripts of training stages take --preflight-only as well.
+    The script of `prepare` also takes --plan-only, those of training stages --preflight-only.
     """
 
     def each(run: Callable[[Recipe, str, str], Any]) -> Action:
         return lambda recipe, path, _: [run(recipe, name, path) for name in names if name in stages(recipe)]
 
-    guarded(each(run_stage), each(preflight_stage) if set(names) <= {"pretrain", "sft"} else None)
+    only = None
+    if "prepare" in names:
+        only = Only("--plan-only", "measure and plan, print the plan and stop", lambda recipe, *_: plan_prepare(recipe))
+    elif set(names) <= {"pretrain", "sft"}:
+        only = Only("--preflight-only", "check the machine for this run and stop", each(preflight_stage))
+    guarded(each(run_stage), only)
 
 
-def guarded(action: Action, preflight: Action | None = None) -> None:
+def plan_prepare(recipe: Recipe) -> None:
+    """Measure the corpus, plan the packing, print the plan and where it is written."""
+    from ultralong_ray.data.pipeline import plan_only
+
+    directory = stage_directory(recipe, "prepare")
+    connect_to_ray()
+    print(f"{plan_only(recipe, directory)}\nplan: {directory.location}/plan.json")
+
+
+def guarded(action: Action, only: Only | None = None) -> None:
     """Parse the command line, run `action(recipe, recipe_path, overrides)`, turn mistakes into messages.
 
-    Where `preflight` is given, --preflight-only runs it instead.
+    With `only` the script takes its flag as well, which runs its action instead.
     """
     parser = argparse.ArgumentParser(
         description="Runs one part of a recipe. Any key of the recipe can be overridden: --pretrain.learning_rate 1e-5",
@@ -55,8 +79,8 @@ def guarded(action: Action, preflight: Action | None = None) -> None:
     )
     parser.add_argument("recipe", help="TOML file, for example jobs/recipes/quickstart.toml")
     parser.add_argument("--dry-run", action="store_true", help="print the resolved plan and stop")
-    if preflight is not None:
-        parser.add_argument("--preflight-only", action="store_true", help="check the machine for this run and stop")
+    if only is not None:
+        parser.add_argument(only.flag, action="store_true", dest="only", help=only.help)
     arguments, overrides = parser.parse_known_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stdout)
     signal.signal(signal.SIGTERM, _stop)
@@ -65,8 +89,8 @@ def guarded(action: Action, preflight: Action | None = None) -> None:
         check_base_model(recipe)
         if arguments.dry_run:
             print(describe(recipe))
-        elif preflight is not None and arguments.preflight_only:
-            preflight(recipe, arguments.recipe, overrides)
+        elif only is not None and arguments.only:
+            only.action(recipe, arguments.recipe, overrides)
         else:
             action(recipe, arguments.recipe, overrides)
     except UserError as error:

@@ -3,9 +3,6 @@
 A `Location` is a URI that can be pickled into any process; its pyarrow filesystem is made where it is used. Local
 paths, `s3://`, `gs://` come from pyarrow; every other scheme from fsspec when the package for it is installed. Writes
 are atomic for a reader: a local file is renamed into place, an object appears when its upload ends.
-
-Many S3-compatible servers refuse the trailing checksums that recent AWS clients send (411 MissingContentLength, seen
-with Ceph 16): set AWS_REQUEST_CHECKSUM_CALCULATION=when_required for those.
 """
 
 from __future__ import annotations
@@ -15,47 +12,39 @@ import errno
 import json
 import os
 import uuid
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+import pyarrow as pa
 import pyarrow.fs as pafs
 
-from ultralong_ray.types import UserError
+from ultralong_ray.object_store import explained, retried, s3_filesystem
+from ultralong_ray.types import StorageOptions, UserError
 
 SUCCESS_FILE = "_SUCCESS.json"
 
+DEFAULT_OPTIONS = StorageOptions()
+Value = TypeVar("Value")
+
 
 @lru_cache(maxsize=64)
-def _filesystem_of(root: str) -> pafs.FileSystem:
+def _filesystem_of(root: str, options: StorageOptions) -> pafs.FileSystem:
     """Filesystem for `scheme://authority`; the empty root is the local disk."""
     if not root:
         return pafs.LocalFileSystem()
     scheme = root.split("://", 1)[0]
     try:
         if scheme == "s3":
-            return _s3_filesystem(root)
+            return s3_filesystem(root, options)
         filesystem, _ = pafs.FileSystem.from_uri(root)
         return filesystem
     except OSError as error:
-        raise UserError(
-            f"{root} cannot be reached: {error}. Check the bucket's name, the network, AWS_ENDPOINT_URL (for a server "
-            f"other than AWS), AWS_REGION and the credentials of the usual AWS chain"
-        ) from error
+        raise explained(error, root) from error
     except (ValueError, NotImplementedError):
         return _fsspec_filesystem(scheme, root)
-
-
-def _s3_filesystem(root: str) -> pafs.FileSystem:
-    """An endpoint or region from the environment is taken as it is; else pyarrow asks AWS for the bucket's region."""
-    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
-    region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
-    if endpoint or region:
-        return pafs.S3FileSystem(endpoint_override=endpoint, region=region or "us-east-1")
-    filesystem, _ = pafs.FileSystem.from_uri(f"{root}/")
-    return filesystem
 
 
 def _fsspec_filesystem(scheme: str, root: str) -> pafs.FileSystem:
@@ -69,12 +58,13 @@ def _fsspec_filesystem(scheme: str, root: str) -> pafs.FileSystem:
 
 @dataclass(frozen=True, slots=True)
 class Location:
-    """A file or folder by URI. `Location("s3://b/x") / "y"` is `s3://b/x/y`."""
+    """A file or folder by URI. `Location("s3://b/x") / "y"` is `s3://b/x/y`, reached with the same options."""
 
     uri: str
+    options: StorageOptions = DEFAULT_OPTIONS
 
     @staticmethod
-    def of(uri: str | Path | Location) -> Location:
+    def of(uri: str | Path | Location, options: StorageOptions = DEFAULT_OPTIONS) -> Location:
         """Normalise: a path without scheme becomes absolute, `file://` becomes a path."""
         if isinstance(uri, Location):
             return uri
@@ -83,7 +73,7 @@ class Location:
             text = text[len("file://") :]
         if "://" not in text:
             text = os.path.abspath(os.path.expanduser(text))
-        return Location(text.rstrip("/") if len(text) > 1 else text)
+        return Location(text.rstrip("/") if len(text) > 1 else text, options)
 
     @property
     def is_local(self) -> bool:
@@ -97,9 +87,9 @@ class Location:
     @property
     def filesystem(self) -> pafs.FileSystem:
         if self.is_local:
-            return _filesystem_of("")
+            return _filesystem_of("", DEFAULT_OPTIONS)
         scheme, rest = self.uri.split("://", 1)
-        return _filesystem_of(f"{scheme}://{rest.split('/', 1)[0]}")
+        return _filesystem_of(f"{scheme}://{rest.split('/', 1)[0]}", self.options)
 
     @property
     def name(self) -> str:
@@ -107,44 +97,60 @@ class Location:
 
     @property
     def parent(self) -> Location:
-        return Location(self.uri.rsplit("/", 1)[0])
+        return replace(self, uri=self.uri.rsplit("/", 1)[0])
 
     def __truediv__(self, name: str) -> Location:
-        return Location(f"{self.uri}/{name}")
+        return replace(self, uri=f"{self.uri}/{name}")
 
     def __str__(self) -> str:
         return self.uri
 
+    def info(self) -> pafs.FileInfo:
+        return self._retried(lambda: self.filesystem.get_file_info(self.path))
+
     def exists(self) -> bool:
-        return self.filesystem.get_file_info(self.path).type != pafs.FileType.NotFound
+        return self.info().type != pafs.FileType.NotFound
 
     def is_dir(self) -> bool:
-        return self.filesystem.get_file_info(self.path).type == pafs.FileType.Directory
+        return self.info().type == pafs.FileType.Directory
 
     def size(self) -> int:
-        return self.filesystem.get_file_info(self.path).size
+        return self.info().size
 
     def files(self, *, recursive: bool = False) -> list[Location]:
         """Files below a folder, sorted by path; an absent folder has none."""
         selector = pafs.FileSelector(self.path, recursive=recursive, allow_not_found=True)
-        infos = self.filesystem.get_file_info(selector)
+        infos = self._retried(lambda: self.filesystem.get_file_info(selector))
         prefix = "" if self.is_local else self.uri.split("://", 1)[0] + "://"
-        return [Location(prefix + info.path) for info in sorted(infos, key=lambda i: i.path) if info.is_file]
+        return [replace(self, uri=prefix + info.path) for info in sorted(infos, key=lambda i: i.path) if info.is_file]
+
+    def open_input(self) -> pa.NativeFile:
+        """A file for reading at any place."""
+        return self._retried(lambda: self.filesystem.open_input_file(self.path))
 
     def read_bytes(self) -> bytes:
-        with self.filesystem.open_input_stream(self.path, compression=None) as stream:
-            return stream.read()
+        def read() -> bytes:
+            with self.filesystem.open_input_stream(self.path, compression=None) as stream:
+                return stream.read()
+
+        return self._retried(read)
 
     def read_json(self) -> Any:
         return json.loads(self.read_bytes())
 
     def make_dir(self) -> Location:
-        self.filesystem.create_dir(self.path, recursive=True)
+        self._retried(lambda: self.filesystem.create_dir(self.path, recursive=True))
         return self
 
     def delete_dir(self) -> None:
         if self.exists():
-            self.filesystem.delete_dir(self.path)
+            self._retried(lambda: self.filesystem.delete_dir(self.path))
+
+    def delete_file(self) -> None:
+        self._retried(lambda: self.filesystem.delete_file(self.path))
+
+    def _retried(self, operation: Callable[[], Value]) -> Value:
+        return retried(operation, self.options.max_attempts)
 
     @contextlib.contextmanager
     def open_for_write(self) -> Iterator[Any]:
@@ -165,8 +171,11 @@ class Location:
             raise
 
     def write_bytes(self, data: bytes) -> None:
-        with self.open_for_write() as sink:
-            sink.write(data)
+        def write() -> None:
+            with self.open_for_write() as sink:
+                sink.write(data)
+
+        self._retried(write)
 
     def write_json(self, value: Any) -> None:
         self.write_bytes((json.dumps(value, indent=2, sort_keys=True) + "\n").encode())

@@ -15,6 +15,7 @@ from ultralong_ray.config.sections import (
     PretrainConfig,
     SftConfig,
     SourceConfig,
+    StorageConfig,
     TrainConfig,
 )
 
@@ -30,5 +31,6 @@ __all__ = [
     "RopeConfig",
     "SftConfig",
     "SourceConfig",
+    "StorageConfig",
     "TrainConfig",
 ]
