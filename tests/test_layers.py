@@ -41,6 +41,8 @@ HEAVY: dict[str, str] = {
     "torch": r"(model|parallel|train|eval)/.*|export\.py|export/.*",
     "transformers": r"(data|model|parallel|train|eval)/.*|export\.py|export/.*",
     "pydantic": r"config/.*|recipe\.py",
+    "datasketch": r"data/deduplicate\.py",
+    "aiohttp": r"data/refine_client\.py",
     "jinja2": r"report/.*|data/chat\.py",
 }
 

@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 from ultralong_ray.config.base import Section
 from ultralong_ray.config.heads import heads_can_split, heads_message
 from ultralong_ray.config.model import ModelConfig
+from ultralong_ray.config.screening import DecontaminateConfig
 from ultralong_ray.config.sections import (
     ClusterConfig,
     CorpusConfig,
@@ -29,6 +30,8 @@ class Recipe(Section):
     model: ModelConfig
     corpus: CorpusConfig
     prepare: PrepareConfig
+    decontaminate: DecontaminateConfig | None = None
+    """Default: nothing is compared with evaluation sets."""
     pretrain: PretrainConfig
     sft: SftConfig | None = None
     evaluate: EvaluateConfig | None = None

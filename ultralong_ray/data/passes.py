@@ -9,10 +9,10 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from ultralong_ray.config import SourceConfig
+from ultralong_ray.config import DeduplicateConfig, SourceConfig
 from ultralong_ray.data.chat import check_template, parse_messages, tokenize_chat
 from ultralong_ray.data.corpus import (
     DocumentColumns,
@@ -25,6 +25,7 @@ from ultralong_ray.data.corpus import (
     row_id,
 )
 from ultralong_ray.data.pack import PackPlan, Separators, fill
+from ultralong_ray.data.screening import PartScreen, Screening
 from ultralong_ray.data.token_shards import StoredDocument, TokenReader, read_counts, write_token_shard
 from ultralong_ray.data.tokenize import encode_batch, load_tokenizer
 from ultralong_ray.packed import file_name, write_sequences
@@ -51,6 +52,8 @@ class TokenizeItem:
     first_task: int = 0
     num_tasks: int = 0
     seed: int = 0
+    screening: Screening | None = None  # text and chat
+    deduplicate: DeduplicateConfig | None = None  # chat
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +76,8 @@ def tokenize_items(
     folder: Location,
     max_tokens: int,
     seed: int,
+    screening: Screening | None = None,
+    deduplicate: DeduplicateConfig | None = None,
 ) -> list[TokenizeItem]:
     """Cut sources into work items, named by what they read: never by workers, nor by what lies beside it.
 
@@ -104,8 +109,14 @@ def tokenize_items(
         columns = DocumentColumns.of(source, MESSAGES_COLUMN if kind == "chat" else None)
         for part in list_parts(list_shards(source), columns.names):
             name = f"source{s:02d}-{_part_name(part)}"
-            items.append(TokenizeItem(name, kind, base, revision, folder, columns, part, max_tokens))
+            item = TokenizeItem(name, kind, base, revision, folder, columns, part, max_tokens)
+            items.append(replace(item, screening=screening, deduplicate=deduplicate))
     return items
+
+
+def source_number(name: str) -> int:
+    """The position in the recipe of the source that a work item of this name is a part of."""
+    return int(name.split("-")[0].removeprefix("source"))
 
 
 def _part_name(part: ShardPart) -> str:
@@ -131,9 +142,13 @@ def tokenize_part(item: TokenizeItem) -> dict[str, Any]:
         return write_token_shard(item.folder, item.name, documents, weights=True)
     assert item.part is not None and item.columns is not None
     if item.kind == "chat":
-        chats = _tokenize_chats(tokenizer, item.part, item.columns, item.max_tokens)
+        screen = PartScreen(item.folder, item.name, item.screening, item.deduplicate)
+        chats = _tokenize_chats(tokenizer, item.part, item.columns, item.max_tokens, screen)
         return write_token_shard(item.folder, item.name, chats, weights=True)
-    texts = _tokenize_texts(tokenizer, read_documents(item.part, item.columns))
+    documents = read_documents(item.part, item.columns)
+    if item.screening is not None:
+        documents = PartScreen(item.folder, item.name, item.screening).documents(documents)
+    texts = _tokenize_texts(tokenizer, documents)
     return write_token_shard(item.folder, item.name, texts, weights=False)
 
 
@@ -156,17 +171,19 @@ def _tokenize_batch(tokenizer: Any, batch: list[Document]) -> Iterator[Tokenized
 
 
 def _tokenize_chats(
-    tokenizer: Any, part: ShardPart, columns: DocumentColumns, max_tokens: int
+    tokenizer: Any, part: ShardPart, columns: DocumentColumns, max_tokens: int, screen: PartScreen
 ) -> Iterator[TokenizedDocument | None]:
-    """Samples of a part; None for each that is longer than `max_tokens`."""
+    """Samples of a part; None for each that is longer than `max_tokens` or overlaps an evaluation set."""
     check_template(tokenizer)
 
-    def sample(row: dict[str, Any]) -> TokenizedDocument:
+    def sample(row: dict[str, Any]) -> tuple[list[dict[str, str]], TokenizedDocument]:
         messages = parse_messages(row[columns.text])
-        return tokenize_chat(tokenizer, row_id(row, columns), row_domain(row, columns), messages)
+        return messages, tokenize_chat(tokenizer, row_id(row, columns), row_domain(row, columns), messages)
 
-    for document in read_checked(part, columns, sample):
-        yield document if len(document.input_ids) <= max_tokens else None
+    for messages, document in read_checked(part, columns, sample):
+        too_long = len(document.input_ids) > max_tokens
+        yield document if screen.admits(document.id, document.domain, messages, too_long=too_long) else None
+    screen.write()
 
 
 def pack_file(item: PackItem) -> dict[str, Any]:

@@ -27,14 +27,16 @@ import pyarrow.parquet as pq
 from ultralong_ray.config import PrepareConfig, Recipe, SourceConfig
 from ultralong_ray.data.pack import PackPlan, Separators, plan_concatenated, plan_whole
 from ultralong_ray.data.passes import PackItem, TokenizeItem, pack_file, tokenize_items, tokenize_part
-from ultralong_ray.data.sample import choose_holdout, draw, sample, target_shares, unit_hash, whole_copies
+from ultralong_ray.data.sample import choose_holdout, draw, sample, target_shares, whole_copies
+from ultralong_ray.data.screening import Screening, read_accounts, report_screening, start_screening
+from ultralong_ray.data.sft_mix import select_samples
 from ultralong_ray.data.sources import materialise
 from ultralong_ray.data.summary import prepare_report, sft_report
 from ultralong_ray.data.token_shards import StoredDocument, TokenReader, read_counts, read_index
 from ultralong_ray.data.tokenize import load_tokenizer, pad_token_id, separator_ids
 from ultralong_ray.packed import PackedFile, PackedManifest, PackedReader, chunking, file_name, write_placements
 from ultralong_ray.storage import Location, StageDirectory
-from ultralong_ray.types import DocumentLength, SampledDocument, UserError
+from ultralong_ray.types import DocumentLength, UserError
 
 log = logging.getLogger(__name__)
 
@@ -59,7 +61,8 @@ def prepare(recipe: Recipe, stage: StageDirectory) -> dict[str, Any]:
     before, after = separator_ids(tokenizer, config.separator, config.separator_encoding)
     separators = Separators(tuple(before), tuple(after), pad_token_id(tokenizer))
     sources = recipe.corpus.sources
-    stored, _ = _tokenize(recipe, folder, sources, chat=False, max_tokens=0, config=config)
+    screening = start_screening(recipe.decontaminate, folder / "tokens" / "benchmarks")
+    stored, names = _tokenize(recipe, folder, sources, chat=False, max_tokens=0, config=config, screening=screening)
     lengths = [DocumentLength(d.id, d.domain, d.num_tokens) for d in stored.values()]
     holdout = choose_holdout(lengths, config)
     plan = _plan(lengths, config, separators, {d.id for d in holdout})
@@ -74,6 +77,7 @@ def prepare(recipe: Recipe, stage: StageDirectory) -> dict[str, Any]:
         **prepare_report(lengths, plan.placements, target_shares(lengths, config), config.long_above_tokens),
         "sample": _decoded_sample(tokenizer, folder, plan),
         "holdout_documents": len(holdout),
+        **report_screening(screening, read_accounts(folder / "tokens", names), folder),
     }
     return _finish(folder, plan, report)
 
@@ -89,19 +93,27 @@ def prepare_sft(recipe: Recipe, stage: StageDirectory) -> dict[str, Any]:
     _clear_output(folder)
     tokenizer = load_tokenizer(recipe.model.base, recipe.model.revision)
     separators = Separators(pad=pad_token_id(tokenizer))
-    stored, too_long = _tokenize(
-        recipe, folder, config.sources, chat=True, max_tokens=config.max_sample_tokens, config=recipe.prepare
+    screening = start_screening(recipe.decontaminate, folder / "tokens" / "benchmarks")
+    stored, names = _tokenize(
+        recipe,
+        folder,
+        config.sources,
+        chat=True,
+        max_tokens=config.max_sample_tokens,
+        config=recipe.prepare,
+        screening=screening,
     )
-    lengths = [DocumentLength(d.id, d.domain, d.num_tokens) for d in stored.values()]
-    drawn = _draw_samples(lengths, config.num_samples, config.seed, too_long, config.max_sample_tokens)
-    plan = plan_whole(drawn, separators, config.sequence_length)
+    selection = select_samples(config, folder / "tokens", names, stored)
+    plan = plan_whole(selection.chosen, separators, config.sequence_length)
     results = _pack(plan, stored, separators, folder, True, 0, len(tokenizer), recipe.prepare.num_workers)
     supervised = sum(r["supervised_tokens"] for r in results)
     report = {
         "sequence_length": plan.sequence_length,
         "num_sequences": plan.num_sequences,
         "tokens": plan.sequence_length * plan.num_sequences,
-        **sft_report(lengths, plan.placements, too_long, supervised),
+        **sft_report(selection.available, plan.placements, selection.too_long, supervised),
+        "sources": selection.sources,
+        **report_screening(screening, selection.accounts, folder),
         "sample": _decoded_document(tokenizer, folder, plan),
     }
     return _finish(folder, plan, report)
@@ -114,20 +126,6 @@ def _clear_output(folder: Location) -> None:
         file.filesystem.delete_file(file.path)
 
 
-def _draw_samples(
-    lengths: Sequence[DocumentLength], wanted: int | None, seed: int, too_long: int, max_tokens: int
-) -> list[SampledDocument]:
-    """`wanted` samples (all: None) in the order of their hash."""
-    if not lengths or (wanted or 0) > len(lengths):
-        raise UserError(
-            f"sft.num_samples {wanted or 'all'}: the sources hold {len(lengths)} samples of at most "
-            f"sft.max_sample_tokens {max_tokens} tokens ({too_long} longer ones were left out); lower num_samples or "
-            f"raise max_sample_tokens"
-        )
-    ordered = sorted(lengths, key=lambda d: (unit_hash("sft", seed, d.id), d.id))
-    return [SampledDocument(d.id, d.domain, 0, d.num_tokens) for d in ordered[:wanted]]
-
-
 def _tokenize(
     recipe: Recipe,
     folder: Location,
@@ -136,21 +134,28 @@ def _tokenize(
     chat: bool,
     max_tokens: int,
     config: PrepareConfig,
-) -> tuple[dict[str, StoredDocument], int]:
-    """Pass 1. Returns the documents by id, in the order of their names, and how many were left out as too long."""
+    screening: Screening | None,
+) -> tuple[dict[str, StoredDocument], list[str]]:
+    """Pass 1. Returns the documents by id, in the order of their names, and the names of all parts."""
     files = materialise(sources, Location.of(recipe.workdir), chat=chat)
     kind = "chat" if chat else "text"
     name = (recipe.model.base, recipe.model.revision)
-    items = tokenize_items([(s, kind) for s in files], name, folder / "tokens", max_tokens, config.seed)
+    items = tokenize_items(
+        [(s, kind) for s in files],
+        name,
+        folder / "tokens",
+        max_tokens,
+        config.seed,
+        screening,
+        recipe.sft.deduplicate if chat and recipe.sft is not None else None,
+    )
     log.info("tokenising %d parts of %d sources", len(items), len(sources))
     _run(items, tokenize_part, config.num_workers, "tokenised", "parts")
     stored: dict[str, StoredDocument] = {}
-    left_out = 0
     repeated: list[str] = []
     for item in items:
         counts = read_counts(item.folder, item.name)
         assert counts is not None
-        left_out += counts["left_out"]
         for document in read_index(item.folder, item.name, counts["weights"]):
             if document.id in stored:
                 repeated.append(f"{document.id!r} in {_origin(item)}")
@@ -160,7 +165,7 @@ def _tokenize(
             f"corpus: {len(repeated)} documents have an id that another one has: {', '.join(repeated[:5])}"
             f"{' ...' if len(repeated) > 5 else ''}. Ids must be unique over all sources: set id_column, or rename them"
         )
-    return stored, left_out
+    return stored, [item.name for item in items]
 
 
 def _origin(item: TokenizeItem) -> str:
