@@ -29,6 +29,7 @@ FORMAT_VERSIONS = {
     "export": 1,
     "evaluate": 1,
     "report": 1,
+    "refine": 1,  # a job beside the pipeline, see data/refine.py
 }
 
 # The script that runs each stage.
@@ -97,6 +98,9 @@ def _own_fields(recipe: Recipe, stage: str) -> dict[str, Any]:
         names += ("domain_mix", "domain_samples", "deduplicate")
         fields = recipe.sft.fingerprint_fields()
         return {**tokenizer, **{name: fields[name] for name in names}, **_decontamination(recipe)}
+    if stage == "refine":
+        assert recipe.refine is not None
+        return recipe.refine.fingerprint_fields()
     if stage == "extend":
         return recipe.model.fingerprint_fields()
     if stage == "pretrain":

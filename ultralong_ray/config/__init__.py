@@ -7,6 +7,7 @@ how many workers) do not change what a stage computes and are left out of its fi
 
 from ultralong_ray.config.model import ArchitectureConfig, ModelConfig, RopeConfig
 from ultralong_ray.config.recipe import Recipe
+from ultralong_ray.config.refine import RefineConfig
 from ultralong_ray.config.screening import BenchmarkConfig, DecontaminateConfig, DeduplicateConfig
 from ultralong_ray.config.sections import (
     ClusterConfig,
@@ -31,6 +32,7 @@ __all__ = [
     "PrepareConfig",
     "PretrainConfig",
     "Recipe",
+    "RefineConfig",
     "RopeConfig",
     "SftConfig",
     "SourceConfig",

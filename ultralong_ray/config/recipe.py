@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 from ultralong_ray.config.base import Section
 from ultralong_ray.config.heads import heads_can_split, heads_message
 from ultralong_ray.config.model import ModelConfig
+from ultralong_ray.config.refine import RefineConfig
 from ultralong_ray.config.screening import DecontaminateConfig
 from ultralong_ray.config.sections import (
     ClusterConfig,
@@ -33,6 +34,8 @@ class Recipe(Section):
     decontaminate: DecontaminateConfig | None = None
     """Default: nothing is compared with evaluation sets."""
     pretrain: PretrainConfig
+    refine: RefineConfig | None = None
+    """Read by jobs/refine.py alone: no stage of the pipeline."""
     sft: SftConfig | None = None
     evaluate: EvaluateConfig | None = None
     cluster: ClusterConfig = ClusterConfig()
