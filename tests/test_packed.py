@@ -55,7 +55,7 @@ def test_a_slice_reads_only_its_row_groups(tmp_path: Path):
     ids, weights = reader.read(0, 3 * length // 8, 4 * length // 8)
     assert weights is None
     np.testing.assert_array_equal(ids, tokens[0, 3 * length // 8 : 4 * length // 8])
-    assert len(reader._groups) == 2  # 131,072 tokens of 1,048,576: 2 of 16 groups
+    assert len(reader._groups) == 8  # 131,072 tokens of 1,048,576: 8 of 64 groups
 
 
 def test_document_starts(tmp_path: Path):

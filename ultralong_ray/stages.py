@@ -21,8 +21,8 @@ from ultralong_ray.types import MissingInput
 
 # Raised when a stage's output format or meaning changes, so that older directories are not mistaken for new ones.
 FORMAT_VERSIONS = {
-    "prepare": 1,
-    "prepare_sft": 2,
+    "prepare": 2,
+    "prepare_sft": 3,
     "extend": 1,
     "pretrain": 1,
     "sft": 1,
@@ -73,7 +73,12 @@ def stage_of_model(recipe: Recipe, model: str) -> str:
 
 def stage_directory(recipe: Recipe, stage: str) -> StageDirectory:
     fingerprint = stage_fingerprint(recipe, stage)
-    return StageDirectory(stage, fingerprint, Location.of(recipe.workdir) / f"{stage}-{fingerprint}")
+    return StageDirectory(stage, fingerprint, workdir(recipe) / f"{stage}-{fingerprint}")
+
+
+def workdir(recipe: Recipe) -> Location:
+    """The recipe's working directory, reached as its [storage] section says."""
+    return Location.of(recipe.workdir, recipe.storage.options)
 
 
 def stage_fingerprint(recipe: Recipe, stage: str) -> str:

@@ -3,9 +3,6 @@
 A `Location` is a URI that can be pickled into any process; its pyarrow filesystem is made where it is used. Local
 paths, `s3://`, `gs://` come from pyarrow; every other scheme from fsspec when the package for it is installed. Writes
 are atomic for a reader: a local file is renamed into place, an object appears when its upload ends.
-
-Many S3-compatible servers refuse the trailing checksums that recent AWS clients send (411 MissingContentLength, seen
-with Ceph 16): set AWS_REQUEST_CHECKSUM_CALCULATION=when_required for those.
 """
 
 from __future__ import annotations
@@ -16,46 +13,34 @@ import json
 import os
 import uuid
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import pyarrow.fs as pafs
 
-from ultralong_ray.types import UserError
+from ultralong_ray.object_store import explained, s3_filesystem
+from ultralong_ray.types import StorageOptions, UserError
 
 SUCCESS_FILE = "_SUCCESS.json"
 
 
 @lru_cache(maxsize=64)
-def _filesystem_of(root: str) -> pafs.FileSystem:
+def _filesystem_of(root: str, options: StorageOptions) -> pafs.FileSystem:
     """Filesystem for `scheme://authority`; the empty root is the local disk."""
     if not root:
         return pafs.LocalFileSystem()
     scheme = root.split("://", 1)[0]
     try:
         if scheme == "s3":
-            return _s3_filesystem(root)
+            return s3_filesystem(root, options)
         filesystem, _ = pafs.FileSystem.from_uri(root)
         return filesystem
     except OSError as error:
-        raise UserError(
-            f"{root} cannot be reached: {error}. Check the bucket's name, the network, AWS_ENDPOINT_URL (for a server "
-            f"other than AWS), AWS_REGION and the credentials of the usual AWS chain"
-        ) from error
+        raise explained(error, root) from error
     except (ValueError, NotImplementedError):
         return _fsspec_filesystem(scheme, root)
-
-
-def _s3_filesystem(root: str) -> pafs.FileSystem:
-    """An endpoint or region from the environment is taken as it is; else pyarrow asks AWS for the bucket's region."""
-    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
-    region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
-    if endpoint or region:
-        return pafs.S3FileSystem(endpoint_override=endpoint, region=region or "us-east-1")
-    filesystem, _ = pafs.FileSystem.from_uri(f"{root}/")
-    return filesystem
 
 
 def _fsspec_filesystem(scheme: str, root: str) -> pafs.FileSystem:
@@ -69,12 +54,13 @@ def _fsspec_filesystem(scheme: str, root: str) -> pafs.FileSystem:
 
 @dataclass(frozen=True, slots=True)
 class Location:
-    """A file or folder by URI. `Location("s3://b/x") / "y"` is `s3://b/x/y`."""
+    """A file or folder by URI. `Location("s3://b/x") / "y"` is `s3://b/x/y`, reached with the same options."""
 
     uri: str
+    options: StorageOptions = StorageOptions()
 
     @staticmethod
-    def of(uri: str | Path | Location) -> Location:
+    def of(uri: str | Path | Location, options: StorageOptions = StorageOptions()) -> Location:  # noqa: B008
         """Normalise: a path without scheme becomes absolute, `file://` becomes a path."""
         if isinstance(uri, Location):
             return uri
@@ -83,7 +69,7 @@ class Location:
             text = text[len("file://") :]
         if "://" not in text:
             text = os.path.abspath(os.path.expanduser(text))
-        return Location(text.rstrip("/") if len(text) > 1 else text)
+        return Location(text.rstrip("/") if len(text) > 1 else text, options)
 
     @property
     def is_local(self) -> bool:
@@ -97,9 +83,9 @@ class Location:
     @property
     def filesystem(self) -> pafs.FileSystem:
         if self.is_local:
-            return _filesystem_of("")
+            return _filesystem_of("", StorageOptions())
         scheme, rest = self.uri.split("://", 1)
-        return _filesystem_of(f"{scheme}://{rest.split('/', 1)[0]}")
+        return _filesystem_of(f"{scheme}://{rest.split('/', 1)[0]}", self.options)
 
     @property
     def name(self) -> str:
@@ -107,10 +93,10 @@ class Location:
 
     @property
     def parent(self) -> Location:
-        return Location(self.uri.rsplit("/", 1)[0])
+        return replace(self, uri=self.uri.rsplit("/", 1)[0])
 
     def __truediv__(self, name: str) -> Location:
-        return Location(f"{self.uri}/{name}")
+        return replace(self, uri=f"{self.uri}/{name}")
 
     def __str__(self) -> str:
         return self.uri
@@ -129,7 +115,7 @@ class Location:
         selector = pafs.FileSelector(self.path, recursive=recursive, allow_not_found=True)
         infos = self.filesystem.get_file_info(selector)
         prefix = "" if self.is_local else self.uri.split("://", 1)[0] + "://"
-        return [Location(prefix + info.path) for info in sorted(infos, key=lambda i: i.path) if info.is_file]
+        return [replace(self, uri=prefix + info.path) for info in sorted(infos, key=lambda i: i.path) if info.is_file]
 
     def read_bytes(self) -> bytes:
         with self.filesystem.open_input_stream(self.path, compression=None) as stream:

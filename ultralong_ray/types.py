@@ -34,6 +34,18 @@ class MissingInput(UserError):
 
 
 @dataclass(frozen=True, slots=True)
+class StorageOptions:
+    """How an S3-compatible store is reached; what is None comes from the environment and the usual AWS chain."""
+
+    endpoint: str | None = None  # URL of a server other than AWS
+    region: str | None = None
+    path_style: bool | None = None  # bucket in the path, not in the host name; None: with an endpoint only
+    anonymous: bool = False
+    plain_checksums: bool = False  # leave out the trailing checksums that older servers refuse
+    max_attempts: int = 12  # of one request
+
+
+@dataclass(frozen=True, slots=True)
 class Document:
     """One text of the corpus. `id` is unique within a corpus; `domain` is the unit whose token share is held."""
 

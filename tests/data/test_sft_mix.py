@@ -6,17 +6,25 @@ import random
 from collections import Counter
 from typing import Any
 
+import numpy as np
 import pytest
 
+from tests.data.columns import table_of
 from ultralong_ray.config import SftConfig
 from ultralong_ray.data.sft_mix import choose_samples
-from ultralong_ray.types import DocumentLength, UserError
+from ultralong_ray.types import UserError
 
-SAMPLES = [
-    DocumentLength(f"{domain}/{i}", domain, 10)
+ROWS = [
+    (f"{domain}/{i}", domain, 10)
     for domain, count in (("general", 100), ("math", 60), ("code", 40))
     for i in range(count)
 ]
+
+
+def chosen(settings: SftConfig, rows: list[tuple[str, str, int]] = ROWS) -> list[str]:
+    """The ids drawn from these samples, in their order."""
+    picked = choose_samples(np.arange(len(rows)), table_of(rows, [len(rows)]), settings, "nothing left out")
+    return [rows[row][0] for row in picked.tolist()]
 
 
 def config(**fields: Any) -> SftConfig:
@@ -25,7 +33,7 @@ def config(**fields: Any) -> SftConfig:
 
 
 def drawn(**fields: Any) -> Counter[str]:
-    return Counter(sample.domain for sample in choose_samples(SAMPLES, config(**fields), "nothing left out"))
+    return Counter(name.split("/")[0] for name in chosen(config(**fields)))
 
 
 def test_without_a_mix_the_sources_decide() -> None:
@@ -46,18 +54,14 @@ def test_shares_and_counts() -> None:
 
 
 def test_the_draw_does_not_depend_on_the_order_and_grows_with_the_number() -> None:
-    shuffled = list(SAMPLES)
+    shuffled = list(ROWS)
     random.Random(0).shuffle(shuffled)
     mix = {"general": 0.5, "math": 0.3, "code": 0.2}
     small = config(domain_mix=mix, num_samples=40)
-    first = choose_samples(SAMPLES, small, "")
-    assert choose_samples(shuffled, small, "") == first
-    assert [s.id for s in first] != sorted(s.id for s in first)
-    larger = {s.id for s in choose_samples(SAMPLES, config(domain_mix=mix, num_samples=80), "")}
-    assert {s.id for s in first} < larger
-    assert {s.id for s in choose_samples(SAMPLES, config(domain_mix=mix, num_samples=40, seed=1), "")} != {
-        s.id for s in first
-    }
+    first = chosen(small)
+    assert chosen(small, shuffled) == first != sorted(first)
+    assert set(first) < set(chosen(config(domain_mix=mix, num_samples=80)))
+    assert set(first) != set(chosen(config(domain_mix=mix, num_samples=40, seed=1)))
 
 
 def test_what_cannot_be_had_is_refused_with_the_arithmetic() -> None:

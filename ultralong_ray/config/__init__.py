@@ -17,6 +17,7 @@ from ultralong_ray.config.sections import (
     PretrainConfig,
     SftConfig,
     SourceConfig,
+    StorageConfig,
     TrainConfig,
 )
 
@@ -36,5 +37,6 @@ __all__ = [
     "RopeConfig",
     "SftConfig",
     "SourceConfig",
+    "StorageConfig",
     "TrainConfig",
 ]

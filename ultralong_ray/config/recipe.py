@@ -18,6 +18,7 @@ from ultralong_ray.config.sections import (
     PrepareConfig,
     PretrainConfig,
     SftConfig,
+    StorageConfig,
     TrainConfig,
 )
 
@@ -28,6 +29,7 @@ class Recipe(Section):
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
     workdir: str
     """Where stages write: local path or any pyarrow / fsspec URI (s3://bucket/prefix)."""
+    storage: StorageConfig = StorageConfig()
     model: ModelConfig
     corpus: CorpusConfig
     prepare: PrepareConfig

@@ -1,30 +1,67 @@
-"""[corpus], [prepare], [pretrain], [sft], [evaluate] and [cluster]."""
+"""[storage], [corpus], [prepare], [pretrain], [sft], [evaluate] and [cluster]."""
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from ultralong_ray.config.base import NonNegative, Positive, PositiveFloat, Section, Share, operational
 from ultralong_ray.config.screening import DeduplicateConfig
+from ultralong_ray.types import StorageOptions
+
+
+class StorageConfig(Section):
+    """How s3:// addresses are reached. What is not given comes from the environment and the usual AWS chain."""
+
+    endpoint: str | None = operational(None)
+    """URL of an S3-compatible server; default: AWS_ENDPOINT_URL_S3, AWS_ENDPOINT_URL, else AWS itself."""
+    region: str | None = operational(None)
+    """Default: AWS_REGION, AWS_DEFAULT_REGION, else the bucket's own."""
+    path_style: bool | None = operational(None)
+    """True: the bucket stands in the path. False: in the host name. Default: in the path when there is an endpoint."""
+    anonymous: bool = operational(False)
+    """Send no credentials: public buckets."""
+    plain_checksums: bool = operational(False)
+    """Leave out trailing checksums, which many S3-compatible servers refuse with 411 (seen with Ceph 16)."""
+    max_attempts: Positive = operational(12)
+    """Attempts at one request; the waits between them grow to 20 seconds."""
+
+    @property
+    def options(self) -> StorageOptions:
+        return StorageOptions(**self.model_dump())
 
 
 class SourceConfig(Section):
     """One source of documents."""
 
     kind: Literal["files", "installed", "tasks"] = "files"
-    """files: Parquet or JSONL shards. installed: the text on this machine (code, documentation, licences).
+    """files: Parquet, JSONL or Arrow shards. installed: the text on this machine (code, documentation, licences).
     tasks: synthetic retrieval documents, for training a base model from nothing."""
     uri: str | None = None
-    """files: a file, a folder or a glob; local path or any pyarrow / fsspec URI."""
-    format: Literal["parquet", "jsonl"] | None = None
+    """files: a file, a folder (prefix) or a glob; local path or any pyarrow / fsspec URI."""
+    storage: StorageConfig | None = operational(None)
+    """How an s3:// uri is reached; default: as [storage] of the recipe says."""
+    format: Literal["parquet", "jsonl", "arrow"] | None = None
     """Default: by file name."""
     text_column: str = "text"
+    input_ids_column: str | None = None
+    """Column of token ids (list of integers) of documents already tokenised; then text_column is not read."""
     domain_column: str = "domain"
     id_column: str = "id"
     domain: str | None = None
     """Fixed domain of all documents of this source; then domain_column is not read."""
+    domain_pattern: str | None = None
+    """Regular expression searched in a shard's address; its first group is the domain of the shard's documents.
+    "folder": the name of the folder that holds the shard. Then domain_column is not read."""
+    weight: PositiveFloat = 1.0
+    """How often a token of this source counts when token shares are set: 2 doubles the source's part of the mix."""
+    max_bad_rows_share: Share = operational(0.01)
+    """Bad rows (null, empty, not a string, undecodable, without id) are set aside; more than this share stops the
+    run."""
+    on_bad_shard: Literal["stop", "skip"] = operational("stop")
+    """A shard that cannot be read (truncated, wrong compression, no rows) stops the run, or is left out and reported."""
     max_megabytes: PositiveFloat | None = None
     """installed: stop after this much text (all domains together)."""
     num_documents: Positive | None = None
@@ -40,7 +77,22 @@ class SourceConfig(Section):
             raise ValueError(f'a source of kind "{self.kind}" takes no uri')
         if self.kind == "tasks" and not (self.num_documents and self.max_tokens_per_document):
             raise ValueError('a source of kind "tasks" needs num_documents and max_tokens_per_document')
+        if self.domain is not None and self.domain_pattern is not None:
+            raise ValueError("a source takes domain or domain_pattern, not both")
         return self
+
+    @field_validator("domain_pattern")
+    @classmethod
+    def _pattern_has_a_group(cls, value: str | None) -> str | None:
+        if value is None or value == "folder":
+            return value
+        try:
+            groups = re.compile(value).groups
+        except re.error as error:
+            raise ValueError(f"domain_pattern {value!r} is no regular expression ({error})") from None
+        if groups < 1:
+            raise ValueError(f"domain_pattern {value!r} has no group (...) to take the domain from")
+        return value
 
 
 class CorpusConfig(Section):
@@ -76,6 +128,8 @@ class PrepareConfig(Section):
     seed: int = 42
     num_workers: Positive | None = operational(None)
     """Parallel tasks; default: all CPUs of the cluster."""
+    keep_tokens: bool = operational(False)
+    """Keep the token shards below <workdir>/tokens when the stage is done, for other recipes over the same corpus."""
 
     @model_validator(mode="after")
     def _thresholds_are_ordered(self) -> PrepareConfig:

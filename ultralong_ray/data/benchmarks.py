@@ -9,6 +9,7 @@ Read against pyarrow 26: `open_input_stream(compression="detect")` goes by the f
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 from collections.abc import Iterator
@@ -24,8 +25,9 @@ from numpy.typing import NDArray
 from ultralong_ray.config import BenchmarkConfig, DecontaminateConfig
 from ultralong_ray.data.ngrams import HashArray, WordArray, ngram_hashes, words
 from ultralong_ray.storage import Location
-from ultralong_ray.types import UserError
+from ultralong_ray.types import StorageOptions, UserError
 
+INDEX_VERSION = 1  # of what is written and of the normalisation
 DEFAULT_COLUMNS = ("question", "prompt", "problem", "text", "query", "input")
 _SUFFIXES = (".jsonl", ".json", ".parquet", ".txt")
 _BITMAP_SLOTS_PER_NGRAM = 16
@@ -90,6 +92,16 @@ class BenchmarkIndex:
         return " ".join(self.spelled[i - 1] if i else "?" for i in ids)
 
 
+def index_name(config: DecontaminateConfig, options: StorageOptions) -> str:
+    """A name for the index of these benchmarks: another one when a rule, a file or what is in a file changes."""
+    content: list[Any] = [INDEX_VERSION, config.fingerprint_fields()]
+    for benchmark in config.benchmarks:
+        for file in _files(benchmark, options):
+            info = file.filesystem.get_file_info(file.path)
+            content.append([file.uri, info.size, info.mtime_ns])
+    return f"benchmarks-{hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]}"
+
+
 def write_index(config: DecontaminateConfig, folder: Location) -> dict[str, dict[str, int]]:
     """Read the benchmarks, write their index and return its counts per benchmark.
 
@@ -102,7 +114,7 @@ def write_index(config: DecontaminateConfig, folder: Location) -> dict[str, dict
     counts: dict[str, dict[str, int]] = {}
     for benchmark in config.benchmarks:
         count = counts[benchmark.name] = {"items": 0, "whole_item": 0, "too_short": 0}
-        for item, column, text in _items(benchmark):
+        for item, column, text in _items(benchmark, folder.options):
             found = words(text)
             count["items"] += 1
             count["whole_item"] += config.min_item_words <= len(found) < config.ngram_words
@@ -164,16 +176,21 @@ def read_index(folder: Location) -> BenchmarkIndex:
     )
 
 
-def _items(benchmark: BenchmarkConfig) -> Iterator[tuple[str, str, str]]:
-    """(item, column, text) of a benchmark, in the order of its files and rows."""
-    location = Location.of(benchmark.uri)
+def _files(benchmark: BenchmarkConfig, options: StorageOptions) -> list[Location]:
+    """The files of a benchmark, sorted by path. Raises UserError when there are none."""
+    location = Location.of(benchmark.uri, options)
     files = [f for f in location.files(recursive=True) if _suffix(f)] if location.is_dir() else [location]
     if not files or not files[0].exists() or not all(map(_suffix, files)):
         raise UserError(
             f"decontaminate.benchmarks {benchmark.name!r}: uri {benchmark.uri} is no file or folder of "
             f"{', '.join(_SUFFIXES)} (.gz, .zst); check the path"
         )
-    for file in files:
+    return files
+
+
+def _items(benchmark: BenchmarkConfig, options: StorageOptions) -> Iterator[tuple[str, str, str]]:
+    """(item, column, text) of a benchmark, in the order of its files and rows."""
+    for file in _files(benchmark, options):
         try:
             yield from _file_items(benchmark, file)
         except (pa.ArrowException, OSError, ValueError) as error:

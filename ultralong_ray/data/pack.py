@@ -1,23 +1,27 @@
-"""Document copies in, places in sequences of exactly `sequence_length` tokens out; then the tokens put there. Pure.
+"""Document copies in, places in sequences of exactly `sequence_length` tokens out. Pure, on columns.
 
 concatenate   one stream  [before] doc [after] [before] doc [after] ...  cut every sequence_length tokens: documents
               and even separators continue in the next sequence, nothing is padded (Fu et al., arXiv 2402.10171)
 whole         each [before] doc [after] goes to the fullest sequence that still has room (best fit); only an item
               longer than a sequence is cut; the rest of a sequence is padding with loss weight 0
+
+An *item* is a copy with its separators. Items are cut into *pieces*, tokens [low, high) of an item from position
+`start` of a sequence on, and pieces fall apart into the places of documents and of separators.
 """
 
 from __future__ import annotations
 
+import heapq
 from bisect import bisect_left, insort
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
-from typing import TypeVar
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
 
 import numpy as np
+from numpy.typing import NDArray
 
-from ultralong_ray.types import ByteArray, IntArray, PackedSequence, Placement, SampledDocument
+from ultralong_ray.data.sample import Copies
 
-TokenSource = Callable[[Placement], tuple[IntArray, ByteArray | None]]
+IntColumn = NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,176 +38,245 @@ class Separators:
 
 
 @dataclass(frozen=True, slots=True)
-class SeparatorPlace:
+class _Places:
+    """Columns of equal length, ordered by (sequence, start)."""
+
+    sequence: IntColumn
+    start: IntColumn
+    end: IntColumn
+
+    def __len__(self) -> int:
+        return len(self.sequence)
+
+    def take(self, which: IntColumn | slice | NDArray[np.bool_]):
+        return type(self)(*(getattr(self, f.name)[which] for f in fields(self)))
+
+    def between(self, first: int, end: int):
+        """The places in sequences [first, end)."""
+        low, high = np.searchsorted(self.sequence, [first, end])
+        return self.take(slice(int(low), int(high)))
+
+
+@dataclass(frozen=True, slots=True)
+class DocumentPlaces(_Places):
+    """Tokens [document_start, document_end) of a copy of document `row` stand at [start, end) of a sequence."""
+
+    row: IntColumn
+    copy: NDArray[np.int32]
+    document_start: IntColumn
+    document_end: IntColumn
+
+
+@dataclass(frozen=True, slots=True)
+class SeparatorPlaces(_Places):
     """Ids [offset, offset + end - start) of the `before` or `after` separator stand at [start, end) of a sequence."""
 
-    sequence: int
-    start: int
-    end: int
-    before: bool
-    offset: int
+    before: NDArray[np.bool_]
+    offset: IntColumn
 
 
-Placed = TypeVar("Placed", Placement, SeparatorPlace)
-
-
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class PackPlan:
-    """Where everything stands. Positions that neither list names are padding."""
+    """Where everything stands. Positions that neither names are padding."""
 
     sequence_length: int
-    num_sequences: int = 0
-    placements: list[Placement] = field(default_factory=list)
-    separators: list[SeparatorPlace] = field(default_factory=list)
-
-    def add_item(
-        self, copy: SampledDocument, separators: Separators, item: tuple[int, int], sequence: int, start: int
-    ) -> None:
-        """Place tokens [item[0], item[1]) of `before + document + after` from position `start` of a sequence on."""
-        shift = start - item[0]
-        document_start = len(separators.before)
-        document_end = document_start + copy.num_tokens
-        spans = ((0, document_start, True), (document_end, document_end + len(separators.after), False))
-        for first, last, before in spans:
-            low, high = max(first, item[0]), min(last, item[1])
-            if low < high:
-                self.separators.append(SeparatorPlace(sequence, low + shift, high + shift, before, low - first))
-        low, high = max(document_start, item[0]), min(document_end, item[1])
-        if low < high:
-            place = (sequence, low + shift, high + shift)
-            cut = (low - document_start, high - document_start)
-            self.placements.append(Placement(*place, copy.id, copy.domain, copy.copy, *cut))
-
-    def split(self, sequences: int) -> Iterator[PackPlan]:
-        """Plans of `sequences` sequences each (the last may have fewer), each counting its own from 0."""
-        placements, separators = _by_sequence(self.placements), _by_sequence(self.separators)
-        for first in range(0, self.num_sequences, sequences):
-            part = PackPlan(self.sequence_length, min(sequences, self.num_sequences - first))
-            for i in range(part.num_sequences):
-                part.placements += [replace(p, sequence=i) for p in placements.get(first + i, [])]
-                part.separators += [replace(p, sequence=i) for p in separators.get(first + i, [])]
-            yield part
+    num_sequences: int
+    documents: DocumentPlaces
+    separators: SeparatorPlaces
 
 
-def plan_concatenated(
-    copies: Iterable[SampledDocument], separators: Separators, sequence_length: int, num_sequences: int
-) -> PackPlan:
+@dataclass(frozen=True, slots=True)
+class _Pieces:
+    item: IntColumn  # index into the copies; one beyond them is a `before` separator without a document
+    low: IntColumn
+    high: IntColumn
+    sequence: IntColumn
+    start: IntColumn
+
+
+def plan_concatenated(copies: Copies, separators: Separators, sequence_length: int, num_sequences: int) -> PackPlan:
     """One stream of the copies in their order, cut every `sequence_length` tokens.
 
     A copy that would share a sequence with the end of an earlier copy of its document waits for a later sequence; it
     is placed last when no later sequence comes. The stream may end with the start of a `before` separator whose
     document is cut off whole. Raises ValueError when it is shorter than the sequences by more than that.
     """
-    plan = PackPlan(sequence_length, num_sequences)
-    total, position = sequence_length * num_sequences, 0
-    for copy in _copies_apart(copies, separators.tokens, sequence_length):
-        length = min(copy.num_tokens + separators.tokens, total - position)
-        taken = 0
-        while taken < length:
-            sequence, start = divmod(position, sequence_length)
-            step = min(length - taken, sequence_length - start)
-            plan.add_item(copy, separators, (taken, taken + step), sequence, start)
-            taken += step
-            position += step
-    if 0 < total - position <= len(separators.before):
-        start = sequence_length - (total - position)
-        plan.separators.append(SeparatorPlace(num_sequences - 1, start, sequence_length, before=True, offset=0))
-    elif position < total:
+    copies = copies.take(copies_apart(copies, separators.tokens, sequence_length))
+    total = sequence_length * num_sequences
+    ends = np.cumsum(copies.num_tokens + separators.tokens)
+    position = int(ends[-1]) if len(ends) else 0
+    if position + len(separators.before) < total:
         raise ValueError(f"the stream has {position} tokens, {num_sequences} x {sequence_length} are to be filled")
-    return plan
+    if position < total:
+        ends = np.append(ends, position + len(separators.before))
+    starts = np.concatenate([[0], ends[:-1]])
+    ends = np.minimum(ends, total)
+    item = np.flatnonzero(starts < ends)
+    first, last = starts[item] // sequence_length, (ends[item] - 1) // sequence_length
+    count = last - first + 1
+    item = np.repeat(item, count)
+    sequence = np.repeat(first, count) + np.arange(len(item)) - np.repeat(np.cumsum(count) - count, count)
+    low = np.maximum(starts[item], sequence * sequence_length)
+    high = np.minimum(ends[item], (sequence + 1) * sequence_length)
+    pieces = _Pieces(item, low - starts[item], high - starts[item], sequence, low - sequence * sequence_length)
+    return _plan(pieces, copies, separators, sequence_length, num_sequences)
 
 
-def _copies_apart(
-    copies: Iterable[SampledDocument], separator_tokens: int, sequence_length: int
-) -> Iterator[SampledDocument]:
-    """The copies in order, each held back until its document's earlier copy lies in an earlier sequence."""
-    position = 0
-    last_sequence: dict[str, int] = {}  # where the last copy of a document ends
-    waiting: list[SampledDocument] = []
+def copies_apart(copies: Copies, separator_tokens: int, sequence_length: int) -> IntColumn:
+    """The order of the copies in the stream: each held back until its document's earlier copy lies in an earlier
+    sequence. int64 [copies]."""
+    lengths = copies.num_tokens + separator_tokens
+    if _are_apart(copies.row, lengths, sequence_length):
+        return np.arange(len(copies))
+    rows, counts = np.unique(copies.row, return_counts=True)
+    repeated = np.isin(copies.row, rows[counts > 1])
+    waiting = _Waiting(copies.row.tolist(), lengths.tolist(), sequence_length)
+    for index, matters in enumerate(repeated.tolist()):
+        waiting.add(index, matters)
+    return np.array(waiting.finish(), np.int64)
 
-    def free(copy: SampledDocument) -> bool:
-        return last_sequence.get(copy.id, -1) < position // sequence_length
 
-    def place(copy: SampledDocument) -> SampledDocument:
-        nonlocal position
-        last_sequence[copy.id] = (position + copy.num_tokens + separator_tokens - 1) // sequence_length
-        position += copy.num_tokens + separator_tokens
-        return copy
+def _are_apart(rows: IntColumn, lengths: IntColumn, sequence_length: int) -> bool:
+    """Whether in the order given no two copies of a document share a sequence."""
+    ends = np.cumsum(lengths)
+    first, last = (ends - lengths) // sequence_length, (ends - 1) // sequence_length
+    order = np.argsort(rows, kind="stable")
+    same = rows[order][1:] == rows[order][:-1]
+    return not bool((same & (first[order][1:] <= last[order][:-1])).any())
 
-    for copy in copies:
-        while released := next((w for w in waiting if free(w)), None):
-            waiting.remove(released)
-            yield place(released)
-        if free(copy):
-            yield place(copy)
+
+class _Waiting:
+    """The stream as it grows, and the copies that wait: asleep until a sequence begins, then ready in their order."""
+
+    def __init__(self, rows: list[int], lengths: list[int], sequence_length: int) -> None:
+        self.rows, self.lengths, self.sequence_length = rows, lengths, sequence_length
+        self.order: list[int] = []
+        self.position = 0
+        self.last_sequence: dict[int, int] = {}  # where the last copy of a document ends
+        self.asleep: list[tuple[int, int]] = []  # heap of (sequence at which it may be placed, index)
+        self.ready: list[int] = []  # heap of indices
+        self.all_waiting: list[int] = []  # heap of indices, placed ones among them
+        self.placed: set[int] = set()  # of those that have waited
+
+    def add(self, index: int, matters: bool) -> None:
+        """Place what may be placed now, then this copy or have it wait. `matters`: its document has other copies."""
+        while (released := self._next_ready()) is not None:
+            self._place(released, matters=True)
+        if matters and not self._is_free(index):
+            self._sleep(index)
         else:
-            waiting.append(copy)
-    while waiting:
-        released = next((w for w in waiting if free(w)), waiting[0])
-        waiting.remove(released)
-        yield place(released)
+            self._place(index, matters)
+
+    def finish(self) -> list[int]:
+        """The order of all copies; those that no later sequence comes for stand last, as they came."""
+        while True:
+            released = self._next_ready()
+            while released is None and self.all_waiting:
+                index = heapq.heappop(self.all_waiting)
+                released = None if index in self.placed else index
+            if released is None:
+                return self.order
+            self._place(released, matters=True)
+
+    def _is_free(self, index: int) -> bool:
+        return self.last_sequence.get(self.rows[index], -1) < self.position // self.sequence_length
+
+    def _sleep(self, index: int) -> None:
+        heapq.heappush(self.asleep, (self.last_sequence[self.rows[index]] + 1, index))
+        heapq.heappush(self.all_waiting, index)
+
+    def _next_ready(self) -> int | None:
+        sequence = self.position // self.sequence_length
+        while self.asleep and self.asleep[0][0] <= sequence:
+            heapq.heappush(self.ready, heapq.heappop(self.asleep)[1])
+        while self.ready:
+            index = heapq.heappop(self.ready)
+            if index in self.placed:
+                continue
+            if self._is_free(index):
+                return index
+            self._sleep(index)  # another copy of its document was released before it
+        return None
+
+    def _place(self, index: int, matters: bool) -> None:
+        self.order.append(index)
+        if matters:
+            self.placed.add(index)
+            self.last_sequence[self.rows[index]] = (self.position + self.lengths[index] - 1) // self.sequence_length
+        self.position += self.lengths[index]
 
 
 def plan_whole(
-    copies: Sequence[SampledDocument],
-    separators: Separators,
-    sequence_length: int,
-    max_sequences: int | None = None,
+    copies: Copies, separators: Separators, sequence_length: int, max_sequences: int | None = None
 ) -> PackPlan:
     """Best fit in the order given. With `max_sequences`, it ends at the first copy that does not fit any more."""
-    plan = PackPlan(sequence_length)
+    pieces: list[tuple[int, int, int, int, int]] = []  # as in _Pieces
+    num_sequences = 0
     rooms: list[tuple[int, int]] = []  # (free tokens, -sequence) ascending: the tightest room, then the latest sequence
-    for copy in copies:
-        length = copy.num_tokens + separators.tokens
-        pieces, rest = divmod(length, sequence_length)
-        fit = bisect_left(rooms, (rest, -plan.num_sequences)) if rest else len(rooms)
-        opened = pieces + (1 if rest and fit == len(rooms) else 0)
-        if max_sequences is not None and plan.num_sequences + opened > max_sequences:
+    for item, length in enumerate((copies.num_tokens + separators.tokens).tolist()):
+        whole, rest = divmod(length, sequence_length)
+        fit = bisect_left(rooms, (rest, -num_sequences)) if rest else len(rooms)
+        opened = whole + (1 if rest and fit == len(rooms) else 0)
+        if max_sequences is not None and num_sequences + opened > max_sequences:
             break
-        for piece in range(pieces):
-            item = (piece * sequence_length, (piece + 1) * sequence_length)
-            plan.add_item(copy, separators, item, plan.num_sequences, 0)
-            plan.num_sequences += 1
+        for piece in range(whole):
+            pieces.append((item, piece * sequence_length, (piece + 1) * sequence_length, num_sequences, 0))
+            num_sequences += 1
         if rest:
             if fit < len(rooms):
                 room, negative = rooms.pop(fit)
                 sequence = -negative
             else:
-                room, sequence = sequence_length, plan.num_sequences
-                plan.num_sequences += 1
-            plan.add_item(copy, separators, (length - rest, length), sequence, sequence_length - room)
+                room, sequence = sequence_length, num_sequences
+                num_sequences += 1
+            pieces.append((item, length - rest, length, sequence, sequence_length - room))
             if room > rest:
                 insort(rooms, (room - rest, -sequence))
-    return plan
+    columns = np.array(pieces, np.int64).reshape(-1, 5)
+    return _plan(_Pieces(*columns.T), copies, separators, sequence_length, num_sequences)
 
 
-def fill(
-    plan: PackPlan, tokens: TokenSource, separators: Separators, *, weights: bool, separator_weight: int = 1
-) -> Iterator[PackedSequence]:
-    """The sequences of a plan in order, as ids and, with `weights`, the weight of every token as a target.
+def _plan(
+    pieces: _Pieces, copies: Copies, separators: Separators, sequence_length: int, num_sequences: int
+) -> PackPlan:
+    """Pieces of items as places of documents and of separators."""
+    order = np.lexsort((pieces.start, pieces.sequence))
+    pieces = _Pieces(*(getattr(pieces, f.name)[order] for f in fields(_Pieces)))
+    num_before, num_after = len(separators.before), len(separators.after)
+    tokens = np.append(copies.num_tokens, 0)[pieces.item]
 
-    `tokens` gives the ids [n] and weights [n] (None: 1 everywhere) that stand at a placement.
-    """
-    placements = _by_sequence(plan.placements)
-    separator_places = _by_sequence(plan.separators)
-    for sequence in range(plan.num_sequences):
-        ids = np.full(plan.sequence_length, separators.pad, np.int32)
-        weight = np.zeros(plan.sequence_length, np.uint8) if weights else None
-        for place in separator_places.get(sequence, []):
-            source = separators.before if place.before else separators.after
-            ids[place.start : place.end] = source[place.offset : place.offset + place.end - place.start]
-            if weight is not None:
-                weight[place.start : place.end] = separator_weight
-        for placement in placements.get(sequence, []):
-            document_ids, document_weight = tokens(placement)
-            ids[placement.start : placement.end] = document_ids
-            if weight is not None:
-                weight[placement.start : placement.end] = 1 if document_weight is None else document_weight
-        yield PackedSequence(sequence, ids, weight)
+    def part(first: IntColumn, last: IntColumn) -> tuple[IntColumn, IntColumn, IntColumn, IntColumn]:
+        """Which pieces hold some of tokens [first, last) of their item, and (start, end, offset from first) of it."""
+        low, high = np.maximum(first, pieces.low), np.minimum(last, pieces.high)
+        which = np.flatnonzero(low < high)
+        start = (low - pieces.low + pieces.start)[which]
+        return which, start, start + (high - low)[which], (low - first)[which]
+
+    zero = np.zeros(len(tokens), np.int64)
+    which, start, end, offset = part(zero + num_before, num_before + tokens)
+    item = pieces.item[which]
+    documents = DocumentPlaces(
+        pieces.sequence[which], start, end, copies.row[item], copies.copy[item], offset, offset + end - start
+    )
+    before = part(zero, zero + num_before)
+    after = part(num_before + tokens, num_before + tokens + num_after)
+    which, start, end, offset = (np.concatenate(columns) for columns in zip(before, after, strict=True))
+    is_before = np.arange(len(which)) < len(before[0])
+    places = SeparatorPlaces(pieces.sequence[which], start, end, is_before, offset)
+    return PackPlan(
+        sequence_length, num_sequences, documents, places.take(np.lexsort((places.start, places.sequence)))
+    )
 
 
-def _by_sequence(places: Iterable[Placed]) -> dict[int, list[Placed]]:
-    grouped: dict[int, list[Placed]] = {}
-    for place in places:
-        grouped.setdefault(place.sequence, []).append(place)
-    return grouped
+def split(plan: PackPlan, sequences: int) -> Iterator[PackPlan]:
+    """Plans of `sequences` sequences each (the last may have fewer), each counting its own from 0."""
+    for first in range(0, plan.num_sequences, sequences):
+        count = min(sequences, plan.num_sequences - first)
+        documents = plan.documents.between(first, first + count)
+        separators = plan.separators.between(first, first + count)
+        yield PackPlan(plan.sequence_length, count, _counted_from(documents, first), _counted_from(separators, first))
+
+
+def _counted_from(places, first: int):
+    values = {f.name: getattr(places, f.name) for f in fields(places)}
+    return type(places)(**{**values, "sequence": values["sequence"] - first})

@@ -6,35 +6,43 @@ write the same bytes wherever and however often they run.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import os
+import time
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from typing import Any, Literal
+
+import numpy as np
 
 from ultralong_ray.config import DeduplicateConfig, SourceConfig
 from ultralong_ray.data.chat import check_template, parse_messages, tokenize_chat
-from ultralong_ray.data.corpus import (
+from ultralong_ray.data.corpus import BadShard, ShardPart, SkippedShard, list_parts, list_shards
+from ultralong_ray.data.fill import FilePlan, fill
+from ultralong_ray.data.pieces import cuts_are_exact, pieces
+from ultralong_ray.data.rows import (
     DocumentColumns,
-    ShardPart,
-    list_parts,
-    list_shards,
+    Quarantine,
     read_checked,
     read_documents,
+    read_tokenized,
     row_domain,
     row_id,
 )
-from ultralong_ray.data.pack import PackPlan, Separators, fill
 from ultralong_ray.data.screening import PartScreen, Screening
-from ultralong_ray.data.token_shards import StoredDocument, TokenReader, read_counts, write_token_shard
+from ultralong_ray.data.token_shards import TokenReader, read_counts, write_token_shard
 from ultralong_ray.data.tokenize import encode_batch, load_tokenizer
 from ultralong_ray.packed import file_name, write_sequences
 from ultralong_ray.storage import Location
-from ultralong_ray.types import Document, Placement, TokenizedDocument
+from ultralong_ray.types import Document, IntArray, PackedSequence, TokenizedDocument, UserError
 
+TOKENS_VERSION = 2  # of the content of a token shard
 TASK_DOCUMENTS_PER_PART = 4096
-BATCH_CHARACTERS = 2**20  # texts tokenised in one call; a longer text goes alone
+BATCH_CHARACTERS = 2**20  # texts tokenised in one call
 MESSAGES_COLUMN = "messages"
+
+Kind = Literal["text", "input_ids", "chat", "tasks"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,12 +50,14 @@ class TokenizeItem:
     """One part of a source: a range of a shard, or synthetic documents [first_task, first_task + num_tasks)."""
 
     name: str
-    kind: Literal["text", "chat", "tasks"]
+    source: int  # which source of the recipe this is
+    kind: Kind
     base: str
     revision: str | None
     folder: Location
     columns: DocumentColumns | None = None
     part: ShardPart | None = None
+    skip_bad_shard: bool = False
     max_tokens: int = 0
     first_task: int = 0
     num_tasks: int = 0
@@ -58,16 +68,37 @@ class TokenizeItem:
 
 @dataclass(frozen=True, slots=True)
 class PackItem:
-    """One output file: the part of the plan that falls into it, its sequences counted from 0, and its documents."""
+    """One output file: what stands in it and where its tokens lie."""
 
     index: int
-    plan: PackPlan
-    documents: dict[str, StoredDocument]
-    separators: Separators
+    plan: FilePlan
     weights: bool
     separator_weight: int
     tokens: Location
     target: Location
+
+
+@dataclass(slots=True)
+class Stopwatch:
+    """Seconds of a task by what it was doing."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    def add(self, phase: str, since: float) -> None:
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - since
+
+    def iterate(self, phase: str, values: Iterable[Any]) -> Iterator[Any]:
+        """The same values; the time that it takes to get each is counted."""
+        iterator = iter(values)
+        while True:
+            began = time.perf_counter()
+            try:
+                value = next(iterator)
+            except StopIteration:
+                self.add(phase, began)
+                return
+            self.add(phase, began)
+            yield value
 
 
 def tokenize_items(
@@ -78,135 +109,173 @@ def tokenize_items(
     seed: int,
     screening: Screening | None = None,
     deduplicate: DeduplicateConfig | None = None,
-) -> list[TokenizeItem]:
+) -> tuple[list[TokenizeItem], list[SkippedShard]]:
     """Cut sources into work items, named by what they read: never by workers, nor by what lies beside it.
 
-    Raises UserError for shards that are missing, empty, truncated or without the columns.
+    Also returns the shards that a source asks to leave out. Raises UserError for shards that are missing, empty,
+    truncated or without the columns.
     """
     items: list[TokenizeItem] = []
+    skipped: list[SkippedShard] = []
     base, revision = tokenizer_name
-    for s, (source, kind) in enumerate(sources):
+    for number, (source, reading) in enumerate(sources):
         if source.kind == "tasks":
             assert source.num_documents and source.max_tokens_per_document
-            for i, first in enumerate(range(0, source.num_documents, TASK_DOCUMENTS_PER_PART)):
+            blank = TokenizeItem("", number, "tasks", base, revision, folder, seed=seed)
+            for first in range(0, source.num_documents, TASK_DOCUMENTS_PER_PART):
                 count = min(TASK_DOCUMENTS_PER_PART, source.num_documents - first)
-                name = f"source{s:02d}-tasks{i:06d}"
-                item = TokenizeItem(
-                    name,
-                    "tasks",
-                    base,
-                    revision,
-                    folder,
-                    None,
-                    None,
-                    source.max_tokens_per_document,
-                    first,
-                    count,
-                    seed,
-                )
-                items.append(item)
+                longest = source.max_tokens_per_document
+                items.append(_named(blank, max_tokens=longest, first_task=first, num_tasks=count))
             continue
-        columns = DocumentColumns.of(source, MESSAGES_COLUMN if kind == "chat" else None)
-        for part in list_parts(list_shards(source), columns.names):
-            name = f"source{s:02d}-{_part_name(part)}"
-            item = TokenizeItem(name, kind, base, revision, folder, columns, part, max_tokens)
-            items.append(replace(item, screening=screening, deduplicate=deduplicate))
-    return items
+        columns = DocumentColumns.of(source, MESSAGES_COLUMN if reading == "chat" else None)
+        kind: Kind = "input_ids" if source.input_ids_column and reading == "text" else reading
+        if kind == "input_ids" and screening is not None:
+            raise UserError(
+                f"corpus source {source.uri}: [decontaminate] compares texts, and this source gives token ids "
+                f"(input_ids_column). Give its texts, or leave out [decontaminate]"
+            )
+        skip = source.on_bad_shard == "skip"
+        parts, bad = list_parts(list_shards(source), columns.names, skip)
+        skipped += bad
+        blank = TokenizeItem("", number, kind, base, revision, folder, columns, None, skip, max_tokens)
+        items += [_named(blank, part=part, screening=screening, deduplicate=deduplicate) for part in parts]
+    return items, skipped
 
 
-def source_number(name: str) -> int:
-    """The position in the recipe of the source that a work item of this name is a part of."""
-    return int(name.split("-")[0].removeprefix("source"))
-
-
-def _part_name(part: ShardPart) -> str:
-    content = (part.shard.location.uri, part.version, part.first_group, part.end_group)
-    return hashlib.sha256(repr(content).encode()).hexdigest()[:20]
+def _named(item: TokenizeItem, **fields: Any) -> TokenizeItem:
+    """The item with these fields and, as its name, a hash of everything that decides its documents."""
+    item = dataclasses.replace(item, **fields)
+    content = {f.name: getattr(item, f.name) for f in dataclasses.fields(item)}
+    for name in ("name", "source", "folder", "skip_bad_shard"):
+        del content[name]
+    if item.part is not None:
+        part = item.part
+        content["part"] = (part.shard.location.uri, part.shard.format, part.version, part.start, part.end)
+    digest = hashlib.sha256(repr((TOKENS_VERSION, sorted(content.items()))).encode()).hexdigest()[:24]
+    return dataclasses.replace(item, name=digest)
 
 
 def tokenize_part(item: TokenizeItem) -> dict[str, Any]:
-    """Pass 1: write the token shard of a work item, unless it is there, and return its counts.
+    """Pass 1: write the token shard of a work item, unless it is there, and return its counts and times.
 
-    Raises UserError for bad rows and shards, and for a full disk.
+    A bad shard comes back as {name, bad_shard: reason} where its source asks for that. Raises UserError for bad
+    shards otherwise, for a store that does not answer, and for a full disk.
     """
     done = read_counts(item.folder, item.name)
     if done is not None:
-        return done
+        return {**done, "name": item.name, "seconds": {}}
     # One Ray task is one core; left alone, every task's tokenizer would start a thread per core.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     tokenizer = load_tokenizer(item.base, item.revision)
+    watch, began = Stopwatch(), time.perf_counter()
+    quarantine = Quarantine(item.part) if item.part is not None else None
+    try:
+        documents = _documents(item, tokenizer, quarantine, watch)
+        weights = item.kind in ("chat", "tasks")
+        counts = write_token_shard(item.folder, item.name, documents, weights, quarantine)
+    except BadShard as error:
+        if not item.skip_bad_shard:
+            raise
+        return {"name": item.name, "bad_shard": str(error), "tokens": 0, "seconds": watch.seconds}
+    total = time.perf_counter() - began
+    watch.seconds["write"] = total - sum(watch.seconds.values())
+    return {**counts, "name": item.name, "seconds": watch.seconds}
+
+
+def _documents(
+    item: TokenizeItem, tokenizer: Any, quarantine: Quarantine | None, watch: Stopwatch
+) -> Iterator[TokenizedDocument | None]:
+    """The tokenised documents of an item; None for each that is left out."""
     if item.kind == "tasks":
         from ultralong_ray.data.tasks import task_documents
 
-        documents = task_documents(tokenizer, item.first_task, item.num_tasks, item.max_tokens, item.seed)
-        return write_token_shard(item.folder, item.name, documents, weights=True)
-    assert item.part is not None and item.columns is not None
+        return task_documents(tokenizer, item.first_task, item.num_tasks, item.max_tokens, item.seed)
+    assert item.part is not None and item.columns is not None and quarantine is not None
     if item.kind == "chat":
         screen = PartScreen(item.folder, item.name, item.screening, item.deduplicate)
-        chats = _tokenize_chats(tokenizer, item.part, item.columns, item.max_tokens, screen)
-        return write_token_shard(item.folder, item.name, chats, weights=True)
-    documents = read_documents(item.part, item.columns)
+        return _tokenize_chats(tokenizer, item.part, item.columns, item.max_tokens, quarantine, screen)
+    if item.kind == "input_ids":
+        return watch.iterate("read", read_tokenized(item.part, item.columns, len(tokenizer), quarantine))
+    texts: Iterable[Document] = read_documents(item.part, item.columns, quarantine)
     if item.screening is not None:
-        documents = PartScreen(item.folder, item.name, item.screening).documents(documents)
-    texts = _tokenize_texts(tokenizer, documents)
-    return write_token_shard(item.folder, item.name, texts, weights=False)
+        texts = PartScreen(item.folder, item.name, item.screening).documents(texts)
+    documents = watch.iterate("read" if item.screening is None else "read and screen", texts)
+    return _tokenize_texts(tokenizer, documents, watch)
 
 
-def _tokenize_texts(tokenizer: Any, documents: Iterable[Document]) -> Iterator[TokenizedDocument]:
-    batch: list[Document] = []
+def _tokenize_texts(tokenizer: Any, documents: Iterable[Document], watch: Stopwatch) -> Iterator[TokenizedDocument]:
+    """Documents in their order, in calls of about `BATCH_CHARACTERS`; a longer text goes in pieces."""
+    exact = cuts_are_exact(tokenizer)
+    batch: list[tuple[str, Document | None]] = []  # a piece, and the document that ends with it
+    parts: list[IntArray] = []  # of the document that has not come to its end
     characters = 0
+
+    def encoded() -> Iterator[TokenizedDocument]:
+        nonlocal parts
+        began = time.perf_counter()
+        ids = encode_batch(tokenizer, [text for text, _ in batch])
+        watch.add("tokenise", began)
+        for (_, document), piece in zip(batch, ids, strict=True):
+            parts.append(piece)
+            if document is not None:
+                whole = parts[0] if len(parts) == 1 else np.concatenate(parts)
+                parts = []
+                yield TokenizedDocument(document.id, document.domain, whole)
+
     for document in documents:
-        batch.append(document)
-        characters += len(document.text)
-        if characters >= BATCH_CHARACTERS:
-            yield from _tokenize_batch(tokenizer, batch)
-            batch, characters = [], 0
-    yield from _tokenize_batch(tokenizer, batch)
-
-
-def _tokenize_batch(tokenizer: Any, batch: list[Document]) -> Iterator[TokenizedDocument]:
+        left = len(document.text)
+        for piece in pieces(document.text, exact=exact):
+            left -= len(piece)
+            characters += len(piece)
+            batch.append((piece, document if left == 0 else None))
+            if characters >= BATCH_CHARACTERS:
+                yield from encoded()
+                batch, characters = [], 0
     if batch:
-        for document, ids in zip(batch, encode_batch(tokenizer, [d.text for d in batch]), strict=True):
-            yield TokenizedDocument(document.id, document.domain, ids)
+        yield from encoded()
 
 
 def _tokenize_chats(
-    tokenizer: Any, part: ShardPart, columns: DocumentColumns, max_tokens: int, screen: PartScreen
+    tokenizer: Any,
+    part: ShardPart,
+    columns: DocumentColumns,
+    max_tokens: int,
+    quarantine: Quarantine,
+    screen: PartScreen,
 ) -> Iterator[TokenizedDocument | None]:
     """Samples of a part; None for each that is longer than `max_tokens` or overlaps an evaluation set."""
     check_template(tokenizer)
+    columns = columns.for_part(part)
 
     def sample(row: dict[str, Any]) -> tuple[list[dict[str, str]], TokenizedDocument]:
         messages = parse_messages(row[columns.text])
         return messages, tokenize_chat(tokenizer, row_id(row, columns), row_domain(row, columns), messages)
 
-    for messages, document in read_checked(part, columns, sample):
+    for messages, document in read_checked(part, columns, sample, quarantine):
         too_long = len(document.input_ids) > max_tokens
         yield document if screen.admits(document.id, document.domain, messages, too_long=too_long) else None
     screen.write()
 
 
 def pack_file(item: PackItem) -> dict[str, Any]:
-    """Pass 2: write one packed file and return {file, sequences, tokens, supervised_tokens}."""
+    """Pass 2: write one packed file and return {file, sequences, tokens, supervised_tokens, footer_bytes, seconds}."""
+    watch, began = Stopwatch(), time.perf_counter()
     reader = TokenReader(item.tokens)
-    supervised = 0
-
-    def tokens(placement: Placement) -> tuple[Any, Any]:
-        return reader.read(item.documents[placement.id], placement.document_start, placement.document_end)
-
-    def counted() -> Iterator[Any]:
-        nonlocal supervised
-        sequences = fill(
-            item.plan, tokens, item.separators, weights=item.weights, separator_weight=item.separator_weight
-        )
-        for sequence in sequences:
-            if sequence.loss_weight is not None:
-                supervised += int((sequence.loss_weight > 0).sum())
-            yield sequence
-
-    length = item.plan.sequence_length
     try:
-        count = write_sequences(item.target / file_name(item.index), counted(), length, item.weights)
+        ids, weights = fill(item.plan, reader, weights=item.weights, separator_weight=item.separator_weight)
     finally:
         reader.close()
-    return {"file": item.index, "sequences": count, "tokens": count * length, "supervised_tokens": supervised}
+    watch.add("fill", began)
+    began = time.perf_counter()
+    sequences = (PackedSequence(i, row, None if weights is None else weights[i]) for i, row in enumerate(ids))
+    target = item.target / file_name(item.index)
+    footer = write_sequences(target, sequences, ids.shape[1], weights is not None)
+    watch.add("write", began)
+    return {
+        "file": item.index,
+        "sequences": len(ids),
+        "tokens": ids.size,
+        "supervised_tokens": 0 if weights is None else int(np.count_nonzero(weights)),
+        "footer_bytes": footer,
+        "seconds": watch.seconds,
+    }

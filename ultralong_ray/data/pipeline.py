@@ -1,12 +1,15 @@
 """The prepare stages: corpus shards or chat samples in, a folder of packed sequences out. The only Ray file of `data`.
 
-Two passes over Ray Data, nothing tokenised twice: parts of the corpus become token shards below `<stage>/tokens/`;
-the driver plans from document lengths alone; then every packed file is written on its own. What a task writes depends
-on its item only, so the output is byte-identical for any number of workers and for a run that was cut short.
+Two passes over Ray Data, nothing tokenised twice: parts of the corpus become token shards below `<workdir>/tokens/`
+(found again by a run that was cut short, and by any recipe over the same corpus); the driver plans from document
+lengths alone; then every packed file is written on its own. What a task writes depends on its item only, so the output
+is byte-identical for any number of workers and for a run that was cut short.
 
+    plan.json, plan.txt                            see ultralong_ray/data/plan_file.py
+    quarantine.jsonl                               see ultralong_ray/data/quarantine.py; only where needed
     manifest.json, documents.parquet, sequences/   see ultralong_ray/packed.py
-    report.json                                    see ultralong_ray/data/summary.py
-    holdout.parquet                                id, domain, input_ids list<int32> [sequence_length]
+    report.json                                    plan.json and decoded samples
+    holdout.parquet                                see ultralong_ray/data/glimpses.py
 
 Read against Ray 2.60: tasks return what the user did wrong as a value, so that no wrapping by Ray Data lies around it.
 """
@@ -19,24 +22,38 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, fields
 from typing import Any, TypeVar
 
-import pyarrow as pa
-import pyarrow.parquet as pq
+import numpy as np
+from numpy.typing import NDArray
 
 from ultralong_ray.config import PrepareConfig, Recipe, SourceConfig
-from ultralong_ray.data.pack import PackPlan, Separators, plan_concatenated, plan_whole
+from ultralong_ray.data.fill import FilePlan
+from ultralong_ray.data.glimpses import decoded_meetings, decoded_sample, write_holdout
+from ultralong_ray.data.pack import PackPlan, Separators, plan_concatenated, plan_whole, split
 from ultralong_ray.data.passes import PackItem, TokenizeItem, pack_file, tokenize_items, tokenize_part
-from ultralong_ray.data.sample import choose_holdout, draw, sample, target_shares, whole_copies
+from ultralong_ray.data.plan_file import plan_text
+from ultralong_ray.data.quarantine import write_quarantine
+from ultralong_ray.data.sample import (
+    Lengths,
+    choose_holdout,
+    draw,
+    sample,
+    target_shares,
+    whole_copies,
+)
 from ultralong_ray.data.screening import Screening, read_accounts, report_screening, start_screening
 from ultralong_ray.data.sft_mix import select_samples
 from ultralong_ray.data.sources import materialise
 from ultralong_ray.data.summary import prepare_report, sft_report
-from ultralong_ray.data.token_shards import StoredDocument, TokenReader, read_counts, read_index
+from ultralong_ray.data.token_shards import DocumentTable, delete_token_shards, read_document_table
 from ultralong_ray.data.tokenize import load_tokenizer, pad_token_id, separator_ids
-from ultralong_ray.packed import PackedFile, PackedManifest, PackedReader, chunking, file_name, write_placements
+from ultralong_ray.object_store import explained, meaning_of
+from ultralong_ray.packed import PackedFile, PackedManifest, chunking, file_name, write_placement_columns
+from ultralong_ray.stages import workdir
 from ultralong_ray.storage import Location, StageDirectory
-from ultralong_ray.types import DocumentLength, UserError
+from ultralong_ray.types import Placement, UserError
 
 log = logging.getLogger(__name__)
 
@@ -44,57 +61,104 @@ TOKENS_PER_FILE = 2**22  # one 4M sequence, or as many shorter ones
 PROGRESS_SECONDS = 10.0
 # Documents that are not cut do not fill a budget to the last sequence: this share of it is enough.
 WHOLE_FILL = 0.95
-SAMPLE_TOKENS = 75  # decoded on either side of a separator: about 600 characters of English
 
 Item = TypeVar("Item")
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """A corpus after the first pass."""
+
+    table: DocumentTable
+    quarantine: dict[str, Any]
+    shards: tuple[str, ...]  # names of its token shards
+
+
+@dataclass(frozen=True, slots=True)
+class Planned:
+    """Everything that is decided before the second pass."""
+
+    measured: Measured
+    separators: Separators
+    plan: PackPlan
+    holdout: NDArray[np.int64]  # rows
+    counts: dict[str, Any]  # content of plan.json
 
 
 def prepare(recipe: Recipe, stage: StageDirectory) -> dict[str, Any]:
     """Run the prepare stage into `stage.location` and return its summary; the caller marks it done.
 
-    Raises UserError for bad shards and rows, duplicate ids, a corpus too small for the budget, a domain mix that
-    names unknown domains, a tokenizer without the separator asked for, and a full disk.
+    Raises UserError for bad shards, too many bad rows, duplicate ids, a corpus too small for the budget, a domain mix
+    that names unknown domains, a tokenizer without the separator asked for, a store that does not answer and a full
+    disk.
     """
     config, folder = recipe.prepare, stage.location
-    _clear_output(folder)
     tokenizer = load_tokenizer(recipe.model.base, recipe.model.revision)
+    planned = _measure_and_plan(recipe, tokenizer, folder)
+    table, plan = planned.measured.table, planned.plan
+    weights = config.packing == "whole" or any(table.weighted)
+    write_holdout(folder, table, planned.holdout, config.sequence_length)
+    _pack(plan, table, planned.separators, folder, weights, 1, len(tokenizer), config.num_workers)
+    report = {**planned.counts, "samples": decoded_meetings(tokenizer, folder, plan.documents)}
+    return _finish(recipe, folder, planned.measured, plan, report)
+
+
+def plan_only(recipe: Recipe, stage: StageDirectory) -> str:
+    """Measure and plan, write plan.json and plan.txt into `stage.location`, and return the text. Nothing is packed.
+
+    The token shards stay, so that the stage itself only packs. Raises UserError as `prepare` does.
+    """
+    if stage.done:
+        return (stage.location / "plan.txt").read_bytes().decode()
+    tokenizer = load_tokenizer(recipe.model.base, recipe.model.revision)
+    return plan_text(_measure_and_plan(recipe, tokenizer, stage.location).counts)
+
+
+def _measure_and_plan(recipe: Recipe, tokenizer: Any, folder: Location) -> Planned:
+    config = recipe.prepare
     before, after = separator_ids(tokenizer, config.separator, config.separator_encoding)
     separators = Separators(tuple(before), tuple(after), pad_token_id(tokenizer))
-    sources = recipe.corpus.sources
-    screening = start_screening(recipe.decontaminate, folder / "tokens" / "benchmarks")
-    stored, names = _tokenize(recipe, folder, sources, chat=False, max_tokens=0, config=config, screening=screening)
-    lengths = [DocumentLength(d.id, d.domain, d.num_tokens) for d in stored.values()]
+    _clear_output(folder)
+    screening = start_screening(recipe.decontaminate, workdir(recipe))
+    measured = _tokenize(
+        recipe, folder, recipe.corpus.sources, chat=False, max_tokens=0, config=config, screening=screening
+    )
+    lengths = Lengths.of(measured.table, [source.weight for source in recipe.corpus.sources])
     holdout = choose_holdout(lengths, config)
-    plan = _plan(lengths, config, separators, {d.id for d in holdout})
-    weights = config.packing == "whole" or any(stored[p.id].weighted for p in plan.placements)
-    _write_holdout(folder, [stored[d.id] for d in holdout], config.sequence_length)
-    _pack(plan, stored, separators, folder, weights, 1, len(tokenizer), config.num_workers)
-    report = {
+    plan = _plan(lengths, config, separators, holdout)
+    shares = Counter[str]()
+    for group, share in zip(lengths.groups, target_shares(lengths, config).tolist(), strict=True):
+        shares[group.domain] += share
+    ids = [*separators.after, *separators.before]  # as they stand between two documents
+    counts = {
         "sequence_length": plan.sequence_length,
         "num_sequences": plan.num_sequences,
         "tokens": plan.sequence_length * plan.num_sequences,
-        "separator": _describe_separator(tokenizer, config, separators),
-        **prepare_report(lengths, plan.placements, target_shares(lengths, config), config.long_above_tokens),
-        "sample": _decoded_sample(tokenizer, folder, plan),
+        "packing": config.packing,
+        "separator": {"mode": config.separator, "ids": ids, "pieces": tokenizer.convert_ids_to_tokens(ids)},
+        **prepare_report(measured.table, plan.documents, shares, config.long_above_tokens),
+        "quarantine": measured.quarantine,
+        **report_screening(screening, read_accounts(measured.table), folder),
         "holdout_documents": len(holdout),
-        **report_screening(screening, read_accounts(folder / "tokens", names), folder),
     }
-    return _finish(folder, plan, report)
+    (folder / "plan.json").write_json(counts)
+    (folder / "plan.txt").write_bytes(plan_text(counts).encode())
+    return Planned(measured, separators, plan, holdout, counts)
 
 
 def prepare_sft(recipe: Recipe, stage: StageDirectory) -> dict[str, Any]:
     """Run the SFT prepare stage: render, weigh, draw and pack chat samples whole; returns its summary.
 
-    Raises UserError for bad shards and rows, duplicate ids, too few samples, and a chat template that is missing or
-    cannot be aligned.
+    Raises UserError for bad shards, too many bad rows, duplicate ids, too few samples, and a chat template that is
+    missing or cannot be aligned.
     """
     assert recipe.sft is not None
     config, folder = recipe.sft, stage.location
     _clear_output(folder)
     tokenizer = load_tokenizer(recipe.model.base, recipe.model.revision)
     separators = Separators(pad=pad_token_id(tokenizer))
-    screening = start_screening(recipe.decontaminate, folder / "tokens" / "benchmarks")
-    stored, names = _tokenize(
+    screening = start_screening(recipe.decontaminate, workdir(recipe))
+    measured = _tokenize(
         recipe,
         folder,
         config.sources,
@@ -103,24 +167,25 @@ def prepare_sft(recipe: Recipe, stage: StageDirectory) -> dict[str, Any]:
         config=recipe.prepare,
         screening=screening,
     )
-    selection = select_samples(config, folder / "tokens", names, stored)
-    plan = plan_whole(selection.chosen, separators, config.sequence_length)
-    results = _pack(plan, stored, separators, folder, True, 0, len(tokenizer), recipe.prepare.num_workers)
-    supervised = sum(r["supervised_tokens"] for r in results)
+    selection = select_samples(config, measured.table)
+    plan = plan_whole(selection.copies, separators, config.sequence_length)
+    table, workers = measured.table, recipe.prepare.num_workers
+    results = _pack(plan, table, separators, folder, True, 0, len(tokenizer), workers)
     report = {
         "sequence_length": plan.sequence_length,
         "num_sequences": plan.num_sequences,
         "tokens": plan.sequence_length * plan.num_sequences,
-        **sft_report(selection.available, plan.placements, selection.too_long, supervised),
+        **sft_report(table, plan.documents, selection.too_long, sum(r["supervised_tokens"] for r in results)),
         "sources": selection.sources,
+        "quarantine": measured.quarantine,
         **report_screening(screening, selection.accounts, folder),
-        "sample": _decoded_document(tokenizer, folder, plan),
+        "sample": decoded_sample(tokenizer, folder, plan.documents, table),
     }
-    return _finish(folder, plan, report)
+    return _finish(recipe, folder, measured, plan, report)
 
 
 def _clear_output(folder: Location) -> None:
-    """Remove what a run that was cut short has left, but for its token shards, each of which is whole or absent."""
+    """Remove what a run that was cut short has left, plan included."""
     (folder / "sequences").delete_dir()
     for file in folder.files():
         file.filesystem.delete_file(file.path)
@@ -135,52 +200,49 @@ def _tokenize(
     max_tokens: int,
     config: PrepareConfig,
     screening: Screening | None,
-) -> tuple[dict[str, StoredDocument], list[str]]:
-    """Pass 1. Returns the documents by id, in the order of their names, and the names of all parts."""
-    files = materialise(sources, Location.of(recipe.workdir), chat=chat)
-    kind = "chat" if chat else "text"
+) -> Measured:
+    """Pass 1: the documents in the order of the sources and their shards, and what was set aside."""
+    files = materialise(sources, recipe, chat=chat)
     name = (recipe.model.base, recipe.model.revision)
-    items = tokenize_items(
-        [(s, kind) for s in files],
-        name,
-        folder / "tokens",
-        max_tokens,
-        config.seed,
-        screening,
-        recipe.sft.deduplicate if chat and recipe.sft is not None else None,
+    readings = [(s, "chat" if chat else "text") for s in files]
+    deduplicate = recipe.sft.deduplicate if chat and recipe.sft is not None else None
+    items, skipped = tokenize_items(
+        readings, name, workdir(recipe) / "tokens", max_tokens, config.seed, screening, deduplicate
     )
     log.info("tokenising %d parts of %d sources", len(items), len(sources))
-    _run(items, tokenize_part, config.num_workers, "tokenised", "parts")
-    stored: dict[str, StoredDocument] = {}
-    repeated: list[str] = []
-    for item in items:
-        counts = read_counts(item.folder, item.name)
-        assert counts is not None
-        for document in read_index(item.folder, item.name, counts["weights"]):
-            if document.id in stored:
-                repeated.append(f"{document.id!r} in {_origin(item)}")
-            stored[document.id] = document
-    if repeated:
+    results = {r["name"]: r for r in _run(items, tokenize_part, config.num_workers, "tokenised", "parts")}
+    quarantine = write_quarantine(folder, files, items, skipped, results)
+    if quarantine["bad_rows"] or quarantine["skipped_shards"]:
+        line = "set aside %d bad rows of %d, left out %d shards: %s"
+        shards = len(quarantine["skipped_shards"])
+        log.warning(line, quarantine["bad_rows"], quarantine["rows"], shards, folder / "quarantine.jsonl")
+    kept = [item for item in items if "bad_shard" not in results[item.name]]
+    shards = [(item.name, results[item.name]["weights"], item.source) for item in kept]
+    table = read_document_table(workdir(recipe) / "tokens", shards)
+    _check_ids(table, kept)
+    return Measured(table, quarantine, tuple(item.name for item in items))
+
+
+def _check_ids(table: DocumentTable, items: Sequence[TokenizeItem]) -> None:
+    """Raises UserError when two documents have one id."""
+    repeated = table.repeated()
+    if len(repeated):
+        parts = [items[s].part for s in table.shard_of(repeated[:5]).tolist()]
+        origins = [str(part.shard.location) if part is not None else "the synthetic tasks" for part in parts]
+        shown = [f"{name!r} in {origin}" for name, origin in zip(table.ids(repeated[:5]), origins, strict=True)]
         raise UserError(
-            f"corpus: {len(repeated)} documents have an id that another one has: {', '.join(repeated[:5])}"
+            f"corpus: {len(repeated)} documents have an id that another one has: {', '.join(shown)}"
             f"{' ...' if len(repeated) > 5 else ''}. Ids must be unique over all sources: set id_column, or rename them"
         )
-    return stored, [item.name for item in items]
 
 
-def _origin(item: TokenizeItem) -> str:
-    return str(item.part.shard.location) if item.part is not None else "the synthetic tasks"
-
-
-def _plan(
-    lengths: Sequence[DocumentLength], config: PrepareConfig, separators: Separators, held_out: set[str]
-) -> PackPlan:
+def _plan(lengths: Lengths, config: PrepareConfig, separators: Separators, held_out: NDArray[np.int64]) -> PackPlan:
     length, count = config.sequence_length, config.num_sequences
     if config.packing == "concatenate":
         copies = sample(lengths, config, len(separators.before), len(separators.after), held_out)
         return plan_concatenated(copies, separators, length, count)
     drawn = draw(lengths, config, separators.tokens, held_out)
-    plan = plan_whole(whole_copies(drawn, count * length), separators, length, count)
+    plan = plan_whole(whole_copies(lengths, drawn, count * length), separators, length, count)
     if plan.num_sequences < WHOLE_FILL * count:
         sample(lengths, config, len(separators.before), len(separators.after), held_out)
         raise UserError(
@@ -192,7 +254,7 @@ def _plan(
 
 def _pack(
     plan: PackPlan,
-    stored: dict[str, StoredDocument],
+    table: DocumentTable,
     separators: Separators,
     folder: Location,
     weights: bool,
@@ -202,15 +264,18 @@ def _pack(
 ) -> list[dict[str, Any]]:
     """Pass 2: the packed files, then the manifest and the placements."""
     per_file = max(1, TOKENS_PER_FILE // plan.sequence_length)
-    items = []
-    for index, part in enumerate(plan.split(per_file)):
-        documents = {p.id: stored[p.id] for p in part.placements}
-        items.append(PackItem(index, part, documents, separators, weights, separator_weight, folder / "tokens", folder))
+    items = [
+        PackItem(index, FilePlan.of(part, separators, table), weights, separator_weight, table.folder, folder)
+        for index, part in enumerate(split(plan, per_file))
+    ]
     log.info("packing %d sequences of %d tokens into %d files", plan.num_sequences, plan.sequence_length, len(items))
     results = _run(items, pack_file, num_workers, "packed", "files")
+    footers = {result["file"]: result["footer_bytes"] for result in results}
     chunk_tokens, rows_per_group = chunking(plan.sequence_length)
-    files = tuple(PackedFile(file_name(i.index), i.index * per_file, i.plan.num_sequences) for i in items)
-    write_placements(folder, plan.placements)
+    files = tuple(
+        PackedFile(file_name(i.index), i.index * per_file, i.plan.plan.num_sequences, footers[i.index]) for i in items
+    )
+    _write_documents(folder, plan, table)
     manifest = PackedManifest(
         plan.sequence_length, plan.num_sequences, chunk_tokens, rows_per_group, weights, vocab_size, files
     )
@@ -218,59 +283,28 @@ def _pack(
     return results
 
 
-def _finish(folder: Location, plan: PackPlan, report: dict[str, Any]) -> dict[str, Any]:
+def _write_documents(folder: Location, plan: PackPlan, table: DocumentTable) -> None:
+    """documents.parquet: the columns of the plan, with ids and domains for row numbers."""
+    places = plan.documents
+    names = {"id": table.ids(places.row), "domain": [table.domains[d] for d in table.domain[places.row].tolist()]}
+    columns = {f.name: getattr(places, f.name) for f in fields(Placement) if f.name not in names}
+    write_placement_columns(folder, {**columns, **names})
+
+
+def _finish(
+    recipe: Recipe, folder: Location, measured: Measured, plan: PackPlan, report: dict[str, Any]
+) -> dict[str, Any]:
     (folder / "report.json").write_json(report)
-    (folder / "tokens").delete_dir()
-    documents = len({(p.id, p.copy) for p in plan.placements})
+    if not recipe.prepare.keep_tokens:
+        delete_token_shards(measured.table.folder, measured.shards)
+    copies = np.unique(np.stack([plan.documents.row, plan.documents.copy.astype(np.int64)]), axis=1)
     return {
         "sequence_length": plan.sequence_length,
         "num_sequences": plan.num_sequences,
         "tokens": plan.sequence_length * plan.num_sequences,
-        "documents": documents,
-    }
-
-
-def _write_holdout(folder: Location, documents: Sequence[StoredDocument], sequence_length: int) -> None:
-    """holdout.parquet: the first `sequence_length` tokens of each document, one row group each."""
-    schema = pa.schema([("id", pa.string()), ("domain", pa.string()), ("input_ids", pa.list_(pa.int32()))])
-    reader = TokenReader(folder / "tokens")
-    with (
-        (folder / "holdout.parquet").open_for_write() as sink,
-        pq.ParquetWriter(sink, schema, compression="zstd") as writer,
-    ):
-        for document in documents:
-            ids, _ = reader.read(document, 0, sequence_length)
-            row = {"id": [document.id], "domain": [document.domain], "input_ids": [ids]}
-            writer.write_table(pa.table(row, schema=schema))
-    reader.close()
-
-
-def _describe_separator(tokenizer: Any, config: PrepareConfig, separators: Separators) -> dict[str, Any]:
-    ids = [*separators.after, *separators.before]  # as they stand between two documents
-    return {"mode": config.separator, "ids": ids, "pieces": tokenizer.convert_ids_to_tokens(ids)}
-
-
-def _decoded_sample(tokenizer: Any, folder: Location, plan: PackPlan) -> dict[str, Any]:
-    """Text around a place in the middle of the data where two documents meet."""
-    meetings = [p for p in plan.placements if p.start > 0 and p.document_start == 0]
-    sequence, position = (
-        (meetings[len(meetings) // 2].sequence, meetings[len(meetings) // 2].start) if meetings else (0, 0)
-    )
-    first = max(0, position - SAMPLE_TOKENS)
-    ids, _ = PackedReader(folder).read(sequence, first, position + SAMPLE_TOKENS)
-    return {"sequence": sequence, "position": position, "text": tokenizer.decode(ids.tolist())}
-
-
-def _decoded_document(tokenizer: Any, folder: Location, plan: PackPlan) -> dict[str, Any]:
-    """One packed SFT sample as text, and the part of it that is a target."""
-    place = plan.placements[len(plan.placements) // 2]
-    ids, weight = PackedReader(folder).read(place.sequence, place.start, place.end)
-    assert weight is not None
-    return {
-        "sequence": place.sequence,
-        "id": place.id,
-        "text": tokenizer.decode(ids.tolist()),
-        "targets": tokenizer.decode(ids[weight > 0].tolist()),
+        "documents": copies.shape[1],
+        "bad_rows": measured.quarantine["bad_rows"],
+        "skipped_shards": len(measured.quarantine["skipped_shards"]),
     }
 
 
@@ -295,6 +329,10 @@ def _run(
             return {"result": pickle.dumps(work(pickle.loads(row["item"]))), "error": ""}
         except UserError as error:
             return {"result": b"", "error": str(error)}
+        except OSError as error:
+            if meaning_of(error) is None:
+                raise
+            return {"result": b"", "error": str(explained(error, "the object store"))}
 
     workers = None if num_workers is None else min(num_workers, len(items))
     # The executor's own account of each dataset goes to its log files; here our progress lines stand for it.
@@ -314,11 +352,13 @@ def _collect(rows: Any, total: int, verb: str, unit: str) -> Iterator[dict[str, 
     """Results as they come, with a log line now and then: share done, rate, time left."""
     started = reported = time.monotonic()
     counts: Counter[str] = Counter()
+    spent: Counter[str] = Counter()
     for row in rows:
         if row["error"]:
             raise UserError(row["error"])
         result = pickle.loads(row["result"])
         counts.update(done=1, tokens=result["tokens"])
+        spent.update(result["seconds"])
         now = time.monotonic()
         if now - reported >= PROGRESS_SECONDS or counts["done"] == total:
             reported, seconds = now, max(now - started, 1e-9)
@@ -327,3 +367,5 @@ def _collect(rows: Any, total: int, verb: str, unit: str) -> Iterator[dict[str, 
             line = "%s %d of %d %s, %.1fM tokens, %.2fM tokens/s, %.0f s left"
             log.info(line, verb, counts["done"], total, unit, counts["tokens"] / 1e6, rate / 1e6, left)
         yield result
+    shares = ", ".join(f"{phase} {part / max(spent.total(), 1e-9):.1%}" for phase, part in sorted(spent.items()))
+    log.info("%s in %.1f s; of the tasks' time: %s", verb, time.monotonic() - started, shares or "nothing to do")

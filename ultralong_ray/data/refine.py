@@ -21,12 +21,13 @@ from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ultralong_ray.config import Recipe, RefineConfig
 from ultralong_ray.data.chat import parse_messages
-from ultralong_ray.data.corpus import DocumentColumns, list_parts, list_shards, read_checked, row_domain, row_id
+from ultralong_ray.data.corpus import list_parts, list_shards
 from ultralong_ray.data.passes import MESSAGES_COLUMN
 from ultralong_ray.data.refine_answers import (
     Answer,
@@ -37,9 +38,11 @@ from ultralong_ray.data.refine_answers import (
     last_assistant_turn,
     make_request,
 )
+from ultralong_ray.data.rows import DocumentColumns, Quarantine, read_checked, row_domain, row_id
 from ultralong_ray.data.sample import unit_hash
 from ultralong_ray.data.sources import materialise
-from ultralong_ray.stages import stage_directory
+from ultralong_ray.data.token_shards import id_hash
+from ultralong_ray.stages import stage_directory, workdir
 from ultralong_ray.storage import Location, StageDirectory
 from ultralong_ray.types import UserError
 
@@ -100,8 +103,8 @@ def refine(recipe: Recipe) -> StageDirectory:
     if directory.done:
         log.info("refine is done already: %s", directory.location)
         return directory
-    samples = _Samples(recipe.refine, Location.of(recipe.workdir))
-    answers = AnswerLog(Location.of(recipe.workdir) / ANSWERS_FOLDER)
+    samples = _Samples(recipe, recipe.refine)
+    answers = AnswerLog(workdir(recipe) / ANSWERS_FOLDER)
     asyncio.run(_ask_endpoint(recipe.refine, samples, answers))
     summary = write_output(samples, answers.read(), recipe.refine, directory.location)
     directory.mark_done(summary)
@@ -113,9 +116,9 @@ def refine(recipe: Recipe) -> StageDirectory:
 class _Samples(Collection[ChatSample]):
     """The samples of all sources in their order, read again at each iteration; `num_samples` of them by hash."""
 
-    def __init__(self, config: RefineConfig, workdir: Location) -> None:
-        sources = [(s, DocumentColumns.of(s, MESSAGES_COLUMN)) for s in materialise(config.sources, workdir, chat=True)]
-        self._parts = [(p, columns) for s, columns in sources for p in list_parts(list_shards(s), columns.names)]
+    def __init__(self, recipe: Recipe, config: RefineConfig) -> None:
+        sources = [(s, DocumentColumns.of(s, MESSAGES_COLUMN)) for s in materialise(config.sources, recipe, chat=True)]
+        self._parts = [(p, columns) for s, columns in sources for p in list_parts(list_shards(s), columns.names)[0]]
         ids = [sample.id for sample in self._read()]
         self._chosen = set(ids)
         if len(self._chosen) < len(ids):
@@ -125,8 +128,8 @@ class _Samples(Collection[ChatSample]):
                 f"be unique over all sources: set id_column, or rename them"
             )
         if config.num_samples is not None:
-            ordered = sorted(ids, key=lambda i: (unit_hash("refine", 0, i), i))
-            self._chosen = set(ordered[: config.num_samples])
+            order = np.argsort(unit_hash("refine", 0, np.array([id_hash(i) for i in ids], np.uint64)), kind="stable")
+            self._chosen = {ids[i] for i in order[: config.num_samples].tolist()}
 
     def __len__(self) -> int:
         return len(self._chosen)
@@ -138,12 +141,19 @@ class _Samples(Collection[ChatSample]):
         return (sample for sample in self._read() if sample.id in self._chosen)
 
     def _read(self) -> Iterator[ChatSample]:
-        for part, columns in self._parts:
+        for part, named in self._parts:
+            columns, quarantine = named.for_part(part), Quarantine(part)
 
             def sample(row: dict[str, Any], columns: DocumentColumns = columns) -> ChatSample:
                 return ChatSample(row_id(row, columns), row_domain(row, columns), parse_messages(row[columns.text]))
 
-            yield from read_checked(part, columns, sample)
+            yield from read_checked(part, columns, sample, quarantine)
+            if quarantine.bad:
+                raise UserError(
+                    f"{part.shard.location}: {len(quarantine.bad)} bad rows of {quarantine.rows}, the first: "
+                    f"{quarantine.bad[0].reason} in {quarantine.bad[0].excerpt}. Mend or drop them before paying for "
+                    f"the others"
+                )
 
 
 async def _ask_endpoint(config: RefineConfig, samples: _Samples, answers: AnswerLog) -> None:

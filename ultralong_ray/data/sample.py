@@ -1,34 +1,89 @@
-"""Document lengths in, the list of document copies to pack out: per-domain length upsampling. Pure.
+"""Document lengths in, the list of document copies to pack out: per-domain length upsampling. Pure, on columns.
 
 The rule follows Fu et al. (arXiv 2402.10171; their `slimpajama_packing.py` keeps 10 % of the documents below 4096
 tokens and holds every source to its token budget) with the two thresholds of UltraLong (arXiv 2504.06214, section
 3.1): short documents are thinned out, long ones repeated, and the token share of each domain held.
 
-Every decision is a function of (seed, document id) through blake2b, never of input order or of the number of workers.
-A document stands at a place in (0, 1) given by its hash, its copies evenly spaced around that circle, and a domain is
-read in that order until its budget is met.
+Every decision is a function of (seed, document id): a 64-bit hash of the id, mixed with a hash of the seed, never the
+order of the input or the number of workers. A document stands at a place in [0, 1) given by its hash, its copies evenly
+spaced around that circle, and a domain is read in that order until its budget is met. Where sources have weights, a
+group is the documents of one domain from sources of one weight; else a group is a domain.
 """
 
 from __future__ import annotations
 
-import hashlib
-from collections import defaultdict
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ultralong_ray.config import PrepareConfig
-from ultralong_ray.types import DocumentLength, SampledDocument, UserError
+from ultralong_ray.data.token_shards import DocumentTable, id_hash
+from ultralong_ray.types import UserError
+
+IntColumn = NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True)
-class DomainDraw:
-    """The copies of one domain in the order in which they are taken."""
+class Group:
+    """Documents whose share of tokens is held together."""
 
-    copies: list[tuple[DocumentLength, int]]  # (document, copy number)
-    ends: NDArray[np.int64]  # [copies], tokens up to and including each copy
+    domain: str
+    weight: float = 1.0
+
+    def __str__(self) -> str:
+        return self.domain if self.weight == 1.0 else f"{self.domain} (weight {self.weight:g})"
+
+
+@dataclass(frozen=True, slots=True)
+class Lengths:
+    """What sampling sees of a corpus. Row i of every column is document i."""
+
+    groups: tuple[Group, ...]
+    id_hash: NDArray[np.uint64]  # [documents]
+    num_tokens: IntColumn  # [documents]
+    group: NDArray[np.int32]  # [documents], index into `groups`
+
+    @staticmethod
+    def of(table: DocumentTable, source_weights: Sequence[float]) -> Lengths:
+        """Documents grouped by domain and the weight of their source; groups in the order of their names."""
+        weights = sorted(set(source_weights))
+        by_shard = np.array([weights.index(source_weights[s]) for s in table.sources], np.int64)
+        code = np.repeat(by_shard, np.diff(table.first_row))
+        code += table.domain * np.int64(len(weights))
+        used, group = np.unique(code, return_inverse=True)
+        groups = tuple(Group(table.domains[c // len(weights)], weights[c % len(weights)]) for c in used.tolist())
+        return Lengths(groups, table.id_hash, table.num_tokens, group.astype(np.int32))
+
+    @property
+    def group_tokens(self) -> IntColumn:
+        """Tokens of each group: int64 [groups]."""
+        # float64 is exact up to 2^53 tokens
+        return np.bincount(self.group, self.num_tokens, len(self.groups)).astype(np.int64)
+
+
+@dataclass(frozen=True, slots=True)
+class Copies:
+    """Document copies as columns; only the first `num_tokens` tokens of a copy are used."""
+
+    row: IntColumn  # [copies], which document
+    copy: NDArray[np.int32]  # [copies], 0, 1, ... of the same document
+    num_tokens: IntColumn  # [copies]
+
+    def __len__(self) -> int:
+        return len(self.row)
+
+    def take(self, order: IntColumn | slice) -> Copies:
+        return Copies(self.row[order], self.copy[order], self.num_tokens[order])
+
+
+@dataclass(frozen=True, slots=True)
+class GroupDraw:
+    """The copies of one group in the order in which they are taken."""
+
+    copies: Copies
+    ends: IntColumn  # [copies], tokens up to and including each copy
 
     @property
     def available_tokens(self) -> int:
@@ -38,137 +93,150 @@ class DomainDraw:
         """Copies that must be opened to take `tokens` tokens; all of them where that is not enough."""
         if tokens <= 0:
             return 0
-        return min(int(np.searchsorted(self.ends, tokens, side="left")) + 1, len(self.copies))
+        return min(int(np.searchsorted(self.ends, tokens, side="left")) + 1, len(self.ends))
 
 
 @dataclass(frozen=True, slots=True)
 class Draw:
-    """All domains' copies and the share of packed tokens that each domain shall have."""
+    """Every group's copies and the share of packed tokens that it shall have, in the order of `Lengths.groups`."""
 
-    shares: dict[str, float]
-    domains: dict[str, DomainDraw]
-
-
-def unit_hash(purpose: str, seed: int, document_id: str) -> float:
-    """A number in [0, 1) that depends on nothing but its arguments."""
-    digest = hashlib.blake2b(f"{purpose}\0{seed}\0{document_id}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") / 2**64
+    shares: NDArray[np.float64]  # [groups]
+    groups: list[GroupDraw]
 
 
-def target_shares(documents: Iterable[DocumentLength], config: PrepareConfig) -> dict[str, float]:
-    """Share of packed tokens per domain: `domain_mix` normalised, or the corpus's own token shares.
+def unit_hash(purpose: str, seed: int, hashes: NDArray[np.uint64]) -> NDArray[np.float64]:
+    """Numbers in [0, 1) that depend on nothing but the arguments: [n].
 
-    Raises UserError when `domain_mix` names a domain that the corpus does not have.
+    The mixing is the finaliser of splitmix64 (Steele, Lea and Flood, OOPSLA 2014).
     """
-    tokens: dict[str, int] = defaultdict(int)
-    for document in documents:
-        tokens[document.domain] += document.num_tokens
-    weights: Mapping[str, float] = config.domain_mix if config.domain_mix is not None else tokens
-    unknown = sorted(set(weights) - set(tokens))
-    if unknown:
-        raise UserError(
-            f"prepare.domain_mix names {', '.join(map(repr, unknown))}, but the corpus has the domains "
-            f"{', '.join(sorted(tokens))}"
-        )
-    total = sum(weights.values())
-    if not total:
+    mixed = hashes ^ np.uint64(id_hash(f"{purpose}\0{seed}"))
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        mixed = (mixed ^ (mixed >> np.uint64(shift))) * np.uint64(factor)
+    mixed ^= mixed >> np.uint64(31)
+    return (mixed >> np.uint64(11)).astype(np.float64) / 2**53
+
+
+def target_shares(lengths: Lengths, config: PrepareConfig) -> NDArray[np.float64]:
+    """Share of packed tokens per group: `domain_mix` normalised, or the corpus's own weighted token shares.
+
+    Within a domain the groups share as their weighted tokens do. Raises UserError when `domain_mix` names a domain that
+    the corpus does not have.
+    """
+    weighted = lengths.group_tokens * np.array([g.weight for g in lengths.groups])
+    domains = [g.domain for g in lengths.groups]
+    if config.domain_mix is not None:
+        of_domain = {d: sum(w for w, e in zip(weighted, domains, strict=True) if e == d) for d in domains}
+        unknown = sorted(set(config.domain_mix) - set(domains))
+        if unknown:
+            raise UserError(
+                f"prepare.domain_mix names {', '.join(map(repr, unknown))}, but the corpus has the domains "
+                f"{', '.join(sorted(set(domains)))}"
+            )
+        mix = config.domain_mix
+        parts = [mix.get(d, 0.0) * w / of_domain[d] if w else 0.0 for w, d in zip(weighted, domains, strict=True)]
+        weighted = np.array(parts)
+    if not weighted.sum():
         raise UserError("corpus: no document has any token; give other sources")
-    return {domain: weights[domain] / total for domain in sorted(weights)}
+    return weighted / weighted.sum()
 
 
-def choose_holdout(documents: Iterable[DocumentLength], config: PrepareConfig) -> list[DocumentLength]:
-    """`holdout_sequences` documents of at least `sequence_length` tokens, by hash.
+def choose_holdout(lengths: Lengths, config: PrepareConfig) -> IntColumn:
+    """Rows of `holdout_sequences` documents of at least `sequence_length` tokens, by hash.
 
-    The last such document of a domain is taken only when there is no other way. Raises UserError when too few
-    documents are long enough.
+    The last such document of a group is taken only when there is no other way. Raises UserError when too few documents
+    are long enough.
     """
     wanted = config.holdout_sequences
     if not wanted:
-        return []
-    long = [d for d in documents if d.num_tokens >= config.sequence_length]
+        return np.zeros(0, np.int64)
+    long = np.flatnonzero(lengths.num_tokens >= config.sequence_length)
     if len(long) < wanted:
         raise UserError(
             f"prepare.holdout_sequences {wanted}: only {len(long)} documents have prepare.sequence_length "
             f"{config.sequence_length} tokens or more; lower holdout_sequences to {len(long)} or add long documents"
         )
-    long.sort(key=lambda d: (unit_hash("holdout", config.seed, d.id), d.id))
-    left: dict[str, int] = defaultdict(int)
-    for document in long:
-        left[document.domain] += 1
-    chosen, last_of_domain = [], []
-    for document in long:
-        left[document.domain] -= 1
-        (chosen if left[document.domain] else last_of_domain).append(document)
-    return (chosen + last_of_domain)[:wanted]
+    hashes = lengths.id_hash[long]
+    long = long[np.lexsort((hashes, unit_hash("holdout", config.seed, hashes)))]
+    _, last = np.unique(lengths.group[long][::-1], return_index=True)
+    is_last = np.zeros(len(long), bool)
+    is_last[len(long) - 1 - last] = True
+    return np.concatenate([long[~is_last], long[is_last]])[:wanted]
 
 
 def sample(
-    documents: Sequence[DocumentLength],
+    lengths: Lengths,
     config: PrepareConfig,
     before_tokens: int = 0,
     after_tokens: int = 0,
-    held_out: Collection[str] = (),
-) -> list[SampledDocument]:
+    held_out: IntColumn | None = None,
+) -> Copies:
     """The copies that fill the budget, each with `before_tokens` and `after_tokens` of separator; in global order.
 
-    The shares are of document tokens, separators not counted; the last copy of a domain is cut to meet its budget to
+    The shares are of document tokens, separators not counted; the last copy of a group is cut to meet its budget to
     the token. The sum with separators is the budget, or exceeds it by `after_tokens` at most (the last separator is
     cut by the end of the stream), or is short of it by `before_tokens` at most (room for no further document).
-    Raises UserError with the tokens available per domain and length where they do not suffice.
+    Raises UserError with the tokens available per group and length where they do not suffice.
     """
     total = config.num_sequences * config.sequence_length
     separator_tokens = before_tokens + after_tokens
-    drawn = draw(documents, config, separator_tokens, held_out)
+    drawn = draw(lengths, config, separator_tokens, held_out)
     budgets = _budgets(drawn, content_tokens(drawn, total, separator_tokens))
-    lacking = [d for d, tokens in budgets.items() if tokens > drawn.domains[d].available_tokens]
+    lacking = [g for g, tokens in enumerate(budgets) if tokens > drawn.groups[g].available_tokens]
     if lacking:
-        raise UserError(_shortage(documents, config, held_out, drawn, budgets, lacking))
+        raise UserError(_shortage(lengths, config, held_out, drawn, budgets, lacking))
     _fill_gap(drawn, budgets, total, before_tokens, after_tokens)
-    return in_global_order(drawn, budgets, cut=True)
+    return in_global_order(lengths, drawn, budgets, cut=True)
 
 
 def draw(
-    documents: Sequence[DocumentLength], config: PrepareConfig, separator_tokens: int, held_out: Collection[str] = ()
+    lengths: Lengths, config: PrepareConfig, separator_tokens: int, held_out: IntColumn | None = None
 ) -> Draw:
-    """Every domain's copies: `long_repeat` of each long document, more (up to `max_repeats`) where tokens lack.
+    """Every group's copies: `long_repeat` of each long document, more (up to `max_repeats`) where tokens lack.
 
     No document gets more copies than there are sequences, since two copies never share one.
     """
     total = config.num_sequences * config.sequence_length
-    shares = target_shares(documents, config)
-    kept: dict[str, list[DocumentLength]] = {domain: [] for domain in shares}
-    for document in documents:
-        if document.domain in kept and document.id not in held_out and _is_kept(document, config):
-            kept[document.domain].append(document)
+    shares = target_shares(lengths, config)
+    kept = _kept(lengths, config, held_out)
+    kept = kept[np.argsort(lengths.group[kept], kind="stable")]
+    edges = np.searchsorted(lengths.group[kept], np.arange(1, len(lengths.groups)))
+    rows = np.split(kept, edges)
     most = min(config.max_repeats, config.num_sequences)
-    repeats = dict.fromkeys(shares, min(config.long_repeat, most))
-    domains = {d: _draw_domain(kept[d], config, repeats[d]) for d in shares}
+    repeats = [min(config.long_repeat, most)] * len(rows)
+    groups = [_draw_group(lengths, rows[g], config, repeats[g]) for g in range(len(rows))]
     while True:
-        drawn = Draw(shares, domains)
+        drawn = Draw(shares, groups)
         budgets = _budgets(drawn, content_tokens(drawn, total, separator_tokens))
-        lacking = [d for d in shares if budgets[d] > domains[d].available_tokens and repeats[d] < most]
+        lacking = [
+            g for g, tokens in enumerate(budgets) if tokens > groups[g].available_tokens and repeats[g] < most
+        ]
         if not lacking:
             return drawn
-        for domain in lacking:
-            repeats[domain] += 1
-            domains[domain] = _draw_domain(kept[domain], config, repeats[domain])
+        for g in lacking:
+            repeats[g] += 1
+            groups[g] = _draw_group(lengths, rows[g], config, repeats[g])
 
 
-def _is_kept(document: DocumentLength, config: PrepareConfig) -> bool:
-    if document.num_tokens >= config.short_below_tokens:
-        return document.num_tokens > 0
-    return document.num_tokens > 0 and unit_hash("keep", config.seed, document.id) < config.short_keep
+def _kept(lengths: Lengths, config: PrepareConfig, held_out: IntColumn | None) -> IntColumn:
+    """Rows that enter the draw: not held out, not empty, and of the short ones those that their hash keeps."""
+    keep = lengths.num_tokens > 0
+    short = np.flatnonzero(lengths.num_tokens < config.short_below_tokens)
+    keep[short] &= unit_hash("keep", config.seed, lengths.id_hash[short]) < config.short_keep
+    if held_out is not None:
+        keep[held_out] = False
+    return np.flatnonzero(keep)
 
 
-def _draw_domain(documents: list[DocumentLength], config: PrepareConfig, repeats: int) -> DomainDraw:
-    places: list[tuple[float, str, int, DocumentLength]] = []
-    for document in documents:
-        copies = repeats if document.num_tokens > config.long_above_tokens else 1
-        place = unit_hash("order", config.seed, document.id)
-        places += [((place + copy / copies) % 1.0, document.id, copy, document) for copy in range(copies)]
-    places.sort(key=lambda p: p[:3])
-    ends = np.cumsum([p[3].num_tokens for p in places], dtype=np.int64)
-    return DomainDraw([(document, copy) for _, _, copy, document in places], ends)
+def _draw_group(lengths: Lengths, rows: IntColumn, config: PrepareConfig, repeats: int) -> GroupDraw:
+    copies = np.where(lengths.num_tokens[rows] > config.long_above_tokens, repeats, 1)
+    each = np.repeat(np.arange(len(rows)), copies)  # [copies]
+    copy = np.arange(len(each)) - np.repeat(np.cumsum(copies) - copies, copies)
+    place = unit_hash("order", config.seed, lengths.id_hash[rows])[each]
+    place = (place + copy / copies[each]) % 1.0
+    row = rows[each]
+    order = np.lexsort((copy, lengths.id_hash[row], place))
+    chosen = Copies(row[order], copy[order].astype(np.int32), lengths.num_tokens[row[order]])
+    return GroupDraw(chosen, np.cumsum(chosen.num_tokens))
 
 
 def content_tokens(drawn: Draw, total: int, separator_tokens: int) -> int:
@@ -176,7 +244,7 @@ def content_tokens(drawn: Draw, total: int, separator_tokens: int) -> int:
     low, high = 0, total
     while low < high:
         middle = (low + high + 1) // 2
-        copies = sum(drawn.domains[d].count_for(tokens) for d, tokens in _budgets(drawn, middle).items())
+        copies = sum(drawn.groups[g].count_for(tokens) for g, tokens in enumerate(_budgets(drawn, middle)))
         if middle + separator_tokens * copies <= total:
             low = middle
         else:
@@ -184,80 +252,77 @@ def content_tokens(drawn: Draw, total: int, separator_tokens: int) -> int:
     return low
 
 
-def _budgets(drawn: Draw, content: int) -> dict[str, int]:
-    """`content` tokens shared out: each domain within one token of its share, the sum exact."""
-    ends = np.rint(np.cumsum(list(drawn.shares.values())) * content).astype(np.int64)
-    ends[-1] = content
-    return dict(zip(drawn.shares, np.diff(ends, prepend=0).tolist(), strict=True))
+def _budgets(drawn: Draw, content: int) -> list[int]:
+    """`content` tokens shared out: each group within one token of its share, the sum exact."""
+    ends = np.rint(np.cumsum(drawn.shares) * content).astype(np.int64)
+    ends[np.flatnonzero(drawn.shares)[-1] :] = content
+    return np.diff(ends, prepend=0).tolist()
 
 
-def _fill_gap(drawn: Draw, budgets: dict[str, int], total: int, before_tokens: int, after_tokens: int) -> None:
+def _fill_gap(drawn: Draw, budgets: list[int], total: int, before_tokens: int, after_tokens: int) -> None:
     """Give out the few tokens that are left because one more copy would have needed a whole separator."""
     separator_tokens = before_tokens + after_tokens
-    copies = sum(drawn.domains[d].count_for(tokens) for d, tokens in budgets.items())
-    gap = total - sum(budgets.values()) - separator_tokens * copies
-    for domain, taken in drawn.domains.items():
-        count = taken.count_for(budgets[domain])
-        step = min(gap, int(taken.ends[count - 1]) - budgets[domain]) if count else 0
-        budgets[domain] += step
+    shared = [g for g, share in enumerate(drawn.shares) if share]
+    copies = sum(drawn.groups[g].count_for(budgets[g]) for g in shared)
+    gap = total - sum(budgets) - separator_tokens * copies
+    for g in shared:
+        taken = drawn.groups[g]
+        count = taken.count_for(budgets[g])
+        step = min(gap, int(taken.ends[count - 1]) - budgets[g]) if count else 0
+        budgets[g] += step
         gap -= step
-    for domain, taken in drawn.domains.items():
-        while gap > before_tokens and budgets[domain] < taken.available_tokens:
-            opened = taken.count_for(budgets[domain])
-            step = min(gap - before_tokens, int(taken.ends[opened]) - budgets[domain])
-            budgets[domain] += step
+    for g in shared:
+        taken = drawn.groups[g]
+        while gap > before_tokens and budgets[g] < taken.available_tokens:
+            opened = taken.count_for(budgets[g])
+            step = min(gap - before_tokens, int(taken.ends[opened]) - budgets[g])
+            budgets[g] += step
             gap -= step + separator_tokens
 
 
-def in_global_order(drawn: Draw, budgets: Mapping[str, int], *, cut: bool) -> list[SampledDocument]:
-    """The copies that meet the budgets, every domain spread evenly over the stream; the last of each cut if asked."""
-    placed: list[tuple[float, SampledDocument]] = []
-    for domain, tokens in budgets.items():
-        taken = drawn.domains[domain]
-        for i in range(taken.count_for(tokens)):
-            document, copy = taken.copies[i]
-            start = int(taken.ends[i]) - document.num_tokens
-            used = min(document.num_tokens, tokens - start) if cut else document.num_tokens
-            place = (start + used / 2) / tokens
-            placed.append((place, SampledDocument(document.id, domain, copy, used)))
-    placed.sort(key=lambda p: (p[0], p[1].domain, p[1].id, p[1].copy))
-    return [copy for _, copy in placed]
+def in_global_order(lengths: Lengths, drawn: Draw, budgets: Sequence[int], *, cut: bool) -> Copies:
+    """The copies that meet the budgets, every group spread evenly over the stream; the last of each cut if asked."""
+    chosen, places = [], []
+    for taken, tokens in zip(drawn.groups, budgets, strict=True):
+        copies = taken.copies.take(slice(taken.count_for(tokens)))
+        start = taken.ends[: len(copies)] - copies.num_tokens
+        used = np.minimum(copies.num_tokens, tokens - start) if cut else copies.num_tokens
+        places.append((start + used / 2) / max(tokens, 1))
+        chosen.append(Copies(copies.row, copies.copy, used))
+    whole = Copies(*(np.concatenate([getattr(c, name) for c in chosen]) for name in ("row", "copy", "num_tokens")))
+    keys = (whole.copy, lengths.id_hash[whole.row], lengths.group[whole.row], np.concatenate(places))
+    return whole.take(np.lexsort(keys))
 
 
-def whole_copies(drawn: Draw, content: int) -> list[SampledDocument]:
-    """About `content` tokens in whole documents: for packing that cuts none. Fewer where a domain has fewer."""
-    return in_global_order(drawn, _budgets(drawn, content), cut=False)
+def whole_copies(lengths: Lengths, drawn: Draw, content: int) -> Copies:
+    """About `content` tokens in whole documents: for packing that cuts none. Fewer where a group has fewer."""
+    return in_global_order(lengths, drawn, _budgets(drawn, content), cut=False)
 
 
 def _shortage(
-    documents: Sequence[DocumentLength],
+    lengths: Lengths,
     config: PrepareConfig,
-    held_out: Collection[str],
+    held_out: IntColumn | None,
     drawn: Draw,
-    budgets: Mapping[str, int],
-    lacking: Sequence[str],
+    budgets: Sequence[int],
+    lacking: Sequence[int],
 ) -> str:
     """The arithmetic of a corpus that is too small, and what would mend it."""
+    free = np.ones(len(lengths.num_tokens), bool)
+    if held_out is not None:
+        free[held_out] = False
     lines = []
-    for domain in lacking:
-        short = middle = long = 0
-        for document in documents:
-            if document.domain != domain or document.id in held_out:
-                continue
-            if document.num_tokens < config.short_below_tokens:
-                short += document.num_tokens
-            elif document.num_tokens > config.long_above_tokens:
-                long += document.num_tokens
-            else:
-                middle += document.num_tokens
-        available = drawn.domains[domain].available_tokens
+    for g in lacking:
+        tokens = lengths.num_tokens[free & (lengths.group == g)]
+        short = int(tokens[tokens < config.short_below_tokens].sum())
+        long = int(tokens[tokens > config.long_above_tokens].sum())
         lines.append(
-            f"  {domain}: needs {budgets[domain]:,} tokens (share {drawn.shares[domain]:.4f}), has {available:,}: "
-            f"{short:,} in documents below {config.short_below_tokens} (x short_keep {config.short_keep}), "
-            f"{middle:,} between, {long:,} above {config.long_above_tokens} "
-            f"(x up to {min(config.max_repeats, config.num_sequences)} copies)"
+            f"  {lengths.groups[g]}: needs {budgets[g]:,} tokens (share {drawn.shares[g]:.4f}), has "
+            f"{drawn.groups[g].available_tokens:,}: {short:,} in documents below {config.short_below_tokens} "
+            f"(x short_keep {config.short_keep}), {int(tokens.sum()) - short - long:,} between, {long:,} above "
+            f"{config.long_above_tokens} (x up to {min(config.max_repeats, config.num_sequences)} copies)"
         )
-    possible = min(drawn.domains[d].available_tokens / drawn.shares[d] for d in lacking)
+    possible = min(drawn.groups[g].available_tokens / drawn.shares[g] for g in lacking)
     return (
         f"corpus: too small for prepare.token_budget {config.token_budget:,} "
         f"({config.num_sequences} sequences of {config.sequence_length})\n" + "\n".join(lines) + "\n"

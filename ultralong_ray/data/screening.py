@@ -20,9 +20,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ultralong_ray.config import DecontaminateConfig, DeduplicateConfig
-from ultralong_ray.data.benchmarks import read_index, write_index
+from ultralong_ray.data.benchmarks import index_name, read_index, write_index
 from ultralong_ray.data.decontaminate import screen_document, screen_sample, summarise
 from ultralong_ray.data.deduplicate import Prompt, describe_prompt, prompt_text
+from ultralong_ray.data.token_shards import DocumentTable
 from ultralong_ray.storage import Location
 from ultralong_ray.types import Document
 
@@ -38,11 +39,16 @@ class Screening:
     index: Location
 
 
-def start_screening(config: DecontaminateConfig | None, folder: Location) -> Screening | None:
-    """Build the index in `folder`; None when the recipe has no [decontaminate]. Raises UserError as `write_index`."""
+def start_screening(config: DecontaminateConfig | None, root: Location) -> Screening | None:
+    """Build the index below `root`, unless it is there; None when the recipe has no [decontaminate].
+
+    Raises UserError as `write_index` does.
+    """
     if config is None:
         return None
-    write_index(config, folder)
+    folder = root / index_name(config, root.options)
+    if not (folder / "index.npz").exists():  # written last
+        write_index(config, folder)
     return Screening(config, folder)
 
 
@@ -107,7 +113,7 @@ class PartScreen:
 class PartAccount:
     """What `PartScreen.write` recorded of a part."""
 
-    name: str
+    source: int  # position in the recipe of the source that the part is of
     read: int
     too_long: int
     findings: list[dict[str, Any]]
@@ -118,17 +124,21 @@ class PartAccount:
         return len({finding["id"] for finding in self.findings if finding["action"] == "dropped"})
 
 
-def read_accounts(folder: Location, names: Iterable[str]) -> list[PartAccount]:
-    """The accounts of the parts that have one, in the order of `names`; synthetic documents have none."""
-    places = [(name, folder / f"{name}.screened.json") for name in names]
-    return [PartAccount(name, **place.read_json()) for name, place in places if place.exists()]
+def read_accounts(table: DocumentTable) -> list[PartAccount]:
+    """The accounts of the parts that have one, in their order; synthetic documents have none."""
+    accounts = []
+    for name, source in zip(table.shards, table.sources, strict=True):
+        place = table.folder / f"{name}.screened.json"
+        if place.exists():
+            accounts.append(PartAccount(source, **place.read_json()))
+    return accounts
 
 
-def read_prompts(folder: Location, names: Iterable[str]) -> dict[str, Prompt]:
-    """The prompts of the admitted samples of the parts, by id."""
+def read_prompts(table: DocumentTable) -> dict[str, Prompt]:
+    """The prompts of the admitted samples, by id."""
     prompts: dict[str, Prompt] = {}
-    for name in names:
-        location = folder / f"{name}.prompts.parquet"
+    for name in table.shards:
+        location = table.folder / f"{name}.prompts.parquet"
         with location.filesystem.open_input_file(location.path) as source:
             rows = pq.read_table(source).to_pydict()
         for sample_id, digest, signature in zip(rows["id"], rows["digest"], rows["signature"], strict=True):

@@ -6,28 +6,28 @@ Every decision is a function of (seed, sample id) and of the set of samples, nev
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ultralong_ray.config import SftConfig
 from ultralong_ray.data.deduplicate import Duplicates, find_duplicates
-from ultralong_ray.data.passes import source_number
-from ultralong_ray.data.sample import unit_hash
+from ultralong_ray.data.sample import Copies, unit_hash
 from ultralong_ray.data.screening import PartAccount, read_accounts, read_prompts
-from ultralong_ray.data.token_shards import StoredDocument
-from ultralong_ray.storage import Location
-from ultralong_ray.types import DocumentLength, SampledDocument, UserError
+from ultralong_ray.data.token_shards import DocumentTable
+from ultralong_ray.types import UserError
+
+Rows = NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True)
 class Selection:
     """The samples to pack, and what became of all others."""
 
-    chosen: list[SampledDocument]
-    available: list[DocumentLength]  # those that could have been chosen
+    copies: Copies
     accounts: list[PartAccount]
     sources: list[dict[str, Any]]  # one line per source, for report.json
 
@@ -36,43 +36,43 @@ class Selection:
         return sum(account.too_long for account in self.accounts)
 
 
-def select_samples(
-    config: SftConfig, tokens: Location, names: Sequence[str], stored: Mapping[str, StoredDocument]
-) -> Selection:
-    """Take duplicates out of the stored samples and draw from the rest. `names` are those of all parts.
-
-    Raises UserError as `samples_per_domain` does.
-    """
-    accounts = read_accounts(tokens, names)
+def select_samples(config: SftConfig, table: DocumentTable) -> Selection:
+    """Take duplicates out of the samples and draw from the rest. Raises UserError as `samples_per_domain` does."""
+    accounts = read_accounts(table)
     duplicates = Duplicates({}, {})
+    rows = np.arange(len(table))
+    row_of: dict[str, int] = {}
     if config.deduplicate is not None:
-        duplicates = find_duplicates(read_prompts(tokens, names), config.deduplicate)
-    repeated = duplicates.exact.keys() | duplicates.near.keys()
-    available = [DocumentLength(d.id, d.domain, d.num_tokens) for d in stored.values() if d.id not in repeated]
+        duplicates = find_duplicates(read_prompts(table), config.deduplicate)
+        row_of = {name: row for row, name in enumerate(table.ids(rows))}
+    repeated = [row_of[name] for name in (*duplicates.exact, *duplicates.near)]
     too_long, contaminated = (sum(getattr(a, key) for a in accounts) for key in ("too_long", "contaminated"))
     left_out = f"left out: {too_long} longer ones, {contaminated} contaminated, {len(repeated)} duplicates"
-    chosen = choose_samples(available, config, left_out)
-    return Selection(chosen, available, accounts, _source_report(config, accounts, stored, duplicates, chosen))
+    chosen = choose_samples(np.setdiff1d(rows, repeated), table, config, left_out)
+    copies = Copies(chosen, np.zeros(len(chosen), np.int32), table.num_tokens[chosen])
+    dropped = {
+        "exact_duplicates": np.array([row_of[name] for name in duplicates.exact], np.int64),
+        "near_duplicates": np.array([row_of[name] for name in duplicates.near], np.int64),
+        "drawn": chosen,
+    }
+    return Selection(copies, accounts, _source_report(config, accounts, table, dropped))
 
 
-def choose_samples(available: Sequence[DocumentLength], config: SftConfig, left_out: str) -> list[SampledDocument]:
-    """The samples to pack, in the order of their hash. `left_out` says in words what is no longer among them.
+def choose_samples(available: Rows, table: DocumentTable, config: SftConfig, left_out: str) -> Rows:
+    """The rows of the samples to pack, in the order of their hash. `left_out` says what is no longer among them.
 
     Raises UserError with the samples per domain where they do not suffice, and for domains that there are not.
     """
-    ordered = sorted(available, key=lambda d: (unit_hash("sft", config.seed, d.id), d.id))
-    wanted = samples_per_domain(Counter(d.domain for d in available), config, left_out)
-    taken: Counter[str] = Counter()
-    chosen: list[SampledDocument] = []
-    for sample in ordered:
-        if wanted is None:
-            fits = config.num_samples is None or len(chosen) < config.num_samples
-        else:
-            fits = taken[sample.domain] < wanted.get(sample.domain, 0)
-        if fits:
-            taken[sample.domain] += 1
-            chosen.append(SampledDocument(sample.id, sample.domain, 0, sample.num_tokens))
-    return chosen
+    hashes = table.id_hash[available]
+    ordered = available[np.lexsort((hashes, unit_hash("sft", config.seed, hashes)))]
+    domains = table.domain[ordered]
+    counts = np.bincount(domains, minlength=len(table.domains)).tolist()
+    held = {name: count for name, count in zip(table.domains, counts, strict=True) if count}
+    wanted = samples_per_domain(held, config, left_out)
+    if wanted is None:
+        return ordered[: config.num_samples]
+    first = [np.flatnonzero(domains == table.domains.index(name))[:count] for name, count in wanted.items()]
+    return ordered[np.sort(np.concatenate(first))]
 
 
 def samples_per_domain(available: Mapping[str, int], config: SftConfig, left_out: str) -> dict[str, int] | None:
@@ -116,25 +116,15 @@ def _share_out(mix: Mapping[str, float], available: Mapping[str, int], config: S
 
 
 def _source_report(
-    config: SftConfig,
-    accounts: Sequence[PartAccount],
-    stored: Mapping[str, StoredDocument],
-    duplicates: Duplicates,
-    chosen: Sequence[SampledDocument],
+    config: SftConfig, accounts: list[PartAccount], table: DocumentTable, rows: Mapping[str, Rows]
 ) -> list[dict[str, Any]]:
     """What became of the samples of each source."""
     counts: defaultdict[int, Counter[str]] = defaultdict(Counter)
     for account in accounts:
-        counts[source_number(account.name)].update(
-            read=account.read, too_long=account.too_long, contaminated=account.contaminated
-        )
-    for key, ids in (
-        ("exact_duplicates", duplicates.exact),
-        ("near_duplicates", duplicates.near),
-        ("drawn", [sample.id for sample in chosen]),
-    ):
-        for sample_id in ids:
-            counts[source_number(stored[sample_id].shard)][key] += 1
+        counts[account.source].update(read=account.read, too_long=account.too_long, contaminated=account.contaminated)
+    for key, which in rows.items():
+        for shard in table.shard_of(which).tolist():
+            counts[table.sources[shard]][key] += 1
     keys = ("read", "too_long", "contaminated", "exact_duplicates", "near_duplicates", "drawn")
     names = [source.uri or source.kind for source in config.sources]
     return [{"source": name, **{key: counts[s][key] for key in keys}} for s, name in enumerate(names)]

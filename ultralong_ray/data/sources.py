@@ -12,25 +12,28 @@ import json
 import sys
 from collections.abc import Sequence
 
-from ultralong_ray.config import SourceConfig
+from ultralong_ray.config import Recipe, SourceConfig
+from ultralong_ray.stages import workdir
 from ultralong_ray.storage import SUCCESS_FILE, Location
 from ultralong_ray.types import UserError
 
 
-def materialise(sources: Sequence[SourceConfig], workdir: Location, *, chat: bool) -> list[SourceConfig]:
-    """The same sources, with every "installed" one replaced by the files written for it.
+def materialise(sources: Sequence[SourceConfig], recipe: Recipe, *, chat: bool) -> list[SourceConfig]:
+    """The same sources, with every "installed" one replaced by the files written for it, each with its [storage].
 
     Raises UserError for a source of kind "tasks" among chat sources: tasks are documents, not conversations.
     """
     if chat and any(source.kind == "tasks" for source in sources):
         raise UserError('sft.sources: kind "tasks" makes documents, not conversations; use "files" or "installed"')
-    return [_installed_files(s, workdir, chat=chat) if s.kind == "installed" else s for s in sources]
+    root = workdir(recipe)
+    files = [_installed_files(s, root, chat=chat) if s.kind == "installed" else s for s in sources]
+    return [s if s.storage is not None else s.model_copy(update={"storage": recipe.storage}) for s in files]
 
 
-def _installed_files(source: SourceConfig, workdir: Location, *, chat: bool) -> SourceConfig:
+def _installed_files(source: SourceConfig, root: Location, *, chat: bool) -> SourceConfig:
     from ultralong_ray.data.installed import write_installed_corpus, write_installed_sft
 
-    folder = workdir / f"{'installed-sft' if chat else 'corpus'}-{_installed_fingerprint(source.max_megabytes)}"
+    folder = root / f"{'installed-sft' if chat else 'corpus'}-{_installed_fingerprint(source.max_megabytes)}"
     if not (folder / SUCCESS_FILE).exists():
         folder.delete_dir()
         if chat:
@@ -38,7 +41,7 @@ def _installed_files(source: SourceConfig, workdir: Location, *, chat: bool) -> 
         else:
             write_installed_corpus(folder, source.max_megabytes)
         (folder / SUCCESS_FILE).write_json({"kind": "installed", "max_megabytes": source.max_megabytes})
-    return SourceConfig(kind="files", uri=folder.uri, domain=source.domain)
+    return SourceConfig(kind="files", uri=folder.uri, domain=source.domain, weight=source.weight)
 
 
 def _installed_fingerprint(max_megabytes: float | None) -> str:

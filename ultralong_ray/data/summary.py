@@ -1,4 +1,4 @@
-"""What was read and what was packed, as `report.json`: counts per domain and length, and a sample to look at. Pure.
+"""What was read and what was packed, as `plan.json` and `report.json`: counts per domain and length. Pure.
 
 Counts "before" are of the whole corpus, counts "after" of the tokens that stand in packed sequences; a document's
 length is that of the whole document, however much of it was used.
@@ -6,12 +6,14 @@ length is that of the whole document, however much of it was used.
 
 from __future__ import annotations
 
-from bisect import bisect_right
-from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
-from ultralong_ray.types import DocumentLength, Placement
+import numpy as np
+from numpy.typing import NDArray
+
+from ultralong_ray.data.pack import DocumentPlaces
+from ultralong_ray.data.token_shards import DocumentTable
 
 FIRST_EDGE_TOKENS = 1024
 
@@ -25,91 +27,102 @@ def length_edges(longest_tokens: int) -> list[int]:
 
 
 def prepare_report(
-    documents: Sequence[DocumentLength],
-    placements: Iterable[Placement],
-    shares_asked: Mapping[str, float],
-    long_above_tokens: int,
+    table: DocumentTable, places: DocumentPlaces, shares_asked: Mapping[str, float], long_above_tokens: int
 ) -> dict[str, Any]:
-    """The parts of report.json that count: `domains`, `length_edges_tokens`, `histogram_before`, `histogram_after`."""
-    lengths = {d.id: d.num_tokens for d in documents}
-    before = [(d.domain, d.num_tokens, d.num_tokens) for d in documents]
-    used: Counter[tuple[str, str]] = Counter()
-    copies: defaultdict[str, set[tuple[str, int]]] = defaultdict(set)
-    for p in placements:
-        used[p.domain, p.id] += p.end - p.start
-        copies[p.domain].add((p.id, p.copy))
-    after = [(domain, lengths[i], tokens) for (domain, i), tokens in used.items()]
-    edges = length_edges(max(lengths.values(), default=0))
-    names = sorted({d.domain for d in documents})
-    tokens_before, tokens_after = _tokens(before), _tokens(after)
-    long_before, long_after = (_tokens([r for r in rows if r[1] > long_above_tokens]) for rows in (before, after))
-    documents_before = Counter(d.domain for d in documents)
-    domains = {
-        name: {
-            "documents_before": documents_before[name],
-            "tokens_before": tokens_before[name],
-            "share_before": _share(tokens_before[name], tokens_before.total()),
+    """`domains`, `length_edges_tokens`, `histogram_before`, `histogram_after` (tokens), `buckets` (documents too)."""
+    edges = length_edges(int(table.num_tokens.max(initial=0)))
+    cell = table.domain * np.int64(len(edges) + 1) + np.searchsorted(edges, table.num_tokens, side="right")
+    used = places.end - places.start
+    num_cells = len(table.domains) * (len(edges) + 1)
+
+    def count(rows: NDArray[np.int64] | slice, tokens: NDArray[np.int64] | None = None) -> NDArray[np.int64]:
+        """Documents, or tokens, per domain and bucket: [domains, buckets]."""
+        return np.bincount(cell[rows], tokens, num_cells).astype(np.int64).reshape(len(table.domains), -1)
+
+    copies = np.unique(np.stack([places.row, places.copy.astype(np.int64)]), axis=1)[0]
+    everything = slice(None)
+    before = {"documents": count(everything), "tokens": count(everything, table.num_tokens)}
+    after = {"documents": count(np.unique(places.row)), "copies": count(copies), "tokens": count(places.row, used)}
+    long = table.num_tokens > long_above_tokens
+    long_before = np.bincount(table.domain[long], table.num_tokens[long], len(table.domains))
+    is_long = long[places.row]
+    long_after = np.bincount(table.domain[places.row[is_long]], used[is_long], len(table.domains))
+    domains = {}
+    for d, name in enumerate(table.domains):
+        tokens_before, tokens_after = int(before["tokens"][d].sum()), int(after["tokens"][d].sum())
+        domains[name] = {
+            "documents_before": int(before["documents"][d].sum()),
+            "tokens_before": tokens_before,
+            "share_before": _share(tokens_before, before["tokens"].sum()),
             "share_asked": shares_asked.get(name, 0.0),
-            "documents_after": len(copies[name]),
-            "tokens_after": tokens_after[name],
-            "share_after": _share(tokens_after[name], tokens_after.total()),
-            "long_share_before": _share(long_before[name], tokens_before[name]),
-            "long_share_after": _share(long_after[name], tokens_after[name]),
+            "documents_after": int(after["copies"][d].sum()),
+            "distinct_documents_after": int(after["documents"][d].sum()),
+            "tokens_after": tokens_after,
+            "share_after": _share(tokens_after, after["tokens"].sum()),
+            "long_share_before": _share(long_before[d], tokens_before),
+            "long_share_after": _share(long_after[d], tokens_after),
         }
-        for name in names
-    }
     return {
         "domains": domains,
         "length_edges_tokens": edges,
-        "histogram_before": _histogram(before, names, edges),
-        "histogram_after": _histogram(after, names, edges),
+        "histogram_before": {name: before["tokens"][d].tolist() for d, name in enumerate(table.domains)},
+        "histogram_after": {name: after["tokens"][d].tolist() for d, name in enumerate(table.domains)},
+        "buckets": _buckets(table.domains, edges, before, after),
     }
+
+
+def _buckets(
+    domains: tuple[str, ...],
+    edges: list[int],
+    before: Mapping[str, NDArray[np.int64]],
+    after: Mapping[str, NDArray[np.int64]],
+) -> list[dict[str, Any]]:
+    """One row per domain and length bucket that holds a document; `repeats` is copies per document used."""
+    bounds = [0, *edges, None]
+    rows = []
+    for d, name in enumerate(domains):
+        for b in range(len(edges) + 1):
+            if before["documents"][d, b]:
+                used = int(after["documents"][d, b])
+                rows.append(
+                    {
+                        "domain": name,
+                        "from_tokens": bounds[b],
+                        "below_tokens": bounds[b + 1],
+                        "documents_before": int(before["documents"][d, b]),
+                        "tokens_before": int(before["tokens"][d, b]),
+                        "documents_after": used,
+                        "repeats": _share(int(after["copies"][d, b]), used),
+                        "tokens_after": int(after["tokens"][d, b]),
+                    }
+                )
+    return rows
 
 
 def sft_report(
-    read: Sequence[DocumentLength], placements: Sequence[Placement], too_long: int, supervised_tokens: int
+    table: DocumentTable, places: DocumentPlaces, too_long: int, supervised_tokens: int
 ) -> dict[str, Any]:
-    """The parts of an SFT report that count. `read` are the samples short enough, before any were drawn."""
-    packed = Counter(p.domain for p in placements)
-    tokens: Counter[str] = Counter()
-    for p in placements:
-        tokens[p.domain] += p.end - p.start
-    samples = Counter(d.domain for d in read)
+    """The parts of an SFT report that count. `table` holds the samples short enough, before any were drawn."""
+    domain = table.domain[places.row]
+    read = np.bincount(table.domain, minlength=len(table.domains)).tolist()
+    packed = np.bincount(domain, minlength=len(table.domains)).tolist()
+    tokens = np.bincount(domain, places.end - places.start, len(table.domains)).astype(int).tolist()
     return {
         "domains": {
             name: {
-                "samples_before": samples[name],
-                "samples": packed[name],
-                "tokens": tokens[name],
-                "share": _share(tokens[name], tokens.total()),
+                "samples_before": read[d],
+                "samples": packed[d],
+                "tokens": tokens[d],
+                "share": _share(tokens[d], sum(tokens)),
             }
-            for name in sorted(samples)
+            for d, name in enumerate(table.domains)
         },
-        "samples": packed.total(),
+        "samples": sum(packed),
         "dropped_too_long": too_long,
         "supervised_tokens": supervised_tokens,
-        "supervised_share": _share(supervised_tokens, tokens.total()),
+        "supervised_share": _share(supervised_tokens, sum(tokens)),
     }
 
 
-# A row of the counts below: (domain, length of the whole document, tokens counted).
-Counted = Sequence[tuple[str, int, int]]
-
-
-def _tokens(rows: Counted) -> Counter[str]:
-    total: Counter[str] = Counter()
-    for domain, _, tokens in rows:
-        total[domain] += tokens
-    return total
-
-
-def _histogram(rows: Counted, names: Sequence[str], edges: Sequence[int]) -> dict[str, list[int]]:
-    """Tokens per length bucket: len(edges) + 1 buckets, the last one for documents of edges[-1] tokens or more."""
-    buckets = {name: [0] * (len(edges) + 1) for name in names}
-    for domain, length, tokens in rows:
-        buckets[domain][bisect_right(edges, length)] += tokens
-    return buckets
-
-
-def _share(part: int, whole: int) -> float:
-    return part / whole if whole else 0.0
+def _share(part: float, whole: float) -> float:
+    return float(part) / float(whole) if whole else 0.0

@@ -1,7 +1,8 @@
 """Texts in, int32 token ids out; and the ids that stand between documents. Needs transformers, no torch, no Ray.
 
-Read against transformers 5.17 and 5.23: `split_special_tokens=True` makes a fast tokenizer treat the text of a special
-token as ordinary text, so that a document which quotes `<|eot_id|>` cannot end a turn.
+Read against transformers 5.17 and 5.23 and tokenizers 0.23: `encode_special_tokens` makes a tokenizer treat the text of
+a special token as ordinary text, so that a document which quotes `<|eot_id|>` cannot end a turn; `encode_batch_fast`
+leaves out the character offsets.
 """
 
 from __future__ import annotations
@@ -33,7 +34,10 @@ def load_tokenizer(base: str, revision: str | None = None) -> Any:
 
     name = _tokenizer_folder(base)
     try:
-        return AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=False)
+        if not tokenizer.is_fast:
+            raise ValueError("it is no `tokenizers` one: tokenizer.json is missing")
+        return tokenizer
     except (OSError, ValueError, ImportError) as error:
         raise UserError(
             f"model.base {base!r}: no tokenizer could be loaded ({str(error).splitlines()[0]}). Give a folder that "
@@ -111,15 +115,15 @@ def _plain_pieces(tokenizer: Any) -> list[int]:
 
 def encode_batch(tokenizer: Any, texts: Sequence[str]) -> list[IntArray]:
     """Ids of each text as plain text, without special tokens: one int32 [num_tokens] array per text."""
-    encoded = tokenizer(
-        list(texts),
-        add_special_tokens=False,
-        split_special_tokens=True,
-        return_attention_mask=False,
-        return_token_type_ids=False,
-        verbose=False,
-    )
-    return [np.asarray(ids, dtype=np.int32) for ids in encoded["input_ids"]]
+    backend = tokenizer.backend_tokenizer
+    backend.no_truncation()
+    backend.no_padding()
+    backend.encode_special_tokens, before = True, backend.encode_special_tokens
+    try:
+        encodings = backend.encode_batch_fast(list(texts), add_special_tokens=False)
+    finally:
+        backend.encode_special_tokens = before
+    return [np.array(encoding.ids, np.int32) for encoding in encodings]
 
 
 def pad_token_id(tokenizer: Any) -> int:

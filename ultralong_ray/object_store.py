@@ -1,0 +1,90 @@
+"""S3-compatible stores: a pyarrow filesystem from options and environment, and plain words for what such a store says.
+
+Every request is tried `max_attempts` times with growing waits (the AWS SDK's standard strategy), so a store that
+answers 503, drops connections or is away for half a minute costs time and nothing else. Read against pyarrow 26.0:
+its errors carry the code of the AWS SDK ("AWS Error ACCESS_DENIED during GetObject operation: ...").
+"""
+
+from __future__ import annotations
+
+import os
+import re
+
+import pyarrow.fs as pafs
+
+from ultralong_ray.types import StorageOptions, UserError
+
+# What the store or the SDK says -> what it means and what mends it. The first that matches counts.
+_MEANINGS = (
+    (
+        r"ExpiredToken|TokenRefreshRequired|token.{0,40}expired|expired.{0,40}token",
+        "the credentials have expired; renew them (AWS_SESSION_TOKEN, the profile or the role) and submit again",
+    ),
+    (
+        r"InvalidAccessKeyId|SignatureDoesNotMatch|INVALID_ACCESS_KEY_ID|SIGNATURE_DOES_NOT_MATCH|InvalidToken|"
+        r"INVALID_CLIENT_TOKEN_ID|UnrecognizedClient",
+        "the credentials are not known there; check the access key, the secret key and the endpoint they belong to",
+    ),
+    (
+        r"ACCESS_DENIED|AccessDenied|Forbidden|HTTP (?:status|response code:?) 40[13]|Unauthorized",
+        "access is denied; these credentials lack the right to list, read or write there (for a public bucket set "
+        "storage.anonymous = true)",
+    ),
+    (
+        r"NO_SUCH_BUCKET|NoSuchBucket|bucket '[^']*' not found|Bucket '[^']*' not found",
+        "there is no such bucket; check its name, storage.endpoint and storage.region",
+    ),
+    (
+        r"MissingContentLength|HTTP (?:status|response code:?) 411",
+        "the server refuses trailing checksums; set storage.plain_checksums = true (or "
+        "AWS_REQUEST_CHECKSUM_CALCULATION=when_required)",
+    ),
+    (
+        r"curlCode|NETWORK_CONNECTION|SERVICE_UNAVAILABLE|SLOW_DOWN|SlowDown|INTERNAL_FAILURE|InternalError|"
+        r"REQUEST_TIMEOUT|THROTTLING|HTTP (?:status|response code:?) 50\d|Connection refused|Connection reset",
+        "the store does not answer, after storage.max_attempts attempts; check the network and the endpoint, and "
+        "submit again: what is finished is kept",
+    ),
+)
+
+
+def s3_filesystem(root: str, options: StorageOptions) -> pafs.FileSystem:
+    """Filesystem of `s3://bucket`. Options win over the environment; without either AWS is asked for the region.
+
+    Raises OSError when the region of a bucket cannot be found out.
+    """
+    if options.plain_checksums:  # the SDK takes this from the environment only
+        os.environ["AWS_REQUEST_CHECKSUM_CALCULATION"] = "when_required"
+        os.environ["AWS_RESPONSE_CHECKSUM_VALIDATION"] = "when_required"
+    endpoint = options.endpoint or os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+    region = options.region or os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
+    if region is None:
+        region = "us-east-1" if endpoint else pafs.resolve_s3_region(root.removeprefix("s3://"))
+    if endpoint is None and options.path_style:  # pyarrow puts the bucket into the path of a named endpoint only
+        endpoint = f"https://s3.{region}.amazonaws.com"
+    return pafs.S3FileSystem(
+        endpoint_override=endpoint,
+        region=region,
+        anonymous=options.anonymous,
+        force_virtual_addressing=options.path_style is False,
+        retry_strategy=pafs.AwsStandardS3RetryStrategy(max_attempts=options.max_attempts),
+    )
+
+
+def meaning_of(error: Exception) -> str | None:
+    """What a store's refusal means and what mends it; None for an error that is not the store's."""
+    text = str(error)
+    if isinstance(error, PermissionError):
+        return "access is denied; these credentials or this user lack the right"
+    if "AWS" not in text and "S3" not in text:
+        return None
+    return next((meaning for pattern, meaning in _MEANINGS if re.search(pattern, text)), None)
+
+
+def explained(error: Exception, where: str) -> UserError:
+    """The UserError for a store that cannot be used at `where`."""
+    meaning = meaning_of(error) or (
+        "check the bucket's name, the network, storage.endpoint or AWS_ENDPOINT_URL (for a server other than AWS), "
+        "storage.region or AWS_REGION, and the credentials of the usual AWS chain"
+    )
+    return UserError(f"{where} cannot be reached: {meaning} ({error})")
