@@ -15,11 +15,11 @@ import pytest
 
 from ultralong_ray.config import BenchmarkConfig, DecontaminateConfig
 from ultralong_ray.data import ngrams
-from ultralong_ray.data.benchmarks import BenchmarkIndex, read_index, write_index
+from ultralong_ray.data.benchmarks import BenchmarkIndex, index_name, read_index, write_index
 from ultralong_ray.data.decontaminate import screen_document, screen_sample
 from ultralong_ray.data.ngrams import words
 from ultralong_ray.storage import Location
-from ultralong_ray.types import Document, UserError
+from ultralong_ray.types import Document, StorageOptions, UserError
 
 WORDS = [a + b + c for a in "bdfgk" for b in ("a", "e", "ora", "uni") for c in ("l", "n", "rt", "ss", "m")]
 Index = Callable[..., tuple[BenchmarkIndex, DecontaminateConfig]]
@@ -236,3 +236,14 @@ def test_settings_that_contradict_each_other() -> None:
         DecontaminateConfig(benchmarks=(benchmark, benchmark))
     with pytest.raises(ValueError, match=r"min_item_words 20 is above decontaminate\.ngram_words 13"):
         DecontaminateConfig(benchmarks=(benchmark,), min_item_words=20)
+
+
+def test_the_index_has_another_name_when_rules_or_files_change(tmp_path: Path, files: Path) -> None:
+    def name(**settings: Any) -> str:
+        config = DecontaminateConfig(benchmarks=(BenchmarkConfig(name="b", uri=str(files)),), **settings)
+        return index_name(config, StorageOptions())
+
+    first = name()
+    assert first == name() and first != name(min_item_words=9)
+    (files / "c.txt").write_text("another text altogether\n")
+    assert name() != first
