@@ -20,11 +20,14 @@ from itertools import repeat
 import numpy as np
 from numpy.typing import NDArray
 
-PIECE_CHARACTERS = 2**20  # normalised at a time: a document may be a hundred million characters long
+# Normalised at a time: a document may be a hundred million characters long, and most pieces of this size are plain
+# ASCII once the common punctuation is gone, which is many times faster.
+PIECE_CHARACTERS = 2**16
 
 _IDEOGRAPHS = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
 _IDEOGRAPH = re.compile(f"[{_IDEOGRAPHS}]")
 _VANISHING = re.compile("[\u2018\u2019\u02bc\u00ad\u200b-\u200d\u2060\ufeff]")
+_COMMON = {"\u2019": "", "\u2018": ""} | dict.fromkeys("\u201c\u201d\u2013\u2014\u2026\u00a0", " ")
 _SEPARATING = re.compile(r"[^\w\x00-\x7f]+")
 # Behind the comma, so that the search runs from comma to comma.
 _DIGIT_COMMA = re.compile(rb",(?<=[0-9],)(?=[0-9]{3}(?![0-9]))")
@@ -39,6 +42,9 @@ HashArray = NDArray[np.uint64]
 
 def words(text: str) -> list[bytes]:
     """The normalised words of a text, in UTF-8."""
+    if not text.isascii():
+        for character, replacement in _COMMON.items():
+            text = text.replace(character, replacement)
     if not text.isascii():
         text = _VANISHING.sub("", unicodedata.normalize("NFKC", text).lower())
         text = _SEPARATING.sub(" ", text)
