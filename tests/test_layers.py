@@ -37,7 +37,7 @@ MAY_IMPORT: dict[str, set[str] | None] = {
 
 # Heavy library -> patterns of the files, relative to the package, that may import it.
 HEAVY: dict[str, str] = {
-    "ray": r"data/pipeline\.py|train/(trainer|loop|checkpoint|metrics|worker)\.py|eval/fanout\.py|job\.py",
+    "ray": r"data/fan_out\.py|train/(trainer|loop|checkpoint|metrics|worker)\.py|eval/fanout\.py|job\.py",
     "deepspeed": r"train/(engine|checkpoint)\.py",
     "torch": r"(model|parallel|train|eval)/.*|export\.py|export/.*",
     "transformers": r"(data|model|parallel|train|eval)/.*|export\.py|export/.*",
@@ -157,7 +157,7 @@ def test_probe_heavy_libraries_outside_their_files() -> None:
     assert _probe("train/loop.py", "import deepspeed") == ["train/loop.py:1: deepspeed imported outside its files"]
     assert _probe("train/engine.py", "import deepspeed.comm, torch") == []
     assert _probe("data/corpus.py", "import ray.data") == ["data/corpus.py:1: ray imported outside its files"]
-    assert _probe("data/pipeline.py", "import ray.data") == []
+    assert _probe("data/fan_out.py", "import ray.data") == []
     assert _probe("storage.py", "def f():\n    import torch") == ["storage.py:2: torch imported outside its files"]
     assert _probe("__init__.py", "import torch") == ["__init__.py:1: torch imported outside its files"]
 

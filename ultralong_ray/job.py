@@ -30,19 +30,33 @@ log = logging.getLogger("ultralong_ray")
 _terminated: list[int] = []  # the SIGTERMs received
 
 
-def run_stages(*names: str) -> None:
+def run_stages(*names: str, plan: Callable[[Recipe], str] | None = None) -> None:
     """Entry point of a stage's script: run the named stages that the recipe has and that are not done."""
-    guarded(lambda recipe, path, _: [run_stage(recipe, name, path) for name in names if name in stages(recipe)])
+    guarded(lambda recipe, path, _: [run_stage(recipe, name, path) for name in names if name in stages(recipe)], plan)
 
 
-def guarded(action: Callable[[Recipe, str, list[str]], Any]) -> None:
-    """Parse the command line, run `action(recipe, recipe_path, overrides)`, turn mistakes into messages."""
+def plan_prepare(recipe: Recipe) -> str:
+    """Measure the corpus and plan the packing; the text of the plan, and where it is written."""
+    from ultralong_ray.data.pipeline import plan_only
+
+    directory = stage_directory(recipe, "prepare")
+    connect_to_ray()
+    return f"{plan_only(recipe, directory)}\nplan: {directory.location}/plan.json"
+
+
+def guarded(action: Callable[[Recipe, str, list[str]], Any], plan: Callable[[Recipe], str] | None = None) -> None:
+    """Parse the command line, run `action(recipe, recipe_path, overrides)`, turn mistakes into messages.
+
+    With `plan` the script also takes --plan-only, which prints what `plan` returns and stops.
+    """
     parser = argparse.ArgumentParser(
         description="Runs one part of a recipe. Any key of the recipe can be overridden: --pretrain.learning_rate 1e-5",
         allow_abbrev=False,
     )
     parser.add_argument("recipe", help="TOML file, for example jobs/recipes/quickstart.toml")
     parser.add_argument("--dry-run", action="store_true", help="print the resolved plan and stop")
+    if plan is not None:
+        parser.add_argument("--plan-only", action="store_true", help="measure and plan, print the plan and stop")
     arguments, overrides = parser.parse_known_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stdout)
     signal.signal(signal.SIGTERM, _stop)
@@ -51,6 +65,8 @@ def guarded(action: Callable[[Recipe, str, list[str]], Any]) -> None:
         check_base_model(recipe)
         if arguments.dry_run:
             print(describe(recipe))
+        elif plan is not None and arguments.plan_only:
+            print(plan(recipe))
         else:
             action(recipe, arguments.recipe, overrides)
     except UserError as error:

@@ -1,24 +1,44 @@
 """S3-compatible stores: a pyarrow filesystem from options and environment, and plain words for what such a store says.
 
 Every request is tried `max_attempts` times with growing waits (the AWS SDK's standard strategy), so a store that
-answers 503, drops connections or is away for half a minute costs time and nothing else. Read against pyarrow 26.0:
-its errors carry the code of the AWS SDK ("AWS Error ACCESS_DENIED during GetObject operation: ...").
+answers 503, drops connections or is away for half a minute costs time and nothing else. What the SDK gives up too soon
+(a 503 to a HEAD request has no body to say that it may be tried again) is tried again by `retried`. Read against
+pyarrow 26.0: its errors carry the code of the AWS SDK ("AWS Error ACCESS_DENIED during GetObject operation: ...").
 """
 
 from __future__ import annotations
 
 import os
+import random
 import re
+import time
+from collections.abc import Callable
+from typing import TypeVar
 
 import pyarrow.fs as pafs
 
 from ultralong_ray.types import StorageOptions, UserError
+
+PATIENCE_SECONDS = 90.0
+LONGEST_WAIT_SECONDS = 10.0
+
+Value = TypeVar("Value")
+
+
+class StoreUnavailable(UserError):
+    """The store does not answer, or asks to come back later."""
+
 
 # What the store or the SDK says -> what it means and what mends it. The first that matches counts.
 _MEANINGS = (
     (
         r"ExpiredToken|TokenRefreshRequired|token.{0,40}expired|expired.{0,40}token",
         "the credentials have expired; renew them (AWS_SESSION_TOKEN, the profile or the role) and submit again",
+    ),
+    (
+        r"HTTP (?:status|response code:?) 400\)? during Head",  # an answer to HEAD has no body to say more
+        "the request is refused without a reason: most often the credentials have expired or belong to another "
+        "endpoint or region",
     ),
     (
         r"InvalidAccessKeyId|SignatureDoesNotMatch|INVALID_ACCESS_KEY_ID|SIGNATURE_DOES_NOT_MATCH|InvalidToken|"
@@ -46,6 +66,9 @@ _MEANINGS = (
         "submit again: what is finished is kept",
     ),
 )
+
+
+_TRANSIENT = _MEANINGS[-1][1]
 
 
 def s3_filesystem(root: str, options: StorageOptions) -> pafs.FileSystem:
@@ -81,10 +104,25 @@ def meaning_of(error: Exception) -> str | None:
     return next((meaning for pattern, meaning in _MEANINGS if re.search(pattern, text)), None)
 
 
+def retried(operation: Callable[[], Value], attempts: int) -> Value:
+    """The operation's value; it is tried again, after growing waits, while the store does not answer."""
+    began = time.monotonic()
+    for attempt in range(attempts):
+        try:
+            return operation()
+        except (OSError, StoreUnavailable) as error:
+            late = attempt + 1 >= attempts or time.monotonic() - began > PATIENCE_SECONDS
+            if late or not (isinstance(error, StoreUnavailable) or meaning_of(error) == _TRANSIENT):
+                raise
+            time.sleep(min(0.5 * 2**attempt, LONGEST_WAIT_SECONDS) * random.uniform(0.5, 1.0))
+    raise AssertionError("attempts is at least 1")
+
+
 def explained(error: Exception, where: str) -> UserError:
-    """The UserError for a store that cannot be used at `where`."""
+    """The UserError for a store that cannot be used at `where`: StoreUnavailable where it may pass."""
     meaning = meaning_of(error) or (
         "check the bucket's name, the network, storage.endpoint or AWS_ENDPOINT_URL (for a server other than AWS), "
         "storage.region or AWS_REGION, and the credentials of the usual AWS chain"
     )
-    return UserError(f"{where} cannot be reached: {meaning} ({error})")
+    kind = StoreUnavailable if meaning == _TRANSIENT else UserError
+    return kind(f"{where} cannot be reached: {meaning} ({error})")

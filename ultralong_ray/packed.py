@@ -105,9 +105,7 @@ def _write_rows(
     rows: list[tuple[IntArray | ByteArray, ...]] = []
     for sequence in sequences:
         if len(sequence.input_ids) != sequence_length:
-            raise ValueError(
-                f"sequence {sequence.index} has {len(sequence.input_ids)} tokens, not {sequence_length}"
-            )
+            raise ValueError(f"sequence {sequence.index} has {len(sequence.input_ids)} tokens, not {sequence_length}")
         for start in range(0, sequence_length, chunk_tokens):
             part = slice(start, start + chunk_tokens)
             row: tuple[IntArray | ByteArray, ...] = (sequence.input_ids[part],)
@@ -144,7 +142,7 @@ def write_placement_columns(folder: Location, columns: Mapping[str, Any]) -> Non
 
 def read_placements(folder: Location) -> list[Placement]:
     location = folder / "documents.parquet"
-    with location.filesystem.open_input_file(location.path) as source:
+    with location.open_input() as source:
         return [Placement(**row) for row in pq.read_table(source).to_pylist()]
 
 
@@ -186,7 +184,7 @@ class PackedReader:
         """Positions at which a document (or the rest of one) begins, ascending, the first one 0. int32 [documents]."""
         if self._starts is None:
             location = self.folder / "documents.parquet"
-            with location.filesystem.open_input_file(location.path) as source:
+            with location.open_input() as source:
                 table = pq.read_table(source, columns=["sequence", "start"])
             self._starts = (
                 table.column("sequence").to_numpy().astype(np.int32),
@@ -230,7 +228,7 @@ class PackedReader:
 
 def _open(location: Location, footer_bytes: int) -> pq.ParquetFile:
     """With a footer of known size nothing else is fetched; Parquet readers guess 64 KiB (pyarrow 26.0)."""
-    source = location.filesystem.open_input_file(location.path)
+    source = location.open_input()
     metadata = None
     if footer_bytes:
         metadata = pq.read_metadata(pa.BufferReader(source.read_at(footer_bytes, source.size() - footer_bytes)))

@@ -12,18 +12,22 @@ import errno
 import json
 import os
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+import pyarrow as pa
 import pyarrow.fs as pafs
 
-from ultralong_ray.object_store import explained, s3_filesystem
+from ultralong_ray.object_store import explained, retried, s3_filesystem
 from ultralong_ray.types import StorageOptions, UserError
 
 SUCCESS_FILE = "_SUCCESS.json"
+
+DEFAULT_OPTIONS = StorageOptions()
+Value = TypeVar("Value")
 
 
 @lru_cache(maxsize=64)
@@ -57,10 +61,10 @@ class Location:
     """A file or folder by URI. `Location("s3://b/x") / "y"` is `s3://b/x/y`, reached with the same options."""
 
     uri: str
-    options: StorageOptions = StorageOptions()
+    options: StorageOptions = DEFAULT_OPTIONS
 
     @staticmethod
-    def of(uri: str | Path | Location, options: StorageOptions = StorageOptions()) -> Location:  # noqa: B008
+    def of(uri: str | Path | Location, options: StorageOptions = DEFAULT_OPTIONS) -> Location:
         """Normalise: a path without scheme becomes absolute, `file://` becomes a path."""
         if isinstance(uri, Location):
             return uri
@@ -83,7 +87,7 @@ class Location:
     @property
     def filesystem(self) -> pafs.FileSystem:
         if self.is_local:
-            return _filesystem_of("", StorageOptions())
+            return _filesystem_of("", DEFAULT_OPTIONS)
         scheme, rest = self.uri.split("://", 1)
         return _filesystem_of(f"{scheme}://{rest.split('/', 1)[0]}", self.options)
 
@@ -101,36 +105,52 @@ class Location:
     def __str__(self) -> str:
         return self.uri
 
+    def info(self) -> pafs.FileInfo:
+        return self._retried(lambda: self.filesystem.get_file_info(self.path))
+
     def exists(self) -> bool:
-        return self.filesystem.get_file_info(self.path).type != pafs.FileType.NotFound
+        return self.info().type != pafs.FileType.NotFound
 
     def is_dir(self) -> bool:
-        return self.filesystem.get_file_info(self.path).type == pafs.FileType.Directory
+        return self.info().type == pafs.FileType.Directory
 
     def size(self) -> int:
-        return self.filesystem.get_file_info(self.path).size
+        return self.info().size
 
     def files(self, *, recursive: bool = False) -> list[Location]:
         """Files below a folder, sorted by path; an absent folder has none."""
         selector = pafs.FileSelector(self.path, recursive=recursive, allow_not_found=True)
-        infos = self.filesystem.get_file_info(selector)
+        infos = self._retried(lambda: self.filesystem.get_file_info(selector))
         prefix = "" if self.is_local else self.uri.split("://", 1)[0] + "://"
         return [replace(self, uri=prefix + info.path) for info in sorted(infos, key=lambda i: i.path) if info.is_file]
 
+    def open_input(self) -> pa.NativeFile:
+        """A file for reading at any place."""
+        return self._retried(lambda: self.filesystem.open_input_file(self.path))
+
     def read_bytes(self) -> bytes:
-        with self.filesystem.open_input_stream(self.path, compression=None) as stream:
-            return stream.read()
+        def read() -> bytes:
+            with self.filesystem.open_input_stream(self.path, compression=None) as stream:
+                return stream.read()
+
+        return self._retried(read)
 
     def read_json(self) -> Any:
         return json.loads(self.read_bytes())
 
     def make_dir(self) -> Location:
-        self.filesystem.create_dir(self.path, recursive=True)
+        self._retried(lambda: self.filesystem.create_dir(self.path, recursive=True))
         return self
 
     def delete_dir(self) -> None:
         if self.exists():
-            self.filesystem.delete_dir(self.path)
+            self._retried(lambda: self.filesystem.delete_dir(self.path))
+
+    def delete_file(self) -> None:
+        self._retried(lambda: self.filesystem.delete_file(self.path))
+
+    def _retried(self, operation: Callable[[], Value]) -> Value:
+        return retried(operation, self.options.max_attempts)
 
     @contextlib.contextmanager
     def open_for_write(self) -> Iterator[Any]:
@@ -151,8 +171,11 @@ class Location:
             raise
 
     def write_bytes(self, data: bytes) -> None:
-        with self.open_for_write() as sink:
-            sink.write(data)
+        def write() -> None:
+            with self.open_for_write() as sink:
+                sink.write(data)
+
+        self._retried(write)
 
     def write_json(self, value: Any) -> None:
         self.write_bytes((json.dumps(value, indent=2, sort_keys=True) + "\n").encode())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import numpy as np
 
@@ -42,7 +43,7 @@ def table_of(rows: Sequence[Row], shard_sizes: Sequence[int], folder: str = "/no
     domains = sorted({domain for _, domain, _ in rows})
     tokens = np.array([n for _, _, n in rows], np.int64)
     first = np.cumsum([0, *shard_sizes])
-    offsets = [np.cumsum(tokens[a:b]) - tokens[a:b] for a, b in zip(first[:-1], first[1:], strict=True)]
+    offsets = [np.cumsum(tokens[a:b]) - tokens[a:b] for a, b in pairwise(first)]
     count = len(shard_sizes)
     return DocumentTable(
         Location(folder),

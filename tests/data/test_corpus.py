@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.feather
 import pyarrow.parquet as pq
 import pytest
+from pyarrow import feather
 
 from ultralong_ray.config import SourceConfig
 from ultralong_ray.data import corpus, rows
@@ -68,7 +68,7 @@ def write_arrow(path: Path, rows: list[dict[str, Any]], *, stream: bool = False,
 def test_every_format_gives_the_same_documents(tmp_path: Path) -> None:
     write_arrow(tmp_path / "e.arrow", [{"other": 1, **row} for row in ROWS])
     write_arrow(tmp_path / "f.arrow", ROWS, stream=True)
-    pa.feather.write_feather(pa.Table.from_pylist(ROWS), str(tmp_path / "g.feather"))
+    feather.write_feather(pa.Table.from_pylist(ROWS), str(tmp_path / "g.feather"))
     write_parquet(tmp_path / "a.parquet", ROWS)
     (tmp_path / "b.jsonl").write_bytes(jsonl(ROWS))
     (tmp_path / "c.jsonl.gz").write_bytes(gzip.compress(jsonl(ROWS)))
@@ -109,7 +109,12 @@ def test_large_parquet_is_cut_by_row_groups(tmp_path: Path, monkeypatch: pytest.
     assert [(p.start, p.end, p.first_row) for p in parts_of(source)] == [(0, 1, 0), (1, 2, 3), (2, 3, 6)]
     assert read_all(source) == DOCUMENTS
     source = SourceConfig(uri=str(write_arrow(tmp_path / "a.arrow", ROWS)))
-    assert [(p.start, p.end, p.first_row) for p in parts_of(source)] == [(0, 1, 0), (1, 2, None), (2, 3, None), (3, 4, None)]
+    assert [(p.start, p.end, p.first_row) for p in parts_of(source)] == [
+        (0, 1, 0),
+        (1, 2, None),
+        (2, 3, None),
+        (3, 4, None),
+    ]
     assert read_all(source) == DOCUMENTS
 
 
@@ -211,7 +216,13 @@ def test_wrong_types_and_encodings(tmp_path: Path) -> None:
     (tmp_path / "b.jsonl").write_bytes(jsonl(lines) + b'{"id": "a", "domain": "b", "text": "\xff\xfe"}\n')
     documents, bad = read_with_bad(SourceConfig(uri=str(tmp_path / "b.jsonl")))
     assert documents == DOCUMENTS[:1]
-    reasons = ["text is list", "a JSON list", "text is not valid Unicode", "no field 'domain', 'text'", "not valid JSON"]
+    reasons = [
+        "text is list",
+        "a JSON list",
+        "text is not valid Unicode",
+        "no field 'domain', 'text'",
+        "not valid JSON",
+    ]
     assert [row for row, _ in bad] == [1, 2, 3, 4, 5]
     assert all(reason.startswith(start) for (_, reason), start in zip(bad, reasons, strict=True)), bad
     texts = pa.array([b"good", b"\xff\xfe", b"fine"]).view(pa.string())

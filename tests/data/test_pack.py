@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tests.data.columns import copies_from, copies_of, place_rows, table_of
 
+from tests.data.columns import copies_from, copies_of, place_rows, table_of
 from ultralong_ray.data.fill import FilePlan, fill
 from ultralong_ray.data.pack import PackPlan, Separators, copies_apart, plan_concatenated, plan_whole, split
 from ultralong_ray.data.sample import Copies

@@ -15,7 +15,6 @@ import pyarrow.parquet as pq
 import pytest
 
 from tests.data.columns import lengths_of
-
 from ultralong_ray.config import Recipe
 from ultralong_ray.data.pipeline import plan_only, prepare, prepare_sft
 from ultralong_ray.data.sample import choose_holdout, sample

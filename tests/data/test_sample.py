@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
-from tests.data.columns import lengths_of, place_rows
 
+from tests.data.columns import lengths_of, place_rows
 from ultralong_ray.config import PrepareConfig
 from ultralong_ray.data.pack import Separators, plan_concatenated
 from ultralong_ray.data.sample import Copies, Lengths, choose_holdout, draw, sample, target_shares, unit_hash
@@ -203,7 +203,9 @@ def test_hash_is_even_and_differs_by_purpose_and_seed() -> None:
     for other in (unit_hash("order", 2, hashes), unit_hash("keep", 1, hashes)):
         assert abs(np.corrcoef(place, other)[0, 1]) < 0.03
     assert unit_hash("order", 1, hashes[:1])[0] == place[0]
-    assert unit_hash("order", 42, np.array([id_hash("a")], np.uint64))[0] == pytest.approx(0.47946879536474896, abs=1e-15)
+    assert unit_hash("order", 42, np.array([id_hash("a")], np.uint64))[0] == pytest.approx(
+        0.47946879536474896, abs=1e-15
+    )
 
 
 def test_weights_of_sources_shift_the_mix() -> None:

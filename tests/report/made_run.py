@@ -88,7 +88,25 @@ def made_data_report(text: str = "one document<s>another document") -> dict[str,
         "length_edges_tokens": [1024, 2048, 4096],
         "histogram_before": {"code": [30_000, 10_000, 5_000, 5_000], "<i>prose</i>": [10_000, 0, 0, 0]},
         "histogram_after": {"code": [5_000, 5_000, 8_000, 10_672], "<i>prose</i>": [12_288, 0, 0, 0]},
-        "sample": {"sequence": 3, "text": text},
+        "buckets": [
+            {
+                "domain": "code",
+                "from_tokens": 4096,
+                "below_tokens": None,
+                "documents_before": 12,
+                "tokens_before": 5_000,
+                "documents_after": 7,
+                "repeats": 2.0,
+                "tokens_after": 10_672,
+            }
+        ],
+        "quarantine": {
+            "rows": 220,
+            "bad_rows": 3,
+            "reasons": {"text is <null>": 3},
+            "skipped_shards": [{"shard": "a.parquet", "reason": "truncated"}],
+        },
+        "samples": [{"sequence": 3, "text": text}],
         "holdout_documents": 4,
     }
 

@@ -61,7 +61,7 @@ class SourceConfig(Section):
     """Bad rows (null, empty, not a string, undecodable, without id) are set aside; more than this share stops the
     run."""
     on_bad_shard: Literal["stop", "skip"] = operational("stop")
-    """A shard that cannot be read (truncated, wrong compression, no rows) stops the run, or is left out and reported."""
+    """A shard that cannot be read (truncated, wrong compression, no rows) stops the run or is left out and reported."""
     max_megabytes: PositiveFloat | None = None
     """installed: stop after this much text (all domains together)."""
     num_documents: Positive | None = None

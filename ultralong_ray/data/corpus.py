@@ -1,4 +1,4 @@
-"""The shards of a corpus and the parts they are cut into. Parquet, Arrow (IPC file or stream) and JSONL (plain, gz, zst).
+"""The shards of a corpus and the parts they are cut into: Parquet, Arrow (IPC file or stream), JSONL (plain, gz, zst).
 
 A source is a file, a folder or a glob on any `Location`. A shard is cut into parts of about `PART_BYTES`, which are the
 units of parallel work; how many workers there are never changes them:
@@ -179,7 +179,7 @@ def list_parts(
 
 def _parts_of(shard: Shard, columns: tuple[str, ...]) -> list[ShardPart]:
     try:
-        info = shard.location.filesystem.get_file_info(shard.location.path)
+        info = shard.location.info()
     except OSError as error:
         raise explained(error, str(shard.location)) from error
     version = f"{info.size}-{info.mtime_ns}"
@@ -226,7 +226,7 @@ def open_parquet(shard: Shard, columns: tuple[str, ...]) -> pq.ParquetFile:
     """Raises BadShard when the file is no Parquet, UserError when a column is missing or the store does not answer."""
     location = shard.location
     try:
-        file = pq.ParquetFile(location.filesystem.open_input_file(location.path), pre_buffer=False)
+        file = pq.ParquetFile(location.open_input(), pre_buffer=False)
     except (pa.ArrowException, OSError) as error:
         raise unreadable(shard, error) from error
     _check_columns(location, file.schema_arrow.names, columns)
@@ -237,7 +237,7 @@ def open_arrow(shard: Shard, columns: tuple[str, ...]) -> ipc.RecordBatchFileRea
     """The reader of an IPC file or stream, for the named columns alone. Raises as `open_parquet` does."""
     location = shard.location
     try:
-        source = location.filesystem.open_input_file(location.path)
+        source = location.open_input()
         is_file = source.read_at(len(FILE_MAGIC), 0) == FILE_MAGIC
         source.seek(0)
         if not is_file:
@@ -269,5 +269,5 @@ def unreadable(shard: Shard, error: Exception) -> UserError:
         return explained(error, str(shard.location))
     return BadShard(
         f"{shard.location}: cannot be read as {shard.format} ({error}). The shard is truncated, damaged or of another "
-        f"format or compression: write it again, set format, or leave such shards out with on_bad_shard = \"skip\""
+        f'format or compression: write it again, set format, or leave such shards out with on_bad_shard = "skip"'
     )

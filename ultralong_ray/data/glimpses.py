@@ -1,6 +1,6 @@
 """Packed sequences in, decoded places out that a person can look at; and the documents held out of them.
 
-    holdout.parquet     id, domain, input_ids list<int32> [sequence_length]: one row group per document
+holdout.parquet     id, domain, input_ids list<int32> [sequence_length]: one row group per document
 """
 
 from __future__ import annotations

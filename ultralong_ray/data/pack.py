@@ -263,9 +263,7 @@ def _plan(
     which, start, end, offset = (np.concatenate(columns) for columns in zip(before, after, strict=True))
     is_before = np.arange(len(which)) < len(before[0])
     places = SeparatorPlaces(pieces.sequence[which], start, end, is_before, offset)
-    return PackPlan(
-        sequence_length, num_sequences, documents, places.take(np.lexsort((places.start, places.sequence)))
-    )
+    return PackPlan(sequence_length, num_sequences, documents, places.take(np.lexsort((places.start, places.sequence))))
 
 
 def split(plan: PackPlan, sequences: int) -> Iterator[PackPlan]:

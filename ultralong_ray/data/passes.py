@@ -102,7 +102,7 @@ class Stopwatch:
 
 
 def tokenize_items(
-    sources: Iterable[tuple[SourceConfig, Literal["text", "chat"]]],
+    sources: Iterable[tuple[SourceConfig, Kind]],
     tokenizer_name: tuple[str, str | None],
     folder: Location,
     max_tokens: int,
@@ -110,7 +110,7 @@ def tokenize_items(
     screening: Screening | None = None,
     deduplicate: DeduplicateConfig | None = None,
 ) -> tuple[list[TokenizeItem], list[SkippedShard]]:
-    """Cut sources into work items, named by what they read: never by workers, nor by what lies beside it.
+    """Cut sources, each read as "text" or "chat", into work items, named by what they read: never by workers.
 
     Also returns the shards that a source asks to leave out. Raises UserError for shards that are missing, empty,
     truncated or without the columns.
@@ -128,7 +128,7 @@ def tokenize_items(
                 items.append(_named(blank, max_tokens=longest, first_task=first, num_tasks=count))
             continue
         columns = DocumentColumns.of(source, MESSAGES_COLUMN if reading == "chat" else None)
-        kind: Kind = "input_ids" if source.input_ids_column and reading == "text" else reading
+        kind = "input_ids" if source.input_ids_column and reading == "text" else reading
         if kind == "input_ids" and screening is not None:
             raise UserError(
                 f"corpus source {source.uri}: [decontaminate] compares texts, and this source gives token ids "

@@ -1,4 +1,4 @@
-"""The prepare stages: corpus shards or chat samples in, a folder of packed sequences out. The only Ray file of `data`.
+"""The prepare stages: corpus shards or chat samples in, a folder of packed sequences out.
 
 Two passes over Ray Data, nothing tokenised twice: parts of the corpus become token shards below `<workdir>/tokens/`
 (found again by a run that was cut short, and by any recipe over the same corpus); the driver plans from document
@@ -10,25 +10,21 @@ is byte-identical for any number of workers and for a run that was cut short.
     manifest.json, documents.parquet, sequences/   see ultralong_ray/packed.py
     report.json                                    plan.json and decoded samples
     holdout.parquet                                see ultralong_ray/data/glimpses.py
-
-Read against Ray 2.60: tasks return what the user did wrong as a value, so that no wrapping by Ray Data lies around it.
 """
 
 from __future__ import annotations
 
 import logging
-import pickle
-import sys
-import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ultralong_ray.config import PrepareConfig, Recipe, SourceConfig
+from ultralong_ray.data.fan_out import run_tasks
 from ultralong_ray.data.fill import FilePlan
 from ultralong_ray.data.glimpses import decoded_meetings, decoded_sample, write_holdout
 from ultralong_ray.data.pack import PackPlan, Separators, plan_concatenated, plan_whole, split
@@ -49,7 +45,6 @@ from ultralong_ray.data.sources import materialise
 from ultralong_ray.data.summary import prepare_report, sft_report
 from ultralong_ray.data.token_shards import DocumentTable, delete_token_shards, read_document_table
 from ultralong_ray.data.tokenize import load_tokenizer, pad_token_id, separator_ids
-from ultralong_ray.object_store import explained, meaning_of
 from ultralong_ray.packed import PackedFile, PackedManifest, chunking, file_name, write_placement_columns
 from ultralong_ray.stages import workdir
 from ultralong_ray.storage import Location, StageDirectory
@@ -58,11 +53,8 @@ from ultralong_ray.types import Placement, UserError
 log = logging.getLogger(__name__)
 
 TOKENS_PER_FILE = 2**22  # one 4M sequence, or as many shorter ones
-PROGRESS_SECONDS = 10.0
 # Documents that are not cut do not fill a budget to the last sequence: this share of it is enough.
 WHOLE_FILL = 0.95
-
-Item = TypeVar("Item")
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,7 +180,7 @@ def _clear_output(folder: Location) -> None:
     """Remove what a run that was cut short has left, plan included."""
     (folder / "sequences").delete_dir()
     for file in folder.files():
-        file.filesystem.delete_file(file.path)
+        file.delete_file()
 
 
 def _tokenize(
@@ -204,13 +196,18 @@ def _tokenize(
     """Pass 1: the documents in the order of the sources and their shards, and what was set aside."""
     files = materialise(sources, recipe, chat=chat)
     name = (recipe.model.base, recipe.model.revision)
-    readings = [(s, "chat" if chat else "text") for s in files]
     deduplicate = recipe.sft.deduplicate if chat and recipe.sft is not None else None
     items, skipped = tokenize_items(
-        readings, name, workdir(recipe) / "tokens", max_tokens, config.seed, screening, deduplicate
+        [(s, "chat" if chat else "text") for s in files],
+        name,
+        workdir(recipe) / "tokens",
+        max_tokens,
+        config.seed,
+        screening,
+        deduplicate,
     )
     log.info("tokenising %d parts of %d sources", len(items), len(sources))
-    results = {r["name"]: r for r in _run(items, tokenize_part, config.num_workers, "tokenised", "parts")}
+    results = {r["name"]: r for r in run_tasks(items, tokenize_part, config.num_workers, "tokenised", "parts")}
     quarantine = write_quarantine(folder, files, items, skipped, results)
     if quarantine["bad_rows"] or quarantine["skipped_shards"]:
         line = "set aside %d bad rows of %d, left out %d shards: %s"
@@ -269,7 +266,7 @@ def _pack(
         for index, part in enumerate(split(plan, per_file))
     ]
     log.info("packing %d sequences of %d tokens into %d files", plan.num_sequences, plan.sequence_length, len(items))
-    results = _run(items, pack_file, num_workers, "packed", "files")
+    results = run_tasks(items, pack_file, num_workers, "packed", "files")
     footers = {result["file"]: result["footer_bytes"] for result in results}
     chunk_tokens, rows_per_group = chunking(plan.sequence_length)
     files = tuple(
@@ -306,66 +303,3 @@ def _finish(
         "bad_rows": measured.quarantine["bad_rows"],
         "skipped_shards": len(measured.quarantine["skipped_shards"]),
     }
-
-
-def _run(
-    items: Sequence[Item],
-    work: Callable[[Item], dict[str, Any]],
-    num_workers: int | None,
-    verb: str,
-    unit: str,
-) -> list[dict[str, Any]]:
-    """`work` on every item as Ray Data tasks of one CPU each; results in the order in which they end.
-
-    Raises UserError as soon as a task reports one; the tasks still running are then dropped.
-    """
-    import ray.data
-
-    if not items:
-        return []
-
-    def task(row: dict[str, Any]) -> dict[str, Any]:
-        try:
-            return {"result": pickle.dumps(work(pickle.loads(row["item"]))), "error": ""}
-        except UserError as error:
-            return {"result": b"", "error": str(error)}
-        except OSError as error:
-            if meaning_of(error) is None:
-                raise
-            return {"result": b"", "error": str(explained(error, "the object store"))}
-
-    workers = None if num_workers is None else min(num_workers, len(items))
-    # The executor's own account of each dataset goes to its log files; here our progress lines stand for it.
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
-    context = ray.data.DataContext.get_current()
-    shown, context.enable_progress_bars = context.enable_progress_bars, sys.stderr.isatty()
-    try:
-        rows = [{"item": pickle.dumps(item)} for item in items]
-        dataset = ray.data.from_items(rows, override_num_blocks=len(rows))
-        dataset = dataset.map(task, num_cpus=1, compute=ray.data.TaskPoolStrategy(size=workers))
-        return list(_collect(dataset.iter_rows(), len(items), verb, unit))
-    finally:
-        context.enable_progress_bars = shown
-
-
-def _collect(rows: Any, total: int, verb: str, unit: str) -> Iterator[dict[str, Any]]:
-    """Results as they come, with a log line now and then: share done, rate, time left."""
-    started = reported = time.monotonic()
-    counts: Counter[str] = Counter()
-    spent: Counter[str] = Counter()
-    for row in rows:
-        if row["error"]:
-            raise UserError(row["error"])
-        result = pickle.loads(row["result"])
-        counts.update(done=1, tokens=result["tokens"])
-        spent.update(result["seconds"])
-        now = time.monotonic()
-        if now - reported >= PROGRESS_SECONDS or counts["done"] == total:
-            reported, seconds = now, max(now - started, 1e-9)
-            left = seconds / counts["done"] * (total - counts["done"])
-            rate = counts["tokens"] / seconds
-            line = "%s %d of %d %s, %.1fM tokens, %.2fM tokens/s, %.0f s left"
-            log.info(line, verb, counts["done"], total, unit, counts["tokens"] / 1e6, rate / 1e6, left)
-        yield result
-    shares = ", ".join(f"{phase} {part / max(spent.total(), 1e-9):.1%}" for phase, part in sorted(spent.items()))
-    log.info("%s in %.1f s; of the tasks' time: %s", verb, time.monotonic() - started, shares or "nothing to do")

@@ -69,14 +69,16 @@ class Quarantine:
             raise BadShard(
                 f"{location}: every one of its {self.rows} rows is bad, the first is {self.part.row_unit} "
                 f"{first.row + (self.part.first_row or 0)}: {first.reason}. Check the columns that the source names, "
-                f"or leave such shards out with on_bad_shard = \"skip\""
+                f'or leave such shards out with on_bad_shard = "skip"'
             )
 
 
 def _excerpt(value: Any) -> str:
     """The beginning of a bad row, without making a text of the whole of a long one first."""
     if isinstance(value, dict):
-        value = {key: item[:EXCERPT_CHARACTERS] if isinstance(item, str | list) else item for key, item in value.items()}
+        value = {
+            key: item[:EXCERPT_CHARACTERS] if isinstance(item, str | list) else item for key, item in value.items()
+        }
     return "" if value is None else repr(value)[:EXCERPT_CHARACTERS]
 
 
@@ -245,7 +247,7 @@ def _lines(part: ShardPart) -> Iterator[bytes]:
         with location.filesystem.open_input_stream(location.path, compression=compression) as stream:
             yield from _split_lines(stream.read, None)
         return
-    with location.filesystem.open_input_file(location.path) as file:
+    with location.open_input() as file:
         # One byte earlier: the line that begins exactly at `start` belongs here, the rest of an earlier one does not.
         file.seek(max(part.start - 1, 0))
         lines = _split_lines(file.read, part.end - max(part.start - 1, 0))

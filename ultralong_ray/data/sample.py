@@ -188,9 +188,7 @@ def sample(
     return in_global_order(lengths, drawn, budgets, cut=True)
 
 
-def draw(
-    lengths: Lengths, config: PrepareConfig, separator_tokens: int, held_out: IntColumn | None = None
-) -> Draw:
+def draw(lengths: Lengths, config: PrepareConfig, separator_tokens: int, held_out: IntColumn | None = None) -> Draw:
     """Every group's copies: `long_repeat` of each long document, more (up to `max_repeats`) where tokens lack.
 
     No document gets more copies than there are sequences, since two copies never share one.
@@ -207,9 +205,7 @@ def draw(
     while True:
         drawn = Draw(shares, groups)
         budgets = _budgets(drawn, content_tokens(drawn, total, separator_tokens))
-        lacking = [
-            g for g, tokens in enumerate(budgets) if tokens > groups[g].available_tokens and repeats[g] < most
-        ]
+        lacking = [g for g, tokens in enumerate(budgets) if tokens > groups[g].available_tokens and repeats[g] < most]
         if not lacking:
             return drawn
         for g in lacking:

@@ -99,9 +99,7 @@ def _buckets(
     return rows
 
 
-def sft_report(
-    table: DocumentTable, places: DocumentPlaces, too_long: int, supervised_tokens: int
-) -> dict[str, Any]:
+def sft_report(table: DocumentTable, places: DocumentPlaces, too_long: int, supervised_tokens: int) -> dict[str, Any]:
     """The parts of an SFT report that count. `table` holds the samples short enough, before any were drawn."""
     domain = table.domain[places.row]
     read = np.bincount(table.domain, minlength=len(table.domains)).tolist()

@@ -163,12 +163,12 @@ def delete_token_shards(folder: Location, names: Iterable[str]) -> None:
     mine = set(names)
     files = [file for file in folder.files() if file.name.split(".")[0] in mine]
     for file in sorted(files, key=lambda file: not file.name.endswith(".json")):
-        file.filesystem.delete_file(file.path)
+        file.delete_file()
 
 
 def _read_index(folder: Location, name: str, columns: list[str]) -> pa.Table:
     location = folder / f"{name}.parquet"
-    with location.filesystem.open_input_file(location.path) as source:
+    with location.open_input() as source:
         return pq.ParquetFile(source, pre_buffer=False).read(columns)
 
 
@@ -228,7 +228,7 @@ class TokenReader:
     def _bytes(self, name: str, offset: int, length: int) -> bytes:
         if name not in self._files:
             location = self.folder / name
-            self._files[name] = location.filesystem.open_input_file(location.path)
+            self._files[name] = location.open_input()
         found = self._files[name].read_at(length, offset)
         if len(found) != length:
             raise OSError(f"{self.folder / name} ends at byte {offset + len(found)}, {offset + length} are needed")

@@ -25,23 +25,12 @@ STAGES_READ = ("prepare", "prepare_sft", "pretrain", "sft", "export", "evaluate"
 PACKAGES = ("ultralong_ray", "torch", "ray", "transformers", "deepspeed", "tokenizers", "pyarrow", "numpy")
 # What the page asks of the two data reports; a key that a report lacks is shown as not known.
 DATA_KEYS = (
-    "sequence_length",
-    "num_sequences",
-    "tokens",
-    "separator",
-    "domains",
-    "sample",
-    "holdout_documents",
-    "decontamination",
+    *("sequence_length", "num_sequences", "tokens", "separator", "domains", "buckets", "samples"),
+    *("quarantine", "holdout_documents", "decontamination"),
 )
 SFT_DATA_KEYS = (
-    "samples",
-    "dropped_too_long",
-    "supervised_share",
-    "domains",
-    "sample",
-    "sources",
-    "decontamination",
+    *("samples", "dropped_too_long", "supervised_share", "domains", "quarantine", "sample"),
+    *("sources", "decontamination"),
 )
 CURVES = ("step", "loss", "learning_rate", "grad_norm", "tokens_per_second")
 
