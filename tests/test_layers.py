@@ -45,6 +45,8 @@ HEAVY: dict[str, str] = {
     "torch": r"(model|parallel|train|eval|benchmark)/.*|export\.py|export/.*",
     "transformers": r"(data|model|parallel|train|eval)/.*|export\.py|export/.*|benchmark/(alst|torch_cp)\.py",
     "pydantic": r"config/.*|recipe\.py",
+    "datasketch": r"data/deduplicate\.py",
+    "aiohttp": r"data/refine_client\.py",
     "jinja2": r"report/.*|data/chat\.py",
 }
 

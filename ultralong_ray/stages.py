@@ -22,13 +22,14 @@ from ultralong_ray.types import MissingInput
 # Raised when a stage's output format or meaning changes, so that older directories are not mistaken for new ones.
 FORMAT_VERSIONS = {
     "prepare": 2,
-    "prepare_sft": 2,
+    "prepare_sft": 3,
     "extend": 1,
     "pretrain": 2,
     "sft": 2,
     "export": 1,
     "evaluate": 1,
     "report": 1,
+    "refine": 1,  # a job beside the pipeline, see data/refine.py
 }
 
 # The script that runs each stage.
@@ -94,12 +95,17 @@ def stage_fingerprint(recipe: Recipe, stage: str) -> str:
 def _own_fields(recipe: Recipe, stage: str) -> dict[str, Any]:
     tokenizer = {"base": recipe.model.base, "revision": recipe.model.revision}
     if stage == "prepare":
-        return {**tokenizer, **recipe.corpus.fingerprint_fields(), **recipe.prepare.fingerprint_fields()}
+        fields = {**recipe.corpus.fingerprint_fields(), **recipe.prepare.fingerprint_fields()}
+        return {**tokenizer, **fields, **_decontamination(recipe)}
     if stage == "prepare_sft":
         assert recipe.sft is not None
         names = ("sources", "sequence_length", "max_sample_tokens", "num_samples", "seed")
+        names += ("domain_mix", "domain_samples", "deduplicate")
         fields = recipe.sft.fingerprint_fields()
-        return {**tokenizer, **{name: fields[name] for name in names}}
+        return {**tokenizer, **{name: fields[name] for name in names}, **_decontamination(recipe)}
+    if stage == "refine":
+        assert recipe.refine is not None
+        return recipe.refine.fingerprint_fields()
     if stage == "extend":
         return recipe.model.fingerprint_fields()
     if stage == "pretrain":
@@ -113,6 +119,10 @@ def _own_fields(recipe: Recipe, stage: str) -> dict[str, Any]:
         assert recipe.evaluate is not None
         return {**tokenizer, **recipe.evaluate.fingerprint_fields()}
     return {"name": recipe.name}
+
+
+def _decontamination(recipe: Recipe) -> dict[str, Any]:
+    return {} if recipe.decontaminate is None else {"decontaminate": recipe.decontaminate.fingerprint_fields()}
 
 
 def require_inputs(recipe: Recipe, stage: str, recipe_path: str) -> None:

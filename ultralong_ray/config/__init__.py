@@ -7,6 +7,8 @@ how many workers) do not change what a stage computes and are left out of its fi
 
 from ultralong_ray.config.model import ArchitectureConfig, ModelConfig, RopeConfig
 from ultralong_ray.config.recipe import Recipe
+from ultralong_ray.config.refine import RefineConfig
+from ultralong_ray.config.screening import BenchmarkConfig, DecontaminateConfig, DeduplicateConfig
 from ultralong_ray.config.sections import (
     ClusterConfig,
     CorpusConfig,
@@ -21,13 +23,17 @@ from ultralong_ray.config.sections import (
 
 __all__ = [
     "ArchitectureConfig",
+    "BenchmarkConfig",
     "ClusterConfig",
     "CorpusConfig",
+    "DecontaminateConfig",
+    "DeduplicateConfig",
     "EvaluateConfig",
     "ModelConfig",
     "PrepareConfig",
     "PretrainConfig",
     "Recipe",
+    "RefineConfig",
     "RopeConfig",
     "SftConfig",
     "SourceConfig",

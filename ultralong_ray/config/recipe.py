@@ -10,6 +10,8 @@ from pydantic import Field, model_validator
 from ultralong_ray.config.base import Section
 from ultralong_ray.config.degrees import DegreeRequest, Degrees, Heads, refuse_batch, resolve_degrees
 from ultralong_ray.config.model import ModelConfig
+from ultralong_ray.config.refine import RefineConfig
+from ultralong_ray.config.screening import DecontaminateConfig
 from ultralong_ray.config.sections import (
     ClusterConfig,
     CorpusConfig,
@@ -32,7 +34,11 @@ class Recipe(Section):
     model: ModelConfig
     corpus: CorpusConfig
     prepare: PrepareConfig
+    decontaminate: DecontaminateConfig | None = None
+    """Default: nothing is compared with evaluation sets."""
     pretrain: PretrainConfig
+    refine: RefineConfig | None = None
+    """Read by jobs/refine.py alone: no stage of the pipeline."""
     sft: SftConfig | None = None
     evaluate: EvaluateConfig | None = None
     cluster: ClusterConfig = ClusterConfig()

@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 from pydantic import Field, field_validator, model_validator
 
 from ultralong_ray.config.base import NonNegative, Positive, PositiveFloat, Section, Share, operational
+from ultralong_ray.config.screening import DeduplicateConfig
 from ultralong_ray.types import StorageOptions
 
 
@@ -219,7 +220,23 @@ class SftConfig(TrainConfig):
     """Longer samples are left out (the recipe trains on < 8K only)."""
     num_samples: Positive | None = None
     """Samples to draw; default: all."""
+    domain_mix: dict[str, PositiveFloat] | None = None
+    """Share of samples per domain (normalised to 1); without num_samples, as many as the scarcest domain allows.
+    Default: as the sources have them."""
+    domain_samples: dict[str, Positive] | None = None
+    """Number of samples per domain, instead of domain_mix and num_samples."""
+    deduplicate: DeduplicateConfig | None = None
+    """Default: samples may repeat each other."""
     mask_documents: bool = True
+
+    @model_validator(mode="after")
+    def _one_way_to_mix(self) -> SftConfig:
+        if self.domain_samples is not None and (self.domain_mix is not None or self.num_samples is not None):
+            raise ValueError(
+                "sft.domain_samples gives the number of samples per domain, so sft.domain_mix and sft.num_samples "
+                "have nothing to say; remove them, or remove domain_samples"
+            )
+        return self
 
 
 class EvaluateConfig(Section):

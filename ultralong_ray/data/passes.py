@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from ultralong_ray.config import SourceConfig
+from ultralong_ray.config import DeduplicateConfig, SourceConfig
 from ultralong_ray.data.chat import check_template, parse_messages, tokenize_chat
 from ultralong_ray.data.corpus import BadShard, ShardPart, SkippedShard, list_parts, list_shards
 from ultralong_ray.data.fill import FilePlan, fill
@@ -30,11 +30,12 @@ from ultralong_ray.data.rows import (
     row_domain,
     row_id,
 )
+from ultralong_ray.data.screening import PartScreen, Screening
 from ultralong_ray.data.token_shards import TokenReader, read_counts, write_token_shard
 from ultralong_ray.data.tokenize import encode_batch, load_tokenizer
 from ultralong_ray.packed import file_name, write_sequences
 from ultralong_ray.storage import Location
-from ultralong_ray.types import Document, IntArray, PackedSequence, TokenizedDocument
+from ultralong_ray.types import Document, IntArray, PackedSequence, TokenizedDocument, UserError
 
 TOKENS_VERSION = 2  # of the content of a token shard
 TASK_DOCUMENTS_PER_PART = 4096
@@ -61,6 +62,8 @@ class TokenizeItem:
     first_task: int = 0
     num_tasks: int = 0
     seed: int = 0
+    screening: Screening | None = None  # text and chat
+    deduplicate: DeduplicateConfig | None = None  # chat
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +107,8 @@ def tokenize_items(
     folder: Location,
     max_tokens: int,
     seed: int,
+    screening: Screening | None = None,
+    deduplicate: DeduplicateConfig | None = None,
 ) -> tuple[list[TokenizeItem], list[SkippedShard]]:
     """Cut sources, each with how it is read ("text" or "chat"), into work items.
 
@@ -124,11 +129,16 @@ def tokenize_items(
             continue
         columns = DocumentColumns.of(source, MESSAGES_COLUMN if reading == "chat" else None)
         kind = "input_ids" if source.input_ids_column and reading == "text" else reading
+        if kind == "input_ids" and screening is not None:
+            raise UserError(
+                f"corpus source {source.uri}: [decontaminate] compares texts, and this source gives token ids "
+                f"(input_ids_column). Give its texts, or leave out [decontaminate]"
+            )
         skip = source.on_bad_shard == "skip"
         parts, bad = list_parts(list_shards(source), columns.names, skip)
         skipped += bad
         blank = TokenizeItem("", number, kind, base, revision, folder, columns, None, skip, max_tokens)
-        items += [_named(blank, part=part) for part in parts]
+        items += [_named(blank, part=part, screening=screening, deduplicate=deduplicate) for part in parts]
     return items, skipped
 
 
@@ -182,10 +192,14 @@ def _documents(
         return task_documents(tokenizer, item.first_task, item.num_tasks, item.max_tokens, item.seed)
     assert item.part is not None and item.columns is not None and quarantine is not None
     if item.kind == "chat":
-        return _tokenize_chats(tokenizer, item.part, item.columns, item.max_tokens, quarantine)
+        screen = PartScreen(item.folder, item.name, item.screening, item.deduplicate)
+        return _tokenize_chats(tokenizer, item.part, item.columns, item.max_tokens, quarantine, screen)
     if item.kind == "input_ids":
         return watch.iterate("read", read_tokenized(item.part, item.columns, len(tokenizer), quarantine))
-    documents = watch.iterate("read", read_documents(item.part, item.columns, quarantine))
+    texts: Iterable[Document] = read_documents(item.part, item.columns, quarantine)
+    if item.screening is not None:
+        texts = PartScreen(item.folder, item.name, item.screening).documents(texts)
+    documents = watch.iterate("read" if item.screening is None else "read and screen", texts)
     return _tokenize_texts(tokenizer, documents, watch)
 
 
@@ -222,18 +236,25 @@ def _tokenize_texts(tokenizer: Any, documents: Iterable[Document], watch: Stopwa
 
 
 def _tokenize_chats(
-    tokenizer: Any, part: ShardPart, columns: DocumentColumns, max_tokens: int, quarantine: Quarantine
+    tokenizer: Any,
+    part: ShardPart,
+    columns: DocumentColumns,
+    max_tokens: int,
+    quarantine: Quarantine,
+    screen: PartScreen,
 ) -> Iterator[TokenizedDocument | None]:
-    """Samples of a part; None for each that is longer than `max_tokens`."""
+    """Samples of a part; None for each that is longer than `max_tokens` or overlaps an evaluation set."""
     check_template(tokenizer)
     columns = columns.for_part(part)
 
-    def sample(row: dict[str, Any]) -> TokenizedDocument:
+    def sample(row: dict[str, Any]) -> tuple[list[dict[str, str]], TokenizedDocument]:
         messages = parse_messages(row[columns.text])
-        return tokenize_chat(tokenizer, row_id(row, columns), row_domain(row, columns), messages)
+        return messages, tokenize_chat(tokenizer, row_id(row, columns), row_domain(row, columns), messages)
 
-    for document in read_checked(part, columns, sample, quarantine):
-        yield document if len(document.input_ids) <= max_tokens else None
+    for messages, document in read_checked(part, columns, sample, quarantine):
+        too_long = len(document.input_ids) > max_tokens
+        yield document if screen.admits(document.id, document.domain, messages, too_long=too_long) else None
+    screen.write()
 
 
 def pack_file(item: PackItem) -> dict[str, Any]:

@@ -32,15 +32,15 @@ from ultralong_ray.data.passes import Kind, PackItem, TokenizeItem, pack_file, t
 from ultralong_ray.data.plan_file import plan_text
 from ultralong_ray.data.quarantine import write_quarantine
 from ultralong_ray.data.sample import (
-    Copies,
     Lengths,
     choose_holdout,
     draw,
     sample,
     target_shares,
-    unit_hash,
     whole_copies,
 )
+from ultralong_ray.data.screening import Screening, read_accounts, report_screening, start_screening
+from ultralong_ray.data.sft_mix import select_samples
 from ultralong_ray.data.sources import materialise
 from ultralong_ray.data.summary import prepare_report, sft_report
 from ultralong_ray.data.token_shards import DocumentTable, delete_token_shards, read_document_table
@@ -62,7 +62,6 @@ class Measured:
     """A corpus after the first pass."""
 
     table: DocumentTable
-    left_out: int  # samples longer than asked for
     quarantine: dict[str, Any]
     shards: tuple[str, ...]  # names of its token shards
 
@@ -112,7 +111,10 @@ def _measure_and_plan(recipe: Recipe, tokenizer: Any, folder: Location) -> Plann
     before, after = separator_ids(tokenizer, config.separator, config.separator_encoding)
     separators = Separators(tuple(before), tuple(after), pad_token_id(tokenizer))
     _clear_output(folder)
-    measured = _tokenize(recipe, folder, recipe.corpus.sources, chat=False, max_tokens=0, config=config)
+    screening = start_screening(recipe.decontaminate, workdir(recipe))
+    measured = _tokenize(
+        recipe, folder, recipe.corpus.sources, chat=False, max_tokens=0, config=config, screening=screening
+    )
     lengths = Lengths.of(measured.table, [source.weight for source in recipe.corpus.sources])
     holdout = choose_holdout(lengths, config)
     plan = _plan(lengths, config, separators, holdout)
@@ -128,6 +130,7 @@ def _measure_and_plan(recipe: Recipe, tokenizer: Any, folder: Location) -> Plann
         "separator": {"mode": config.separator, "ids": ids, "pieces": tokenizer.convert_ids_to_tokens(ids)},
         **prepare_report(measured.table, plan.documents, shares, config.long_above_tokens),
         "quarantine": measured.quarantine,
+        **report_screening(screening, read_accounts(measured.table), folder),
         "holdout_documents": len(holdout),
     }
     (folder / "plan.json").write_json(counts)
@@ -146,19 +149,28 @@ def prepare_sft(recipe: Recipe, stage: StageDirectory) -> dict[str, Any]:
     _clear_output(folder)
     tokenizer = load_tokenizer(recipe.model.base, recipe.model.revision)
     separators = Separators(pad=pad_token_id(tokenizer))
+    screening = start_screening(recipe.decontaminate, workdir(recipe))
     measured = _tokenize(
-        recipe, folder, config.sources, chat=True, max_tokens=config.max_sample_tokens, config=recipe.prepare
+        recipe,
+        folder,
+        config.sources,
+        chat=True,
+        max_tokens=config.max_sample_tokens,
+        config=recipe.prepare,
+        screening=screening,
     )
-    drawn = _draw_samples(measured, config.num_samples, config.seed, config.max_sample_tokens)
-    plan = plan_whole(drawn, separators, config.sequence_length)
+    selection = select_samples(config, measured.table)
+    plan = plan_whole(selection.copies, separators, config.sequence_length)
     table, workers = measured.table, recipe.prepare.num_workers
     results = _pack(plan, table, separators, folder, True, 0, len(tokenizer), workers)
     report = {
         "sequence_length": plan.sequence_length,
         "num_sequences": plan.num_sequences,
         "tokens": plan.sequence_length * plan.num_sequences,
-        **sft_report(table, plan.documents, measured.left_out, sum(r["supervised_tokens"] for r in results)),
+        **sft_report(table, plan.documents, selection.too_long, sum(r["supervised_tokens"] for r in results)),
+        "sources": selection.sources,
         "quarantine": measured.quarantine,
+        **report_screening(screening, selection.accounts, folder),
         "sample": decoded_sample(tokenizer, folder, plan.documents, table),
     }
     return _finish(recipe, folder, measured, plan, report)
@@ -171,19 +183,6 @@ def _clear_output(folder: Location) -> None:
         file.delete_file()
 
 
-def _draw_samples(measured: Measured, wanted: int | None, seed: int, max_tokens: int) -> Copies:
-    """`wanted` samples (all: None) in the order of their hash."""
-    table = measured.table
-    if not len(table) or (wanted or 0) > len(table):
-        raise UserError(
-            f"sft.num_samples {wanted or 'all'}: the sources hold {len(table)} samples of at most "
-            f"sft.max_sample_tokens {max_tokens} tokens ({measured.left_out} longer ones were left out); lower "
-            f"num_samples or raise max_sample_tokens"
-        )
-    rows = np.lexsort((table.id_hash, unit_hash("sft", seed, table.id_hash)))[:wanted]
-    return Copies(rows, np.zeros(len(rows), np.int32), table.num_tokens[rows])
-
-
 def _tokenize(
     recipe: Recipe,
     folder: Location,
@@ -192,13 +191,17 @@ def _tokenize(
     chat: bool,
     max_tokens: int,
     config: PrepareConfig,
+    screening: Screening | None,
 ) -> Measured:
     """Pass 1: the documents in the order of the sources and their shards, and what was set aside."""
     files = materialise(sources, recipe, chat=chat)
     name = (recipe.model.base, recipe.model.revision)
     shards_folder = workdir(recipe) / "tokens"
     readings: list[tuple[SourceConfig, Kind]] = [(source, "chat" if chat else "text") for source in files]
-    items, skipped = tokenize_items(readings, name, shards_folder, max_tokens, config.seed)
+    deduplicate = recipe.sft.deduplicate if chat and recipe.sft is not None else None
+    items, skipped = tokenize_items(
+        readings, name, shards_folder, max_tokens, config.seed, screening, deduplicate
+    )
     log.info("tokenising %d parts of %d sources", len(items), len(sources))
     results = {r["name"]: r for r in run_tasks(items, tokenize_part, config.num_workers, "tokenised", "parts")}
     quarantine = write_quarantine(folder, files, items, skipped, results)
@@ -208,10 +211,9 @@ def _tokenize(
         log.warning(line, quarantine["bad_rows"], quarantine["rows"], shards, folder / "quarantine.jsonl")
     kept = [item for item in items if "bad_shard" not in results[item.name]]
     shards = [(item.name, results[item.name]["weights"], item.source) for item in kept]
-    table = read_document_table(shards_folder, shards)
+    table = read_document_table(workdir(recipe) / "tokens", shards)
     _check_ids(table, kept)
-    left_out = sum(results[item.name]["left_out"] for item in kept)
-    return Measured(table, left_out, quarantine, tuple(item.name for item in items))
+    return Measured(table, quarantine, tuple(item.name for item in items))
 
 
 def _check_ids(table: DocumentTable, items: Sequence[TokenizeItem]) -> None:

@@ -26,9 +26,12 @@ PACKAGES = ("ultralong_ray", "torch", "ray", "transformers", "deepspeed", "token
 # What the page asks of the two data reports; a key that a report lacks is shown as not known.
 DATA_KEYS = (
     *("sequence_length", "num_sequences", "tokens", "separator", "domains", "buckets", "samples"),
-    *("quarantine", "holdout_documents"),
+    *("quarantine", "holdout_documents", "decontamination"),
 )
-SFT_DATA_KEYS = ("samples", "dropped_too_long", "supervised_share", "domains", "quarantine", "sample")
+SFT_DATA_KEYS = (
+    *("samples", "dropped_too_long", "supervised_share", "domains", "quarantine", "sample"),
+    *("sources", "decontamination"),
+)
 CURVES = ("step", "loss", "learning_rate", "grad_norm", "tokens_per_second")
 
 
