@@ -37,7 +37,7 @@ from ultralong_ray.eval.tasks.ruler_words import (
     coded_vocabulary,
     common_words_draft,
 )
-from ultralong_ray.eval.tasks.sample import Metric, Sample
+from ultralong_ray.eval.tasks.sample import Sample
 from ultralong_ray.eval.tasks.words import Words
 from ultralong_ray.types import UserError
 
@@ -91,7 +91,7 @@ class _Making:
         return self.seed if self.fixed_order else self.rng("order").getrandbits(32)
 
     def sample(self, draft: Draft, **facts: object) -> Sample:
-        metric: Metric = "string_match_part" if self.task.startswith("qa_") else "string_match_all"
+        metric = "string_match_part" if self.task.startswith("qa_") else "string_match_all"
         return Sample(
             task=f"ruler/{self.task}",
             index=self.index,

@@ -9,19 +9,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-Metric = Literal[
-    "string_match_all",
-    "string_match_part",
-    "exact_first_line",
-    "first_number",
-    "word_recall",
-    "sequence_ratio",
-    "substring_exact_match",
-    "lveval",
-    "infinitebench",
-]
-
-
 @dataclass(frozen=True, slots=True)
 class Turn:
     """One earlier message of a conversation."""
@@ -46,7 +33,7 @@ class Sample:
     answer_prefix: str
     references: tuple[Any, ...]  # texts; numbers for InfiniteBench's code_run, math_find and math_calc
     max_new_tokens: int
-    metric: Metric
+    metric: str  # a key of score.METRICS
     turns: tuple[Turn, ...] = ()
     prompt_tokens: int = 0  # of the whole prompt as the model reads it; 0: not measured yet
     facts: dict[str, Any] = field(default_factory=dict)  # depths, keywords, what was cut or reduced: JSON-ready
