@@ -39,17 +39,19 @@ def fill(
             f"take {needed}. Ask for a longer context, or leave the task out"
         )
     budget = length_tokens - best.max_new_tokens
-    best_units, tried = least, {least}
+    units, best_units, tried = least, least, {least}
     error = best.prompt_tokens - prompts.estimate(prompts.text(best))
     for _ in range(MAX_CORRECTIONS):
-        units, estimated = _largest(build, prompts, budget - error, best_units, most)
+        units, estimated = _largest(build, prompts, budget - error, best_units, units, most)
         if units in tried:
             break
         tried.add(units)
         sample = _measured(prompts, build(units))
-        error = sample.prompt_tokens - estimated
         if sample.prompt_tokens <= budget and units > best_units:
             best, best_units = sample, units
+        if sample.prompt_tokens - estimated == error:
+            break
+        error = sample.prompt_tokens - estimated
     return best
 
 
@@ -59,11 +61,12 @@ def _measured(prompts: Prompts, sample: Sample) -> Sample:
 
 
 def _largest(
-    build: Callable[[int], Sample], prompts: Prompts, target: int, least: int, most: int | None
+    build: Callable[[int], Sample], prompts: Prompts, target: int, least: int, guess: int, most: int | None
 ) -> tuple[int, int]:
     """(units, estimated tokens) of the largest sample with an estimate <= target; `least` where none is.
 
-    Interpolates, since tokens are nearly proportional to units, and halves the interval every third time.
+    Begins at `guess`. Interpolates, since tokens are nearly proportional to units, and halves the interval every third
+    time.
     """
 
     def estimate(units: int) -> int:
@@ -71,7 +74,7 @@ def _largest(
 
     low, low_tokens = least, estimate(least)
     high, high_tokens = low, low_tokens
-    step = max(8, low // 8)
+    step = guess - low if guess > low else 8
     while high_tokens <= target:  # grow until the target is passed
         low, low_tokens = high, high_tokens
         if most is not None and low >= most:

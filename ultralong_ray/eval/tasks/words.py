@@ -7,12 +7,13 @@ installed package, or files of the same shape; out comes `Words`.
 
 from __future__ import annotations
 
+import bisect
 import importlib.metadata
 import importlib.resources
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property
 
 from ultralong_ray.eval.tasks.reading import read_json, read_text
 from ultralong_ray.storage import Location
@@ -80,8 +81,6 @@ class HyphenPairs(Sequence[str]):
         return self._ends[-1]
 
     def __getitem__(self, index: int) -> str:  # type: ignore[override]  # no slices
-        import bisect
-
         family = bisect.bisect_right(self._ends, index)
         adjective, pairs = self._families[family]
         offset = index - (self._ends[family - 1] if family else 0)
@@ -98,20 +97,15 @@ class Words:
     verbs: tuple[str, ...]
     dictionary: tuple[str, ...] = ()
 
-    @property
+    @cached_property
     def keys(self) -> HyphenPairs:
-        return _hyphen_pairs(self.adjectives, self.nouns)
+        return HyphenPairs(self.adjectives, self.nouns)
 
     def common_pool(self, shuffle_seed: int) -> list[str]:
         """All distinct words in the order of the common-words task (RULER, common_words_extraction.py)."""
         pool = sorted({*self.nouns, *self.adjectives, *self.verbs})
         random.Random(shuffle_seed).shuffle(pool)
         return pool
-
-
-@lru_cache(maxsize=4)
-def _hyphen_pairs(adjectives: tuple[str, ...], nouns: tuple[str, ...]) -> HyphenPairs:
-    return HyphenPairs(adjectives, nouns)
 
 
 def load_words(lists: Location | None = None, dictionary: Location | None = None) -> Words:
