@@ -24,7 +24,7 @@ def middle_cut(ids: list[T], limit: int) -> list[T]:
 
     OpenBMB/InfiniteBench @ 88b3daa6, src/eval_utils.py.
     """
-    return ids if len(ids) <= limit else ids[: limit // 2] + ids[-(-(-limit // 2)) :]
+    return ids if len(ids) <= limit else ids[: limit // 2] + ids[limit // 2 - limit :]
 
 
 def decoded_at_once(tokenizer: Any, ids: list[int], limit: int) -> str:

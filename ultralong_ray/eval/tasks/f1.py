@@ -4,8 +4,10 @@ Sources: SQuAD's evaluate-v1.1.py; infinigence/LVEval @ 63e7ae93, metrics.py; Op
 src/compute_scores.py. Chinese words come from jieba 0.42.1, an optional package.
 """
 
+# ruff: noqa: RUF001  (Chinese punctuation is meant)
 from __future__ import annotations
 
+import importlib
 import re
 import string
 from collections import Counter
@@ -14,7 +16,8 @@ from collections.abc import Sequence
 from ultralong_ray.types import UserError
 
 CHINESE_PUNCTUATION = (
-    "！？｡。＂＃＄％＆＇（）＊＋，－／：；＜＝＞＠［＼］＾＿｀｛｜｝～｟｠｢｣､、〃》「」『』【】〔〕〖〗〘〙〚〛〜〝〞〟〰〾〿–—‘’‛“”„‟…‧﹏."  # noqa: RUF001
+    "！？｡。＂＃＄％＆＇（）＊＋，－／：；＜＝＞＠［＼］＾＿｀｛｜｝～｟｠｢｣､、〃》「」『』【】"
+    "〔〕〖〗〘〙〚〛〜〝〞〟〰〾〿–—‘’‛“”„‟…‧﹏."
 )
 _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 _NO_CHINESE_PUNCTUATION = str.maketrans("", "", string.punctuation + CHINESE_PUNCTUATION)
@@ -34,7 +37,7 @@ def normalised_chinese(text: str) -> str:
 def chinese_words(text: str) -> list[str]:
     """Words by jieba's default mode. Raises: UserError when jieba is not installed."""
     try:
-        import jieba
+        jieba = importlib.import_module("jieba")
     except ModuleNotFoundError as error:
         raise UserError("Chinese LV-Eval sets are scored on jieba's words; run `pip install jieba==0.42.1`") from error
     jieba.setLogLevel("WARNING")

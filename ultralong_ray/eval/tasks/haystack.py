@@ -8,21 +8,21 @@ is no abbreviation or initial. The text itself is the same; a needle may stand a
 from __future__ import annotations
 
 import bisect
-import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from ultralong_ray.eval.tasks.reading import read_rows, read_text, text_field
+from ultralong_ray.eval.tasks.reading import read_texts
 from ultralong_ray.storage import Location
 from ultralong_ray.types import UserError
 
-ABBREVIATIONS = frozenset(
-    "mr mrs ms dr prof sr jr st rev hon gen col capt lt sgt gov sen rep pres messrs mme mlle vs etc inc ltd co corp "
-    "bros dept est fig figs vol vols no nos pp ed eds al cf ch viz i.e e.g a.m p.m u.s u.k a.d b.c jan feb mar apr jun "
-    "jul aug sep sept oct nov dec".split()
+_ABBREVIATIONS = (
+    "mr mrs ms dr prof sr jr st rev hon gen col capt lt sgt gov sen rep pres messrs mme mlle vs etc inc "
+    "ltd co corp bros dept est fig figs vol vols no nos pp ed eds al cf ch viz i.e e.g a.m p.m u.s u.k "
+    "a.d b.c jan feb mar apr jun jul aug sep sept oct nov dec"
 )
+ABBREVIATIONS = frozenset(_ABBREVIATIONS.split())
 _SENTENCE_END = re.compile(r"""^(?P<body>.*?)(?P<mark>[.!?]+)["')\]}]*$""")
 
 
@@ -72,33 +72,15 @@ def ends_sentence(word: str) -> bool:
 
 
 def load_haystack(files: Sequence[Location]) -> Haystack:
-    """The texts of the files, one after the other: any text file, `.json` {"text": ...}, or `.jsonl` with `text`.
+    """The texts of the files, one after the other; see `read_texts` for their forms.
 
     RULER's own haystack is a JSON file of Paul Graham's essays, which its download script makes. Any other text makes
     a task of the same form on other words; `Haystack.source` is kept with every sample for that reason.
 
-    Raises: UserError for an absent or empty file, or one without the field.
+    Raises: UserError for an absent file, one without the field, or when there is no word in all of them.
     """
-    texts: list[str] = []
-    for file in files:
-        name = file.name.removesuffix(".gz")
-        if name.endswith((".jsonl", ".ndjson")):
-            texts += [text_field(row, "text", f"{file}: row {i + 1}") for i, row in enumerate(read_rows(file, ["text"]))]
-        elif name.endswith(".json"):
-            texts.append(_json_text(file))
-        else:
-            texts.append(read_text(file))
+    texts = [text for file in files for text in read_texts(file)]
     words = tuple(re.sub(r"\s+", " ", " ".join(texts)).strip().split(" "))
     if not words[0]:
         raise UserError(f"{', '.join(map(str, files)) or 'haystack'}: no text; name a text file of some length")
     return Haystack(", ".join(file.name for file in files), words)
-
-
-def _json_text(file: Location) -> str:
-    try:
-        value = json.loads(read_text(file))
-    except json.JSONDecodeError as error:
-        raise UserError(f"{file}:{error.lineno}: not JSON ({error.msg})") from error
-    if not isinstance(value, dict) or not isinstance(value.get("text"), str):
-        raise UserError(f'{file}: a JSON haystack must be of the form {{"text": "..."}}')
-    return value["text"]

@@ -6,6 +6,7 @@ src/eval_utils.py. Of its prompt sets two are here: "gpt4" for chat models, and 
 beginning of an answer, for base models; several of the others are broken there.
 """
 
+# ruff: noqa: RUF001  (Chinese punctuation is meant)
 from __future__ import annotations
 
 import re
@@ -53,28 +54,31 @@ TEMPLATES: dict[Template, dict[str, tuple[str, str]]] = {
         "number_string": (_FIND + _QUIZ, "\n\n{input}"),
         "kv_retrieval": (_KEY_VALUE, "\n\n{input}"),
         "longbook_sum_eng": ("Summarize the following book.\n\n", ""),
-        "longbook_qa_eng": ("Read the book below and answer a question.\n\n", "\n\nQuestion: {input}\n\nBe very concise."),
+        "longbook_qa_eng": (
+            "Read the book below and answer a question.\n\n",
+            "\n\nQuestion: {input}\n\nBe very concise.",
+        ),
         "longbook_choice_eng": (
             "Read the book and answer the question.\n\n",
-            "\n\nQuestion: {input}\n\nOnly one of the following options is correct, tell me the answer using one single "
-            f"letter (A, B, C, or D). Don't say anything else.\n{_OPTIONS}",
+            "\n\nQuestion: {input}\n\nOnly one of the following options is correct, tell me the answer using one "
+            f"single letter (A, B, C, or D). Don't say anything else.\n{_OPTIONS}",
         ),
-        "longbook_qa_chn": ("请根据以下书籍回答我的问题。\n\n", "\n\n问题：{input}\n请尽量简短地回答。"),  # noqa: RUF001
+        "longbook_qa_chn": ("请根据以下书籍回答我的问题。\n\n", "\n\n问题：{input}\n请尽量简短地回答。"),
         "math_find": ("What is {which} in the following list?\n\n", "\n\n{input}"),
         "math_calc": ("", ""),
         "code_run": (
             "Following is a set of Python functions. There is a function called named {func}.\n\n",
-            "\n\nPlease give me the exact number of the return value of {call}. Be concise. Your response must end with "
-            "the final returned value.",
+            "\n\nPlease give me the exact number of the return value of {call}. Be concise. Your response must end "
+            "with the final returned value.",
         ),
         "code_debug": (
             "There is ONLY ONE function in the large project that is deliberately made to include an obvious error. "
-            "Please find the function that contains the most obvious errors. I will give you four options to narrow your "
-            "scope. You can inspect the options and think. Eventually, tell me the answer using one single letter (A, B, "
-            "C, or D).\n\n",
-            f"\n\nWhich funtion has deliberate error?\n{_OPTIONS}\n\nYou should first find the functions in the options. "
-            "Repeat their content, inspect through code, and at last give me your answer for the function that has the "
-            "deliberate and obvious error in A, B, C, or D.",
+            "Please find the function that contains the most obvious errors. I will give you four options to narrow "
+            "your scope. You can inspect the options and think. Eventually, tell me the answer using one single letter "
+            "(A, B, C, or D).\n\n",
+            f"\n\nWhich funtion has deliberate error?\n{_OPTIONS}\n\nYou should first find the functions in the "
+            f"options. Repeat their content, inspect through code, and at last give me your answer for the function "
+            f"that has the deliberate and obvious error in A, B, C, or D.",
         ),
         "longdialogue_qa_eng": (
             _MASK + "The dialogue:\n\n---\n\n",
@@ -99,7 +103,7 @@ TEMPLATES: dict[Template, dict[str, tuple[str, str]]] = {
             "Read the book and answer the question.\n\n",
             f"\n\nQuestion: {{input}}\n{_OPTIONS}\n\nThe letter of the correct answer is",
         ),
-        "longbook_qa_chn": ("阅读以下书籍然后回答问题。\n\n", "\n\n问题：{input}\n答案："),  # noqa: RUF001
+        "longbook_qa_chn": ("阅读以下书籍然后回答问题。\n\n", "\n\n问题：{input}\n答案："),
         "math_find": ("What is {which} in the following list?\n\n", "\n\n{input}"),
         "math_calc": (
             "Let us calculate the intermediate values of an expression.\n\nExpression: 1 + 3 + 4\nValues: [1, 4, 8]\n\n"
@@ -111,8 +115,8 @@ TEMPLATES: dict[Template, dict[str, tuple[str, str]]] = {
             "\n\nPlease compute the exact value of {call}. The value of {call} is",
         ),
         "code_debug": (
-            "Following is a Python code where exactly one of the functions/methods has a deliberate error that makes it "
-            "crash.\n\n",
+            "Following is a Python code where exactly one of the functions/methods has a deliberate error that makes "
+            "it crash.\n\n",
             f"\n\nOptions:\n{_OPTIONS}\n\nThe correct option is:",
         ),
         "longdialogue_qa_eng": (_MASK, "\n\nThe name that has been replaced with $$MASK$$ is likely"),
@@ -218,5 +222,7 @@ def _label(task: str, row: dict[str, Any], where: str) -> Any:
     flat = listed[0] if isinstance(listed[0], list) else listed
     kinds = (int, float) if task in ("code_run", "math_find", "math_calc") else (str,)
     if not flat or not all(isinstance(one, kinds) and not isinstance(one, bool) for one in flat):
-        raise UserError(f"{where}: answer {str(answer)[:80]!r} must be {kinds[-1].__name__}, or a list of it; mend the line")
-    return flat if task != "longdialogue_qa_eng" or isinstance(answer, list) else [answer]
+        raise UserError(
+            f"{where}: answer {str(answer)[:80]!r} must be {kinds[-1].__name__}, or a list of it; mend the line"
+        )
+    return flat

@@ -6,6 +6,7 @@ tokens: what is longer than the window loses its middle. Rows without `answer_ke
 scored by plain F1.
 """
 
+# ruff: noqa: RUF001  (Chinese punctuation is meant)
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -24,7 +25,7 @@ _ONLY_ANSWER = "Only give me the answer and do not output any other explanation 
 _ONE_PASSAGE = "Questions and answers are only relevant to one passage. " + _ONLY_ANSWER
 _SOME_PASSAGES = "Questions and answers are only relevant to some passages. " + _ONLY_ANSWER
 _ONE_PASSAGE_ZH = "问题和答案只与其中一篇文章有关。"
-_ONLY_ANSWER_ZH = "只需要直接给出问题的答案，不要输出其他任何解释和证据。"  # noqa: RUF001
+_ONLY_ANSWER_ZH = "只需要直接给出问题的答案，不要输出其他任何解释和证据。"
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +44,7 @@ def _english(metric: str, opening: str, demand: str, max_new_tokens: int = 64) -
 
 
 def _chinese(metric: str, opening: str, demand: str, max_new_tokens: int = 64) -> QuestionSet:
-    return QuestionSet(metric, f"{opening}\n\n文章：", f"\n\n{demand}\n\n", True, max_new_tokens)  # noqa: RUF001
+    return QuestionSet(metric, f"{opening}\n\n文章：", f"\n\n{demand}\n\n", True, max_new_tokens)
 
 
 _LOOGLE = _english(
@@ -51,8 +52,8 @@ _LOOGLE = _english(
     f"Please answer the following question based on the given passages. {_ONE_PASSAGE}",
     f"Please answer the following question based on the above passages. {_ONE_PASSAGE}",
 )
-_MIXUP_OPENING_ZH = f"请根据下面给定的文章回答问题，{_ONE_PASSAGE_ZH}"  # noqa: RUF001
-_MIXUP_DEMAND_ZH = f"现在请基于上述文章回答下面的问题，{_ONE_PASSAGE_ZH}"  # noqa: RUF001
+_MIXUP_OPENING_ZH = f"请根据下面给定的文章回答问题，{_ONE_PASSAGE_ZH}"
+_MIXUP_DEMAND_ZH = f"现在请基于上述文章回答下面的问题，{_ONE_PASSAGE_ZH}"
 SETS: dict[str, QuestionSet] = {
     "hotpotwikiqa_mixup": _english(
         "lveval_english_gated_f1",
@@ -65,8 +66,8 @@ SETS: dict[str, QuestionSet] = {
     "multifieldqa_en_mixup": _LOOGLE,
     "multifieldqa_zh_mixup": _chinese(
         "lveval_chinese_gated_f1",
-        f"请阅读以下文章并用中文回答问题，{_ONE_PASSAGE_ZH}{_ONLY_ANSWER_ZH}",  # noqa: RUF001
-        f"请基于上面的文章回答下面的问题，{_ONE_PASSAGE_ZH}{_ONLY_ANSWER_ZH}",  # noqa: RUF001
+        f"请阅读以下文章并用中文回答问题，{_ONE_PASSAGE_ZH}{_ONLY_ANSWER_ZH}",
+        f"请基于上面的文章回答下面的问题，{_ONE_PASSAGE_ZH}{_ONLY_ANSWER_ZH}",
     ),
     "factrecall_en": _english(
         "lveval_english_f1",
@@ -79,7 +80,9 @@ SETS: dict[str, QuestionSet] = {
     ),
     "cmrc_mixup": _chinese("lveval_chinese_gated_f1", _MIXUP_OPENING_ZH, _MIXUP_DEMAND_ZH),
     "lic_mixup": _chinese(
-        "lveval_chinese_gated_f1", _MIXUP_OPENING_ZH, f"请现在基于上述文章回答下面的问题，{_ONE_PASSAGE_ZH}"  # noqa: RUF001
+        "lveval_chinese_gated_f1",
+        _MIXUP_OPENING_ZH,
+        f"请现在基于上述文章回答下面的问题，{_ONE_PASSAGE_ZH}",
     ),
     "dureader_mixup": _chinese("lveval_chinese_rouge", _MIXUP_OPENING_ZH, _MIXUP_DEMAND_ZH),
 }
@@ -88,7 +91,7 @@ SETS: dict[str, QuestionSet] = {
 def lveval_prompt(name: str, context: str, question: str) -> tuple[str, str]:
     """(context, question) parts of a prompt; together the official text."""
     form = SETS[name]
-    asked = f"问题：{question}\n回答：" if form.chinese else f"Question: {question}\nAnswer:"  # noqa: RUF001
+    asked = f"问题：{question}\n回答：" if form.chinese else f"Question: {question}\nAnswer:"
     return form.opening + context, form.demand + asked
 
 

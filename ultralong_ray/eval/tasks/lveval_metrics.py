@@ -4,6 +4,7 @@ In go an answer, the reference and its keywords; out comes a score from 0 to 1. 
 metrics.py and config.py. Its README says that filler words are left out of the F1 as well; its code does not do it.
 """
 
+# ruff: noqa: RUF001  (Chinese punctuation is meant)
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -13,15 +14,18 @@ from ultralong_ray.eval.tasks.rouge import rouge_l
 
 ENGLISH_GATE = 0.2  # keyword recall below which an answer scores 0
 CHINESE_GATE = 0.4
-ENGLISH_FILLERS = frozenset(
-    "and to of in her was with for it from is that his he by she they or at because be on are their what as had were "
-    "about being this who but have has when which does".split()
+_ENGLISH = (
+    "and to of in her was with for it from is that his he by she they or at because be on are their what "
+    "as had were about being this who but have has when which does"
 )
-CHINESE_FILLERS = frozenset(
-    "的 和 是 等 在 年 可以 为 与 ‰ 了 或 一种 月 c 至 日 有 进行 于 不 中 × 根据 小 由 亩 也 要 指 法 会 元 主要 以及 通过 首先 "  # noqa: RUF001
-    "对 然后 号 以 所 后 丁 包括 无 将 用 能 形 方面 因素 位于 而 从 到 一定 用于 但 使用 让 具有 并 亿元 万元 上 类 基于 才 来 地 片 "
-    "其他 个 或者 变得 时 给 你 使 条 受 已经 带 度".split()
+_CHINESE = (
+    "的 和 是 等 在 年 可以 为 与 ‰ 了 或 一种 月 c 至 日 有 进行 于 不 中 × 根据 小 由 亩 也 要 指 法 "
+    "会 元 主要 以及 通过 首先 对 然后 号 以 所 后 丁 包括 无 将 用 能 形 方面 因素 位于 而 从 到 一定 "
+    "用于 但 使用 让 具有 并 亿元 万元 上 类 基于 才 来 地 片 其他 个 或者 变得 时 给 你 使 条 受 已经 "
+    "带 度"
 )
+ENGLISH_FILLERS = frozenset(_ENGLISH.split())
+CHINESE_FILLERS = frozenset(_CHINESE.split())
 
 
 def english_f1(prediction: str, reference: str) -> float:
@@ -31,7 +35,10 @@ def english_f1(prediction: str, reference: str) -> float:
 
 def english_gated_f1(prediction: str, reference: str, keywords: str | None) -> float:
     """Token F1, or 0 when too few of the keywords are in the answer. Without keywords: plain F1."""
-    if keywords and _recall(normalised(prediction).split(), normalised(keywords).split(), ENGLISH_FILLERS) < ENGLISH_GATE:
+    if (
+        keywords
+        and _recall(normalised(prediction).split(), normalised(keywords).split(), ENGLISH_FILLERS) < ENGLISH_GATE
+    ):
         return 0.0
     return english_f1(prediction, reference)
 

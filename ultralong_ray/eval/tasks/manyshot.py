@@ -27,8 +27,8 @@ INSTRUCTION = (
     'For the last text, answer with its label in the form "label: {number}" and nothing else.\n\n'
 )
 EXAMPLE = "{text}\nlabel: {label}\n\n"
-QUESTION = "{text}"
-ANSWER_PREFIX = "\nlabel:"
+QUESTION = "{text}\n"
+ANSWER_PREFIX = "label:"
 MAX_NEW_TOKENS = 8
 NOUNS_PER_LABEL = 3
 
@@ -58,7 +58,9 @@ def load_labelled(shown: Location, asked: Location) -> LabelledTexts:
 
 def _pairs(file: Location) -> tuple[tuple[str, str], ...]:
     rows = read_rows(file, ("text", "label"))
-    return tuple((text_field(row, "text", f"{file}: row {i}"), str(row["label"])) for i, row in enumerate(rows, start=1))
+    return tuple(
+        (text_field(row, "text", f"{file}: row {i}"), str(row["label"])) for i, row in enumerate(rows, start=1)
+    )
 
 
 def made_labelled(words: Words, *, num_labels: int, num_shown: int, num_asked: int, seed: int) -> LabelledTexts:
@@ -69,7 +71,9 @@ def made_labelled(words: Words, *, num_labels: int, num_shown: int, num_asked: i
     rng = random.Random(f"{seed}/manyshot/{num_labels}")
     needed = num_labels * NOUNS_PER_LABEL
     if len(words.nouns) < 2 * needed:
-        raise UserError(f"many-shot: {num_labels} labels need {2 * needed} nouns, {words.source} has {len(words.nouns)}")
+        raise UserError(
+            f"many-shot: {num_labels} labels need {2 * needed} nouns, {words.source} has {len(words.nouns)}"
+        )
     nouns = rng.sample(words.nouns, len(words.nouns))
     deciding, idle = nouns[:needed], nouns[needed:]
 
@@ -84,9 +88,7 @@ def made_labelled(words: Words, *, num_labels: int, num_shown: int, num_asked: i
     return LabelledTexts("made up", tuple(listed[:num_shown]), tuple(listed[num_shown:]))
 
 
-def manyshot_sample(
-    data: LabelledTexts, prompts: Prompts, *, length_tokens: int, index: int, seed: int
-) -> Sample:
+def manyshot_sample(data: LabelledTexts, prompts: Prompts, *, length_tokens: int, index: int, seed: int) -> Sample:
     """Text `index` behind as many examples as fit; examples run out before the budget where the data is small.
 
     Labels are renumbered at random per sample, and examples come in rounds with one of each label.

@@ -51,7 +51,9 @@ def multiround_sample(
     prefix = "".join(rng.choices(string.ascii_letters + string.digits, k=PREFIX_LETTERS))
     wanted = rng.randrange(num_needles)
     places = [rng.random() for _ in range(num_needles)]  # share of the other rounds that come before
-    request, *others = rng.sample([f"{form} about {topic}" for form in FORMS for topic in topics], len(FORMS) * len(topics))
+    request, *others = rng.sample(
+        [f"{form} about {topic}" for form in FORMS for topic in topics], len(FORMS) * len(topics)
+    )
     sentences = len(haystack.sentence_starts)
     draws = rng.getrandbits(64)
 
@@ -85,7 +87,8 @@ def multiround_sample(
 def final_request(prefix: str, number: int, request: str) -> str:
     """The last message, in MRCR's words; `number` counts from 1."""
     ending = "th" if 10 <= number % 100 <= 20 else _ORDINALS.get(number % 10, "th")
-    return f"Prepend {prefix} to the {number}{ending} (1 indexed) {request}. Do not include any other text in your response."
+    asked = f"{number}{ending} (1 indexed) {request}"
+    return f"Prepend {prefix} to the {asked}. Do not include any other text in your response."
 
 
 def _round(request: str, passage: str) -> tuple[Turn, Turn]:
@@ -105,6 +108,11 @@ def _passages(haystack: Haystack, rng: random.Random, sentences: int) -> Any:
             yield passage
         elif len(seen) > sentences // 2:
             repeats += 1  # most sentences were used: passages start one word later
+            if repeats > len(haystack.words):
+                raise UserError(
+                    f"multiround: {haystack.source} has only {len(seen)} different passages of {PASSAGE_WORDS} words; "
+                    f"name a longer haystack text"
+                )
 
 
 def mrcr_samples(file: Location, prompts: Prompts, *, length_tokens: int, limit: int | None = None) -> list[Sample]:

@@ -53,10 +53,11 @@ def needle_sample(
     numbers = [str(number) for number in rng.sample(range(10**6, 10**7), 1 + num_distractors)]
     shares = [rng.random() for _ in range(num_distractors)]
     if form == "sentence":
-        needle, question, answer = SENTENCE, SENTENCE_QUESTION, SENTENCE_ANSWER
+        needle, question, answer, prefix = SENTENCE, SENTENCE_QUESTION, SENTENCE_ANSWER, ""
     else:
         needle, answer = NUMBER.format(city=CITIES[0], number=numbers[0]), numbers[0]
         question = f"What is the special magic {CITIES[0]} number?"
+        prefix = f" The special magic {CITIES[0]} number is:"
     others = [
         (share, NUMBER.format(city=city, number=number))
         for share, city, number in zip(shares, CITIES[1:], numbers[1:], strict=False)
@@ -71,7 +72,7 @@ def needle_sample(
             index=index,
             context=OPENING + _with_lines(haystack, num_words, sentences, inserted),
             question=QUESTION.format(question=question),
-            answer_prefix=" The special magic Singapore number is:" if form == "number" else "",
+            answer_prefix=prefix,
             references=(answer,),
             max_new_tokens=MAX_NEW_TOKENS[form],
             metric="word_recall" if form == "sentence" else "first_number",

@@ -24,7 +24,9 @@ class Prompts:
     def __init__(self, tokenizer: Any, *, chat_template: bool) -> None:
         """Raises: UserError when the chat template is asked for and the tokenizer has none."""
         if chat_template and not getattr(tokenizer, "chat_template", None):
-            raise UserError("evaluate.chat_template is true, but the model's tokenizer has no chat template; set it false")
+            raise UserError(
+                "evaluate.chat_template is true, but the model's tokenizer has no chat template; set it false"
+            )
         self.tokenizer = tokenizer
         self.chat_template = chat_template
         self._word_tokens: dict[str, int] = {}

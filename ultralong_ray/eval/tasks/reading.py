@@ -1,6 +1,6 @@
 """Benchmark files, local or in object storage, to plain values. Every complaint names the file, and the line if any.
 
-Read are JSON, JSON lines and text, each also as `.gz`.
+Read are JSON, JSON lines and text, each also as `.gz`, and Parquet.
 """
 
 from __future__ import annotations
@@ -9,6 +9,9 @@ import gzip
 import json
 from collections.abc import Sequence
 from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from ultralong_ray.storage import Location
 from ultralong_ray.types import UserError
@@ -63,3 +66,32 @@ def text_field(row: dict[str, Any], name: str, where: str) -> str:
     if not isinstance(value, str):
         raise UserError(f"{where}: field {name!r} must be text, not {type(value).__name__}; mend the line")
     return value
+
+
+def read_texts(file: Location) -> list[str]:
+    """Documents of a file: column `text` of `.parquet`, field `text` of `.json` or `.jsonl` rows, else the whole file.
+
+    Raises: UserError for an absent or damaged file, and for a row without text.
+    """
+    name = file.name.removesuffix(".gz")
+    if name.endswith(".parquet"):
+        return _parquet_texts(file)
+    if name.endswith((".jsonl", ".ndjson")):
+        rows = read_rows(file, ("text",))
+        return [text_field(row, "text", f"{file}: row {number}") for number, row in enumerate(rows, start=1)]
+    if name.endswith(".json"):
+        value = read_json(file)
+        if not isinstance(value, dict) or not isinstance(value.get("text"), str):
+            raise UserError(f'{file}: a JSON text must be of the form {{"text": "..."}}')
+        return [value["text"]]
+    return [read_text(file)]
+
+
+def _parquet_texts(file: Location) -> list[str]:
+    try:
+        with file.filesystem.open_input_file(file.path) as source:
+            return [text for text in pq.read_table(source, columns=["text"]).column("text").to_pylist() if text]
+    except FileNotFoundError as error:
+        raise UserError(f"{file}: no such file; name an existing one") from error
+    except (pa.ArrowInvalid, pa.ArrowKeyError, KeyError) as error:
+        raise UserError(f"{file}: no Parquet file with a text column `text` ({error}); fetch it again") from error

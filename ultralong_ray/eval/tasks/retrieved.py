@@ -22,8 +22,8 @@ INSTRUCTION = (
     "Use the given documents to write a concise and short answer to the question. "
     "Write your answer in the following format:\nAnswer: [answer]\n\n"
 )
-QUESTION = "\n\nQuestion: {question}"
-ANSWER_PREFIX = "\nAnswer:"
+QUESTION = "\n\nQuestion: {question}\n"
+ANSWER_PREFIX = "Answer:"
 MAX_NEW_TOKENS = 20
 
 

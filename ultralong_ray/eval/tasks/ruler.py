@@ -18,6 +18,7 @@ import random
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
@@ -90,7 +91,7 @@ class _Making:
     def shuffle_seed(self) -> int:
         return self.seed if self.fixed_order else self.rng("order").getrandbits(32)
 
-    def sample(self, draft: Draft, **facts: object) -> Sample:
+    def sample(self, draft: Draft, **facts: Any) -> Sample:
         metric = "string_match_part" if self.task.startswith("qa_") else "string_match_all"
         return Sample(
             task=f"ruler/{self.task}",
@@ -104,7 +105,7 @@ class _Making:
             facts={**draft.facts, **facts},
         )
 
-    def filled(self, draft: Callable[[int], Draft], *, least: int, most: int | None = None, **facts: object) -> Sample:
+    def filled(self, draft: Callable[[int], Draft], *, least: int, most: int | None = None, **facts: Any) -> Sample:
         return fill(
             lambda units: self.sample(draft(units), **facts), self.prompts, self.length_tokens, least=least, most=most
         )
@@ -132,14 +133,18 @@ def ruler_sample(
     making = _Making(task, prompts, data, length_tokens, seed, index, fixed_order)
     if task in NEEDLE_TASKS:
         return _needles(making, NEEDLE_TASKS[task])
-    return {"vt": _tracking, "cwe": _common_words, "fwe": _coded_text, "qa_1": _question, "qa_2": _question}[task](making)
+    return {"vt": _tracking, "cwe": _common_words, "fwe": _coded_text, "qa_1": _question, "qa_2": _question}[task](
+        making
+    )
 
 
 def _needles(making: _Making, settings: NeedleSettings) -> Sample:
     data = making.data
     if settings.haystack == "essay" and data.essay is None:
-        raise UserError(f"ruler/{making.task} needs a haystack text; name a text file (NVIDIA's are Paul Graham's essays)")
-    facts: dict[str, object] = {"words": data.words.source}
+        raise UserError(
+            f"ruler/{making.task} needs a haystack text; name a text file (NVIDIA's are Paul Graham's essays)"
+        )
+    facts: dict[str, Any] = {"words": data.words.source}
     if settings.haystack == "essay" and data.essay is not None:
         facts |= {"haystack": data.essay.source, "haystack_words": len(data.essay.words)}
     needles = max(settings.num_keys, settings.num_queries) * settings.num_values
@@ -181,7 +186,7 @@ def _common_words(making: _Making) -> Sample:
     pool = words.common_pool(making.seed)
     most = max(len(pool), len(words.dictionary))
 
-    def attempt(repeats: Repeats, **facts: object) -> Sample:
+    def attempt(repeats: Repeats, **facts: Any) -> Sample:
         def draft(units: int) -> Draft:
             return common_words_draft(units, making.rng(), making.shuffle_seed, pool, words.dictionary, repeats)
 
@@ -219,7 +224,7 @@ def _question(making: _Making) -> Sample:
     def attempt(number: int, only_needed: bool) -> Sample:
         question = pool.questions[number]
         reduced = only_needed and set(question.needed) != set(question.gold)
-        facts = {"reduced": "only the paragraphs that the answer needs"} if reduced else {}
+        facts: dict[str, Any] = {"reduced": "only the paragraphs that the answer needs"} if reduced else {}
         return making.filled(
             lambda units: question_draft(
                 pool, number, units, making.rng(), making.shuffle_seed, only_needed=only_needed

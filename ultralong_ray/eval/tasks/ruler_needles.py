@@ -10,7 +10,7 @@ from __future__ import annotations
 import random
 import uuid
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -50,7 +50,7 @@ class Draft:
     question: str
     answer_prefix: str
     answers: tuple[str, ...]
-    facts: dict[str, object]
+    facts: dict[str, Any]
 
 
 def needle_draft(

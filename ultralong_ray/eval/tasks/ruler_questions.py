@@ -16,7 +16,9 @@ from ultralong_ray.eval.tasks.ruler_needles import Draft
 from ultralong_ray.storage import Location
 from ultralong_ray.types import UserError
 
-DEMAND = "Answer the question based on the given documents. Only give me the answer and do not output any other words.\n\n"
+DEMAND = (
+    "Answer the question based on the given documents. Only give me the answer and do not output any other words.\n\n"
+)
 INSTRUCTION = DEMAND + "The following are given documents.\n\n"
 QUESTION = "\n\n" + DEMAND + "Question: {question}"
 ANSWER_PREFIX = " Answer:"
@@ -43,7 +45,13 @@ class QuestionPool:
 
 
 def question_draft(
-    pool: QuestionPool, index: int, num_documents: int, rng: random.Random, shuffle_seed: int, *, only_needed: bool = False
+    pool: QuestionPool,
+    index: int,
+    num_documents: int,
+    rng: random.Random,
+    shuffle_seed: int,
+    *,
+    only_needed: bool = False,
 ) -> Draft:
     """Question `index` with `num_documents` paragraphs, at least those it needs.
 

@@ -6,6 +6,7 @@ NVIDIA/RULER @ c3f5e3b4, scripts/data/synthetic/variable_tracking.py (noise hays
 
 from __future__ import annotations
 
+import itertools
 import random
 import string
 
@@ -62,7 +63,7 @@ def _chains(
     for start in range(0, per_chain * num_chains, per_chain):
         own = list(names)[start : start + per_chain]
         lines = [f"VAR {own[0]} = {numpy_rng.randint(10000, 99999)}"]
-        lines += [f"VAR {after} = VAR {before} " for before, after in zip(own, own[1:], strict=False)]
+        lines += [f"VAR {after} = VAR {before} " for before, after in itertools.pairwise(own)]
         chains.append((own, lines))
     return chains
 

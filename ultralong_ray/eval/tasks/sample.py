@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+
 @dataclass(frozen=True, slots=True)
 class Turn:
     """One earlier message of a conversation."""

@@ -24,7 +24,8 @@ METRICS: dict[str, Callable[[str, Sample], float]] = {
     "string_match_part": lambda answer, sample: string_match_part(answer, sample.references),
     "first_number": lambda answer, sample: first_number(answer, sample.references),
     "word_recall": lambda answer, sample: word_recall(answer, sample.references),
-    "sequence_ratio": lambda answer, sample: sequence_ratio(answer, sample.references, sample.facts["prefix"]),
+    # A model without a chat template begins its answer with a space; MRCR's rule is for messages, which do not.
+    "sequence_ratio": lambda answer, sample: sequence_ratio(answer.lstrip(), sample.references, sample.facts["prefix"]),
     "substring_exact_match": lambda answer, sample: substring_exact_match(answer, sample.references),
     "lveval_english_f1": lambda answer, sample: lveval_metrics.english_f1(answer, sample.references[0]),
     "lveval_english_gated_f1": lambda answer, sample: lveval_metrics.english_gated_f1(

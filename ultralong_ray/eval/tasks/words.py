@@ -22,35 +22,38 @@ from ultralong_ray.types import UserError
 WONDERWORDS_VERSION = "2.2.0"
 BUILT_IN = {
     "adjective": (
-        "able amber ample ancient bitter blue brave brief bright broad calm clean clear clever cold cool crisp curious "
-        "damp dark deep dense dim distant dry dusty early easy equal exact faint fair famous fast fine firm flat fond "
-        "frank free fresh full gentle glad gold grand green grey happy hard heavy hollow honest huge humble idle keen "
-        "kind large late lean light little lively local long loose loud low loyal mild modern narrow neat new noble "
-        "odd old open pale patient plain polite proud pure quick quiet rare ready red rich ripe rough round royal rural "
-        "safe sharp shy silent simple slim slow small smart smooth soft solid sour spare steady steep still strange "
-        "strict strong sturdy sweet swift tall tame tender thick thin tidy tiny true vast vivid warm wide wild wise"
+        "able amber ample ancient bitter blue brave brief bright broad calm clean clear clever cold cool "
+        "crisp curious damp dark deep dense dim distant dry dusty early easy equal exact faint fair famous "
+        "fast fine firm flat fond frank free fresh full gentle glad gold grand green grey happy hard heavy "
+        "hollow honest huge humble idle keen kind large late lean light little lively local long loose loud "
+        "low loyal mild modern narrow neat new noble odd old open pale patient plain polite proud pure quick "
+        "quiet rare ready red rich ripe rough round royal rural safe sharp shy silent simple slim slow small "
+        "smart smooth soft solid sour spare steady steep still strange strict strong sturdy sweet swift tall "
+        "tame tender thick thin tidy tiny true vast vivid warm wide wild wise"
     ),
     "noun": (
-        "acorn anchor apple arrow badge barn basin basket beach beam bell bench bird blanket boat book bottle bowl "
-        "bread brick bridge brush bucket cabin candle canyon carpet castle cave chain chair chalk cheese cliff clock "
-        "cloud coat coin copper corner cotton cradle creek crown cup curtain desert desk diary dish door drum eagle "
-        "engine fabric falcon farm feather fence field flag flute forest fork fountain garden gate glass glove goat "
-        "hammer harbor hill honey horn island jacket jar kettle key kite ladder lake lamp lantern leaf ledger lemon "
-        "letter lily lock maple map marble market meadow mill mirror moon mountain needle nest oak ocean orchard oven "
-        "owl paddle paper parcel path pebble pencil piano pillow pine plate pocket pond potato prairie pump quilt "
-        "rabbit raft rail river road robin roof rope rose saddle sail salt sand scarf shelf shell shovel silver sled "
-        "spoon spring squirrel stable star stone stove straw street table tent thread tiger tower train tunnel valley "
+        "acorn anchor apple arrow badge barn basin basket beach beam bell bench bird blanket boat book "
+        "bottle bowl bread brick bridge brush bucket cabin candle canyon carpet castle cave chain chair "
+        "chalk cheese cliff clock cloud coat coin copper corner cotton cradle creek crown cup curtain desert "
+        "desk diary dish door drum eagle engine fabric falcon farm feather fence field flag flute forest "
+        "fork fountain garden gate glass glove goat hammer harbor hill honey horn island jacket jar kettle "
+        "key kite ladder lake lamp lantern leaf ledger lemon letter lily lock maple map marble market meadow "
+        "mill mirror moon mountain needle nest oak ocean orchard oven owl paddle paper parcel path pebble "
+        "pencil piano pillow pine plate pocket pond potato prairie pump quilt rabbit raft rail river road "
+        "robin roof rope rose saddle sail salt sand scarf shelf shell shovel silver sled spoon spring "
+        "squirrel stable star stone stove straw street table tent thread tiger tower train tunnel valley "
         "vase village violin wagon wall wheel whistle willow window wolf wood wool yard"
     ),
     "verb": (
-        "add agree answer arrive ask bake begin bend blow borrow bounce breathe bring build burn bury buy call carry "
-        "carve catch choose climb collect cook count cover cross dance decide deliver dig divide draw drift drink drive "
-        "earn eat explain fall feed fetch find float fold follow gather give grow guess hang hear help hide hold hunt "
-        "invite join jump keep kick kneel knock laugh lead learn leave lend listen look mend mix move obey offer paint "
-        "pass pause plant play pour praise press promise pull push reach read repair reply rest ride ring run sail save "
-        "search see sell send sew shake share shine shout show sing sit sleep slide smile speak spend spin stand start "
-        "stay stir swim take talk taste teach tell think throw tie touch trade travel trust turn visit wait wake walk "
-        "wander wash watch weave whisper win wonder work wrap write"
+        "add agree answer arrive ask bake begin bend blow borrow bounce breathe bring build burn bury buy "
+        "call carry carve catch choose climb collect cook count cover cross dance decide deliver dig divide "
+        "draw drift drink drive earn eat explain fall feed fetch find float fold follow gather give grow "
+        "guess hang hear help hide hold hunt invite join jump keep kick kneel knock laugh lead learn leave "
+        "lend listen look mend mix move obey offer paint pass pause plant play pour praise press promise "
+        "pull push reach read repair reply rest ride ring run sail save search see sell send sew shake share "
+        "shine shout show sing sit sleep slide smile speak spend spin stand start stay stir swim take talk "
+        "taste teach tell think throw tie touch trade travel trust turn visit wait wake walk wander wash "
+        "watch weave whisper win wonder work wrap write"
     ),
 }
 
@@ -120,7 +123,9 @@ def load_words(lists: Location | None = None, dictionary: Location | None = None
         source, found = str(lists), read_json(lists)
         for name in BUILT_IN:
             if not isinstance(found, dict) or not isinstance(found.get(name), list) or not found[name]:
-                raise UserError(f"{lists}: field {name!r} must be a list of words; see wonderwords {WONDERWORDS_VERSION}")
+                raise UserError(
+                    f"{lists}: field {name!r} must be a list of words; see wonderwords {WONDERWORDS_VERSION}"
+                )
     return Words(source, tuple(found["noun"]), tuple(found["adjective"]), tuple(found["verb"]), long_list)
 
 
