@@ -184,13 +184,15 @@ def _tracking(making: _Making) -> Sample:
 def _common_words(making: _Making) -> Sample:
     words = making.data.words
     pool = words.common_pool(making.seed)
-    most = max(len(pool), len(words.dictionary))
+    most = words.most_distinct(pool)
 
     def attempt(repeats: Repeats, **facts: Any) -> Sample:
         def draft(units: int) -> Draft:
-            return common_words_draft(units, making.rng(), making.shuffle_seed, pool, words.dictionary, repeats)
+            return common_words_draft(units, making.rng(), making.shuffle_seed, words, pool, repeats)
 
-        return making.filled(draft, least=NUM_COMMON, most=most, words=words.source, **facts)
+        return making.filled(
+            draft, least=NUM_COMMON, most=most, words=words.source, from_dictionary=bool(words.dictionary), **facts
+        )
 
     official = LONG_REPEATS if making.length_tokens >= LONG_LISTS_FROM_TOKENS else SHORT_REPEATS
     smaller = [repeats for repeats in (SHORT_REPEATS, SHORTEST_REPEATS) if repeats != official]

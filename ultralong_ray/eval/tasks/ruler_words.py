@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ultralong_ray.eval.tasks.ruler_needles import Draft
+from ultralong_ray.eval.tasks.words import Words
 
 COMMON_INSTRUCTION = (
     "Below is a numbered list of words. In these words, some appear more often than others. "
@@ -57,14 +58,14 @@ def common_words_draft(
     num_words: int,
     rng: random.Random,
     shuffle_seed: int,
+    words: Words,
     pool: Sequence[str],
-    dictionary: Sequence[str],
     repeats: Repeats,
 ) -> Draft:
-    """A list with `num_words` distinct words; beyond the size of `pool` they are drawn from `dictionary`."""
+    """A list with `num_words` distinct words; `pool` is the one of `words` for `shuffle_seed`."""
 
     def numbered(count: int, common_repeats: int, other_repeats: int) -> tuple[str, list[str]]:
-        chosen = rng.sample(pool if count <= len(pool) else dictionary, count)
+        chosen = words.distinct(count, rng, pool)
         listed = chosen[:NUM_COMMON] * common_repeats + chosen[NUM_COMMON:] * other_repeats
         random.Random(shuffle_seed).shuffle(listed)
         return _enumerate(listed), chosen[:NUM_COMMON]

@@ -110,6 +110,21 @@ class Words:
         random.Random(shuffle_seed).shuffle(pool)
         return pool
 
+    def most_distinct(self, pool: Sequence[str]) -> int:
+        """How many words `distinct` can draw."""
+        return max(len(pool), len(self.dictionary) if self.dictionary else len(pool) + len(self.keys))
+
+    def distinct(self, count: int, rng: random.Random, pool: Sequence[str]) -> list[str]:
+        """`count` words of `pool` (see `common_pool`), or all from the dictionary when the pool has fewer, as RULER.
+
+        Without a dictionary the rest are adjective-noun pairs.
+        """
+        if count <= len(pool):
+            return rng.sample(pool, count)
+        if self.dictionary:
+            return rng.sample(self.dictionary, count)
+        return rng.sample(pool, len(pool)) + rng.sample(self.keys, count - len(pool))
+
 
 def load_words(lists: Location | None = None, dictionary: Location | None = None) -> Words:
     """Words from a JSON file {"noun": [...], "adjective": [...], "verb": [...]}, else wonderwords, else built in.
