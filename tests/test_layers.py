@@ -38,8 +38,8 @@ MAY_IMPORT: dict[str, set[str] | None] = {
 HEAVY: dict[str, str] = {
     "ray": r"data/pipeline\.py|train/(trainer|loop|checkpoint|metrics|worker)\.py|eval/fanout\.py|job\.py",
     "deepspeed": r"train/(engine|checkpoint)\.py",
-    "torch": r"(model|parallel|train|eval)/.*|export\.py|export/.*",
-    "transformers": r"(data|model|parallel|train|eval)/.*|export\.py|export/.*",
+    "torch": r"(model|parallel|train)/.*|eval/[^/]*|export\.py|export/.*",
+    "transformers": r"(data|model|parallel|train)/.*|eval/[^/]*|export\.py|export/.*",
     "pydantic": r"config/.*|recipe\.py",
     "jinja2": r"report/.*|data/chat\.py",
 }
