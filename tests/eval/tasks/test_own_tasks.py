@@ -124,8 +124,7 @@ def test_mrcr_file(tmp_path: Path, mark_tokenizer: Any) -> None:
 def test_manyshot_examples_decide_the_label(prompts: Prompts) -> None:
     data = made_labelled(load_words(), num_labels=4, num_shown=300, num_asked=20, seed=3)
     assert not set(data.asked) & set(data.shown)
-    for index in range(5):
-        sample = manyshot_sample(data, prompts, length_tokens=LENGTH, index=index, seed=1)
+    for sample in [manyshot_sample(data, prompts, length_tokens=LENGTH, index=i, seed=1) for i in range(5)]:
         pairs = re.findall(r"The \w+ (\w+) near .*?\.\nlabel: (\d)", sample.context)
         by_noun = dict(pairs)
         assert all(by_noun[noun] == label for noun, label in pairs) and set(by_noun.values()) == set("0123")
@@ -135,7 +134,7 @@ def test_manyshot_examples_decide_the_label(prompts: Prompts) -> None:
         assert len(pairs) == sample.facts["shots"]
         counts = [list(label for _, label in pairs).count(label) for label in "0123"]
         assert max(counts) - min(counts) <= 1
-    assert score(sample, f" {sample.references[0]}\n") == 1.0
+        assert score(sample, f" {sample.references[0]}\n") == 1.0
     with pytest.raises(UserError, match="many-shot: 100 labels need 600 nouns"):
         made_labelled(load_words(), num_labels=100, num_shown=1, num_asked=1, seed=3)
 

@@ -32,45 +32,49 @@ def fill(
     Raises: DoesNotFit when the sample of `least` units is too long.
     """
     best = _measured(prompts, build(least))
-    needed = best.prompt_tokens + best.max_new_tokens
-    if needed > length_tokens:
+    if _needed(best) > length_tokens:
         raise DoesNotFit(
             f"{best.task}: {length_tokens} tokens are too few with this tokenizer; the shortest prompt and its answer "
-            f"take {needed}. Ask for a longer context, or leave the task out"
+            f"take {_needed(best)}. Ask for a longer context, or leave the task out"
         )
-    budget = length_tokens - best.max_new_tokens
     units, best_units, tried = least, least, {least}
     error = best.prompt_tokens - prompts.estimate(prompts.text(best))
     for _ in range(MAX_CORRECTIONS):
-        units, estimated = _largest(build, prompts, budget - error, best_units, units, most)
+        units, estimated = _largest(build, prompts, length_tokens - error, best_units, units, most)
         if units in tried:
             break
         tried.add(units)
         sample = _measured(prompts, build(units))
-        if sample.prompt_tokens <= budget and units > best_units:
+        if _needed(sample) <= length_tokens and units > best_units:
             best, best_units = sample, units
-        if sample.prompt_tokens - estimated == error:
+        if _needed(sample) - estimated == error:
             break
-        error = sample.prompt_tokens - estimated
+        error = _needed(sample) - estimated
     return best
+
+
+def _needed(sample: Sample) -> int:
+    """Tokens of a measured sample's prompt and answer."""
+    return sample.prompt_tokens + sample.max_new_tokens
 
 
 def _measured(prompts: Prompts, sample: Sample) -> Sample:
     measured = prompts.measured(sample)
-    return replace(measured, facts={**measured.facts, "length_tokens": measured.prompt_tokens + sample.max_new_tokens})
+    return replace(measured, facts={**measured.facts, "length_tokens": _needed(measured)})
 
 
 def _largest(
     build: Callable[[int], Sample], prompts: Prompts, target: int, least: int, guess: int, most: int | None
 ) -> tuple[int, int]:
-    """(units, estimated tokens) of the largest sample with an estimate <= target; `least` where none is.
+    """(units, estimate) of the largest sample that takes, answer included, about `target`; `least` where none does.
 
     Begins at `guess`. Interpolates, since tokens are nearly proportional to units, and halves the interval every third
     time.
     """
 
     def estimate(units: int) -> int:
-        return prompts.estimate(prompts.text(build(units)))
+        sample = build(units)
+        return prompts.estimate(prompts.text(sample)) + sample.max_new_tokens
 
     low, low_tokens = least, estimate(least)
     high, high_tokens = low, low_tokens
