@@ -11,7 +11,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from ultralong_ray.eval.tasks.budget import DoesNotFit
-from ultralong_ray.eval.tasks.cutting import middle_cut
+from ultralong_ray.eval.tasks.cutting import cut_to_window, middle_cut
 from ultralong_ray.eval.tasks.infinitebench import (
     CALCULATOR_TURNS,
     INFINITEBENCH_TASKS,
@@ -21,6 +21,7 @@ from ultralong_ray.eval.tasks.infinitebench import (
 )
 from ultralong_ray.eval.tasks.lveval import SETS, lveval_prompt, lveval_samples
 from ultralong_ray.eval.tasks.prompt import Prompts
+from ultralong_ray.eval.tasks.sample import Sample
 from ultralong_ray.eval.tasks.score import METRICS, score
 from ultralong_ray.storage import Location
 from ultralong_ray.types import UserError
@@ -102,6 +103,19 @@ def test_long_rows_lose_their_middle(tmp_path: Path, tiny: Prompts, length: int)
         assert sample.facts["cut"] and sample.facts["whole_prompt_tokens"] > length
         assert "word1 " in text and "word200" not in text and "word399" in text
         assert sample.question and text.count("Who?") == 1
+
+
+def test_a_cut_text_that_grows_is_cut_again(mark_tokenizer: Any) -> None:
+    """Half a word at the cut can take more tokens than were kept of it."""
+    sample = Sample("t", 0, "word " * 500, "", "", (), 10, "string_match_all")
+    limits = []
+
+    def cut(tokenizer: Any, ids: list[int], limit: int) -> str:
+        limits.append(limit)
+        return "x " * (limit + 2)
+
+    fitted = cut_to_window(sample, Prompts(mark_tokenizer, chat_template=False), 200, cut)
+    assert len(limits) > 1 and 200 - 10 - 4 <= fitted.prompt_tokens <= 200 - 10
 
 
 def test_no_room_beside_the_template(tmp_path: Path, tiny: Prompts) -> None:

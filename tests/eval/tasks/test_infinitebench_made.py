@@ -48,8 +48,10 @@ def test_depth(task: str, depth: float, plain: Prompts) -> None:
 
 
 def test_numbers_are_found_and_calculated(plain: Prompts) -> None:
-    for index in range(7):
-        sample = made("math_find", plain, index)
+    lists = [made("math_find", plain, index) for index in range(7)]
+    lists += [made("math_find", plain, 6, length=length) for length in range(300, 330, 3)]  # medians of both kinds
+    assert {len(sample.context.split(",")) % 2 for sample in lists[6:]} == {0, 1}
+    for sample in lists:
         numbers = ast.literal_eval(sample.context[sample.context.index("[") :])
         name = re.findall("The (.*?) number of", sample.question)[0]
         distinct = sorted(set(numbers), reverse=name.endswith("largest"))

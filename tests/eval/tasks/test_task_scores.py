@@ -114,6 +114,7 @@ def test_rouge_by_hand() -> None:
     assert rouge_lsum("", ["a"]) == rouge_lsum("!", ["a"]) == 0.0
     # distinct words only: {a, b} of {a, b} and of {a, b, c}
     assert rouge_l("a b a", "a b c") == pytest.approx(0.8)
+    assert rouge_l("a a b", "a b a") == pytest.approx(0.5)  # of two equally long subsequences, the one there taken
     assert rouge_l("...", "a") == rouge_l("", "a") == 0.0
 
 

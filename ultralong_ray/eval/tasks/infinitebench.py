@@ -170,8 +170,8 @@ def infinitebench_sample(task: str, index: int, row: dict[str, Any], template: T
     return Sample(
         task=f"infinitebench/{task}",
         index=index,
-        context=_filled(before, values) + text_field(row, "content" if "content" in row else "context", where),
-        question=_filled(after, values),
+        context=before.format(**values) + text_field(row, "content" if "content" in row else "context", where),
+        question=after.format(**values),
         answer_prefix="",
         references=tuple(label) if isinstance(label, list) else (label,),
         max_new_tokens=MAX_NEW_TOKENS[task],
@@ -179,11 +179,6 @@ def infinitebench_sample(task: str, index: int, row: dict[str, Any], template: T
         turns=CALCULATOR_TURNS if task == "math_calc" and template == "gpt4" else (),
         facts={"template": template},
     )
-
-
-def _filled(text: str, values: dict[str, str]) -> str:
-    """Every {name} replaced at once, so that braces in the values stay as they are."""
-    return re.sub(r"\{(\w+)\}", lambda match: values[match[1]], text)
 
 
 def _values(task: str, row: dict[str, Any], where: str) -> dict[str, str]:

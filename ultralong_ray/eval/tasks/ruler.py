@@ -58,6 +58,7 @@ EFFECTIVE_SCORE = 85.6  # per cent, of Llama-2-7B at 4K: the longest length at o
 LONG_LISTS_FROM_TOKENS = 4096  # cwe has shorter examples and fewer repeats below
 WORDS_PER_CODED_WORD = 50  # budget tokens per word of fwe's vocabulary
 LEAST_CODED_WORDS = 27  # the fourth rank appears once
+MAX_QUESTIONS_TRIED = 100  # before a length is called too short
 NEARLY_FULL = 0.95  # of the budget, below which a word list was too short
 
 
@@ -236,7 +237,8 @@ def _question(making: _Making) -> Sample:
             **facts,
         )
 
-    numbers = [(making.index + step) % len(pool.questions) for step in range(len(pool.questions))]
+    tried = min(len(pool.questions), MAX_QUESTIONS_TRIED)
+    numbers = [(making.index + step) % len(pool.questions) for step in range(tried)]
     later = [lambda number=number: attempt(number, True) for number in numbers]
     return _first_that_fits(lambda: attempt(numbers[0], False), *later)
 
