@@ -1,4 +1,4 @@
-"""The fill of a budget holds for tokenizers whose words do not add up, for lists that end, and for answers that grow."""
+"""The fill of a budget holds where the tokens of words do not add up, for lists that end, for answers that grow."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_ends_and_beginnings() -> None:
     prompts = Prompts(UnevenTokenizer(lambda n: n), chat_template=False)
     assert fill(build, prompts, 1000, least=1, most=30).prompt_tokens == 30
     assert fill(build, prompts, 15, least=10).prompt_tokens == 10
-    with pytest.raises(DoesNotFit, match="task/x: 14 tokens are too few .* take 15"):
+    with pytest.raises(DoesNotFit, match=r"task/x: 14 tokens are too few .* take 15"):
         fill(build, prompts, 14, least=10)
 
 
