@@ -77,6 +77,9 @@ def test_words_from_a_file_from_the_package_and_built_in(tmp_path: Path, monkeyp
     lists = {"noun": ["cat"], "adjective": ["red"], "verb": ["go"]}
     words = load_words(put(tmp_path, "w.json", lists), put(tmp_path, "d.txt", "one\ntwo\n"))
     assert words.keys[0] == "red-cat" and words.dictionary == ("one", "two")
+    assert load_words(dictionary=put(tmp_path, "d.json", {"0": "one", "1": "two"})).dictionary == ("one", "two")
+    with pytest.raises(UserError, match=r'd.json: a JSON dictionary must be of the form {"0": "word"'):
+        load_words(dictionary=put(tmp_path, "d.json", ["one"]))
     with pytest.raises(UserError, match="field 'verb' must be a list of words"):
         load_words(put(tmp_path, "w.json", {**lists, "verb": []}))
 

@@ -129,9 +129,11 @@ class Words:
 def load_words(lists: Location | None = None, dictionary: Location | None = None) -> Words:
     """Words from a JSON file {"noun": [...], "adjective": [...], "verb": [...]}, else wonderwords, else built in.
 
-    `dictionary` has one word a line. Raises: UserError for a file of another shape, or another wonderwords.
+    `dictionary` has one word a line, or is NVIDIA's english_words.json ({"0": "a", ...}).
+
+    Raises: UserError for a file of another shape, or another version of wonderwords.
     """
-    long_list = tuple(read_text(dictionary).split()) if dictionary is not None else ()
+    long_list = _dictionary_words(dictionary) if dictionary is not None else ()
     if lists is None:
         source, found = _installed_words()
     else:
@@ -142,6 +144,16 @@ def load_words(lists: Location | None = None, dictionary: Location | None = None
                     f"{lists}: field {name!r} must be a list of words; see wonderwords {WONDERWORDS_VERSION}"
                 )
     return Words(source, tuple(found["noun"]), tuple(found["adjective"]), tuple(found["verb"]), long_list)
+
+
+def _dictionary_words(file: Location) -> tuple[str, ...]:
+    if not file.name.removesuffix(".gz").endswith(".json"):
+        return tuple(read_text(file).split())
+    found = read_json(file)
+    words = tuple(found.values()) if isinstance(found, dict) else ()
+    if not words or not all(isinstance(word, str) for word in words):
+        raise UserError(f'{file}: a JSON dictionary must be of the form {{"0": "word", ...}}; or give one word a line')
+    return words
 
 
 def _installed_words() -> tuple[str, dict[str, list[str]]]:
