@@ -16,7 +16,7 @@ from ultralong_ray.eval.tasks.haystack import Haystack
 from ultralong_ray.eval.tasks.prompt import Prompts
 from ultralong_ray.eval.tasks.ruler import RulerData
 from ultralong_ray.eval.tasks.ruler_questions import Question, QuestionPool
-from ultralong_ray.eval.tasks.words import load_words
+from ultralong_ray.eval.tasks.words import BUILT_IN, Words
 
 SHARED = Path(__file__).resolve().parents[3].parent / "shared"
 
@@ -75,8 +75,15 @@ def pool() -> QuestionPool:
 
 
 @pytest.fixture(scope="session")
-def ruler_data(essay: Haystack, pool: QuestionPool) -> RulerData:
-    return RulerData(load_words(), essay, pool, pool)
+def words() -> Words:
+    """The built-in words, whatever is installed."""
+    nouns, adjectives, verbs = (tuple(BUILT_IN[name].split()) for name in ("noun", "adjective", "verb"))
+    return Words("built in", nouns, adjectives, verbs)
+
+
+@pytest.fixture(scope="session")
+def ruler_data(words: Words, essay: Haystack, pool: QuestionPool) -> RulerData:
+    return RulerData(words, essay, pool, pool)
 
 
 @pytest.fixture(scope="session")

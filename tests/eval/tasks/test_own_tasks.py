@@ -22,7 +22,7 @@ from ultralong_ray.eval.tasks.prompt import Prompts
 from ultralong_ray.eval.tasks.retrieved import retrieved_sample, substring_exact_match
 from ultralong_ray.eval.tasks.ruler_questions import QuestionPool
 from ultralong_ray.eval.tasks.score import score
-from ultralong_ray.eval.tasks.words import load_words
+from ultralong_ray.eval.tasks.words import Words
 from ultralong_ray.storage import Location
 from ultralong_ray.types import UserError
 
@@ -65,10 +65,12 @@ def test_needle_number_has_distractors_and_is_drawn_per_sample(essay: Haystack, 
 
 
 @pytest.mark.parametrize("num_needles", [2, 8])
-def test_multiround_asks_for_one_of_the_equal_requests(essay: Haystack, prompts: Prompts, num_needles: int) -> None:
+def test_multiround_asks_for_one_of_the_equal_requests(
+    essay: Haystack, words: Words, prompts: Prompts, num_needles: int
+) -> None:
     for index in range(3):
         sample = multiround_sample(
-            essay, load_words(), prompts, length_tokens=3000, num_needles=num_needles, index=index, seed=1
+            essay, words, prompts, length_tokens=3000, num_needles=num_needles, index=index, seed=1
         )
         request = re.search(r"\(1 indexed\) (.*?)\. Do not", sample.question)
         assert request is not None
@@ -86,11 +88,11 @@ def test_multiround_asks_for_one_of_the_equal_requests(essay: Haystack, prompts:
         assert 0 < score(sample, sample.facts["prefix"] + "w1x2 w9") < 0.5
 
 
-def test_multiround_needs_enough_text(mark_tokenizer: Any) -> None:
+def test_multiround_needs_enough_text(mark_tokenizer: Any, words: Words) -> None:
     tiny = Haystack("short.txt", ("One", "two."))
     with pytest.raises(UserError, match=r"short.txt has only \d different passages"):
         multiround_sample(
-            tiny, load_words(), Prompts(mark_tokenizer, chat_template=True), length_tokens=9000, num_needles=2,
+            tiny, words, Prompts(mark_tokenizer, chat_template=True), length_tokens=9000, num_needles=2,
             index=0, seed=1,
         )  # fmt: skip
 
@@ -121,8 +123,8 @@ def test_mrcr_file(tmp_path: Path, mark_tokenizer: Any) -> None:
         mrcr_samples(Location.of(file), prompts, length_tokens=200)
 
 
-def test_manyshot_examples_decide_the_label(prompts: Prompts) -> None:
-    data = made_labelled(load_words(), num_labels=4, num_shown=300, num_asked=20, seed=3)
+def test_manyshot_examples_decide_the_label(prompts: Prompts, words: Words) -> None:
+    data = made_labelled(words, num_labels=4, num_shown=300, num_asked=20, seed=3)
     assert not set(data.asked) & set(data.shown)
     for sample in [manyshot_sample(data, prompts, length_tokens=LENGTH, index=i, seed=1) for i in range(5)]:
         pairs = re.findall(r"The \w+ (\w+) near .*?\.\nlabel: (\d)", sample.context)
@@ -136,7 +138,7 @@ def test_manyshot_examples_decide_the_label(prompts: Prompts) -> None:
         assert max(counts) - min(counts) <= 1
         assert score(sample, f" {sample.references[0]}\n") == 1.0
     with pytest.raises(UserError, match="many-shot: 100 labels need 600 nouns"):
-        made_labelled(load_words(), num_labels=100, num_shown=1, num_asked=1, seed=3)
+        made_labelled(words, num_labels=100, num_shown=1, num_asked=1, seed=3)
 
 
 def test_labelled_files(tmp_path: Path) -> None:

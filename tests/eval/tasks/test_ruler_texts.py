@@ -65,8 +65,8 @@ def test_hyphen_pairs_are_the_sorted_set_of_all_pairs(adjectives: list[str], nou
     assert [pairs[index] for index in range(len(pairs))] == expected
 
 
-def test_essay_needles_leave_the_text_whole_and_stand_between_sentences(essay: Haystack) -> None:
-    draft = needle_draft(NEEDLE_TASKS["niah_multivalue"], 200, random.Random(3), 42, load_words(), essay)
+def test_essay_needles_leave_the_text_whole_and_stand_between_sentences(essay: Haystack, words: Words) -> None:
+    draft = needle_draft(NEEDLE_TASKS["niah_multivalue"], 200, random.Random(3), 42, words, essay)
     body = draft.context.split("\n", 1)[1]
     needles = body.split("One of the special magic numbers for ")[1:]
     assert len(needles) == 4 and all(body.count(answer) == 1 for answer in draft.answers)
