@@ -97,6 +97,13 @@ def test_words_from_a_file_from_the_package_and_built_in(tmp_path: Path, monkeyp
     assert load_words().source == "built in" and len(load_words().keys) > 20_000
 
 
+def test_the_installed_package_has_the_official_words(shared_data: Path) -> None:
+    pytest.importorskip("wonderwords", reason="the eval extra is not installed")
+    installed, official = load_words(), load_words(Location.of(shared_data / "words/wonderwords_2.2.0.json"))
+    assert installed.nouns == official.nouns and installed.verbs == official.verbs
+    assert installed.adjectives == official.adjectives
+
+
 def test_squad_and_hotpotqa_forms(tmp_path: Path) -> None:
     qa = {"question": "q", "answers": [{"text": "a"}, {"text": "b"}]}
     paragraphs = [{"context": "c1", "qas": [qa, {**qa, "is_impossible": True}]}, {"context": "c0", "qas": []}]

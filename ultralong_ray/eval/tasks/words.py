@@ -167,6 +167,6 @@ def _installed_words() -> tuple[str, dict[str, list[str]]]:
             f"wonderwords {version} has other words than RULER's; run `pip install wonderwords=={WONDERWORDS_VERSION}`"
         )
     assets = importlib.resources.files("wonderwords") / "assets"
-    return f"wonderwords {version}", {
-        name: (assets / f"{name}list.txt").read_text(encoding="utf-8").splitlines() for name in BUILT_IN
-    }
+    lists = {name: (assets / f"{name}list.txt").read_text(encoding="utf-8").splitlines() for name in BUILT_IN}
+    # some lines end with a space, which the package strips
+    return f"wonderwords {version}", {name: [word.rstrip() for word in words] for name, words in lists.items()}
