@@ -199,9 +199,7 @@ def _tokenize(
     shards_folder = workdir(recipe) / "tokens"
     readings: list[tuple[SourceConfig, Kind]] = [(source, "chat" if chat else "text") for source in files]
     deduplicate = recipe.sft.deduplicate if chat and recipe.sft is not None else None
-    items, skipped = tokenize_items(
-        readings, name, shards_folder, max_tokens, config.seed, screening, deduplicate
-    )
+    items, skipped = tokenize_items(readings, name, shards_folder, max_tokens, config.seed, screening, deduplicate)
     log.info("tokenising %d parts of %d sources", len(items), len(sources))
     results = {r["name"]: r for r in run_tasks(items, tokenize_part, config.num_workers, "tokenised", "parts")}
     quarantine = write_quarantine(folder, files, items, skipped, results)
