@@ -111,8 +111,8 @@ def test_every_answer_replaces_the_last_turn_and_is_asked_once(
     rows = samples_of(stage.location)
     assert list(rows) == [f"s/{i}" for i in range(50)]
     for i in range(50):
-        question, answer = rows[f"s/{i}"]["messages"]
-        assert question == chat(i)["messages"][0] and answer["content"] == f"better: {asks(i)}"
+        question, better = rows[f"s/{i}"]["messages"]
+        assert question == chat(i)["messages"][0] and better["content"] == f"better: {asks(i)}"
         assert rows[f"s/{i}"]["domain"] == chat(i)["domain"] and rows[f"s/{i}"]["refined"]
     assert server.asked() == {asks(i): 1 for i in range(50)}
     assert server.most_open == 4
