@@ -33,7 +33,7 @@ MAY_IMPORT: dict[str, set[str] | None] = {
     "export": {"types", "config", "storage", "model"},
     "eval": {"types", "config", "storage", "model"},
     "report": {"types", "config", "storage", "stages"},
-    "benchmark": {"types", "config", "storage", "flops", "planner", "model", "parallel", "train"},
+    "benchmark": {"types", "config", "storage", "data", "flops", "planner", "model", "parallel", "train"},
     "job": None,
     "pipeline": None,
 }

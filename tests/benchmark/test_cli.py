@@ -83,3 +83,9 @@ def test_mistakes_get_words(words: str, message: str, capsys: pytest.CaptureFixt
 
 def test_presets_name_what_there_is() -> None:
     assert presets.arguments("ring-256k", 4).count("--also") == 2
+
+
+def test_the_other_verb_has_arguments_of_its_own(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        main(["data", "--help"])
+    assert "--datatrove-python" in capsys.readouterr().out

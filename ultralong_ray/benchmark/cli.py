@@ -1,4 +1,4 @@
-"""`python jobs/benchmark.py train ...`: the command line to a `Benchmark`, and its end as an exit status."""
+"""`python jobs/benchmark.py train ...` or `data ...`: words to a measurement, and its end as an exit status."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from ultralong_ray.benchmark.presets import arguments as preset_arguments
 from ultralong_ray.benchmark.run import run_benchmark, table
 from ultralong_ray.benchmark.setups import SHAPES, Benchmark, Setup, parse_degrees
 from ultralong_ray.config.degrees import heads_can_split
+from ultralong_ray.data import benchmark as data_benchmark
 from ultralong_ray.storage import Location
 from ultralong_ray.types import UserError
 
@@ -19,6 +20,9 @@ DEFAULT_CHECK_ROWS = 256
 def main(argv: list[str]) -> int:
     """Run the command. Returns 0, 1 when a run of ours failed, or 2 for a mistake that the message explains."""
     try:
+        if argv[:1] == ["data"]:
+            data_benchmark.run(argv[1:])
+            return 0
         options = parse(argv)
         result = run_benchmark(benchmark_of(options), ["python", "jobs/benchmark.py", *argv], Location.of(options.out))
     except UserError as error:
@@ -40,7 +44,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="benchmark.py", description=__doc__, allow_abbrev=False)
-    train = parser.add_subparsers(required=True).add_parser("train", help="training steps, ours and peers'")
+    verbs = parser.add_subparsers(required=True)
+    verbs.add_parser("data", help="the prepare stage beside the bare tokenizer; its own --help lists its arguments")
+    train = verbs.add_parser("train", help="training steps, ours and peers'")
     add: Any = train.add_argument
     add("--preset", help="named arguments, see benchmark/presets.py")
     add("--shape", default="llama31_8b", help=f"model shape: {', '.join(SHAPES)}")

@@ -4,14 +4,14 @@
 
 For each size the shards of the corpus are copied with changed ids until they hold that much text, and then
 
-    bare        `Tokenizer.encode_batch` on the same texts, one process per core, reading and start not counted
+    bare        `Tokenizer.encode_batch` on the same texts (the first --bare-gigabytes of them), one process per core,
+                reading and start not counted
     prepare     the whole stage in a driver of its own: tokenise, sample, pack, write. Seconds by phase, and the memory
                 of the driver and of all workers together, sampled
     datatrove   with --datatrove-python: its tokenisation and shuffling merge in an interpreter that has it, start not
-                counted
+                counted; for sizes up to --datatrove-gigabytes
 
-are run one after the other on the same cores. Beside seconds on the clock stand CPU seconds: where other work shares
-the machine, only tokens per CPU second can be compared.
+run one after the other on the same cores. Where other work shares the machine, compare tokens per CPU second only.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ import json
 import logging
 import os
 import platform
+import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -72,13 +74,25 @@ def run(argv: Sequence[str]) -> None:
     parser.add_argument("--corpus", required=True, help="folder of Parquet shards with id, domain, text")
     parser.add_argument("--tokenizer", required=True, help="folder that holds tokenizer.json")
     parser.add_argument("--gigabytes", type=float, nargs="+", default=[0.25, 2.0], help="sizes of text to run at")
+    parser.add_argument("--bare-gigabytes", type=float, default=float("inf"), help="text for the bare tokenizer")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--scratch", help="folder for corpora and outputs; default: a temporary one")
     parser.add_argument("--datatrove-python", help="interpreter of an environment that has datatrove")
+    parser.add_argument("--datatrove-gigabytes", type=float, default=float("inf"), help="largest size to run it at")
     parser.add_argument("--output", help="where to write the JSON")
     options = parser.parse_args(argv)
+    sizes: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory(dir=options.scratch) as scratch:
-        sizes = [_measure(options, Path(scratch) / str(size), size) for size in options.gigabytes]
+        for size in options.gigabytes:
+            sizes.append(_measure(options, Path(scratch) / str(size), size))
+            text = json.dumps(_account(options, argv, sizes), indent=2)
+            if options.output:  # after every size: the last may take hours
+                Path(options.output).write_text(text + "\n")
+    print(text)
+
+
+def _account(options: argparse.Namespace, argv: Sequence[str], sizes: list[dict[str, Any]]) -> dict[str, Any]:
+    """The JSON: where and how it ran, the sizes, and the growth from the first to the last of them."""
     result = {
         # folders by their names: where they lay on this machine is of no use elsewhere
         "command": ["jobs/benchmark.py", "data", *(Path(a).name if os.sep in a else a for a in argv)],
@@ -94,25 +108,23 @@ def run(argv: Sequence[str]) -> None:
         first, last = sizes[0]["prepare"], sizes[-1]["prepare"]
         result["memory_growth"] = last["peak_workers_bytes"] / first["peak_workers_bytes"] - 1
         result["time_per_token_growth"] = last["seconds_per_token"] / first["seconds_per_token"] - 1
-    text = json.dumps(result, indent=2)
-    if options.output:
-        Path(options.output).write_text(text + "\n")
-    print(text)
+    return result
 
 
 def _measure(options: argparse.Namespace, folder: Path, gigabytes: float) -> dict[str, Any]:
     corpus = folder / "corpus"
     text_bytes, shards = replicate(Path(options.corpus), corpus, int(gigabytes * 1e9))
-    bare = _bare(options, corpus)
+    bare = _bare(options, corpus, min(text_bytes, options.bare_gigabytes * 1e9))
     result = {"gigabytes": text_bytes / 1e9, "shards": shards, "bare": bare}
-    result["prepare"] = _prepare(options, corpus, folder, bare["tokens"])
+    result["prepare"] = _prepare(options, corpus, folder, int(bare["tokens"] / bare["bytes"] * text_bytes))
     for rate in ("tokens_per_second", "tokens_per_cpu_second"):
         result[f"prepare_of_bare_{rate}"] = result["prepare"][rate] / bare[rate]
-    if options.datatrove_python:
+    if options.datatrove_python and gigabytes <= options.datatrove_gigabytes:
         arguments = [str(corpus), f"{options.tokenizer}/tokenizer.json", str(folder / "datatrove")]
         trove = _child([options.datatrove_python, "-c", _DATATROVE, *arguments, str(options.workers), str(shards)])
         seconds = trove["tokenise_seconds"] + trove["merge_seconds"]
-        result["datatrove"] = {**trove, "tokens_per_second": bare["tokens"] / seconds}
+        result["datatrove"] = {**trove, "tokens_per_second": result["prepare"]["tokens"] / seconds}
+    shutil.rmtree(folder)
     return result
 
 
@@ -150,13 +162,14 @@ def _documents(source: Path) -> Iterator[dict[str, str]]:
             yield from batch.to_pylist()
 
 
-def _bare(options: argparse.Namespace, corpus: Path) -> dict[str, Any]:
+def _bare(options: argparse.Namespace, corpus: Path, text_bytes: float) -> dict[str, Any]:
     """All cores at `encode_batch`: each process has read its texts before the clock starts."""
     paths = sorted(str(path) for path in corpus.glob("*.parquet"))
     command = [sys.executable, "-m", "ultralong_ray.data.benchmark", "bare", options.tokenizer]
     environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false"}
+    rest = [str(options.workers), str(text_bytes), *paths]
     children = [
-        subprocess.Popen([*command, str(i), str(options.workers), *paths], stdout=subprocess.PIPE, env=environment)
+        subprocess.Popen([*command, str(i), *rest], stdout=subprocess.PIPE, env=environment)
         for i in range(options.workers)
     ]
     results = [_result_of(child.communicate()[0], child.returncode) for child in children]
@@ -164,45 +177,52 @@ def _bare(options: argparse.Namespace, corpus: Path) -> dict[str, Any]:
     rate = sum(r["tokens"] / r["seconds"] for r in results)
     return {
         "tokens": tokens,
+        "bytes": sum(r["bytes"] for r in results),
         "tokens_per_second": rate,
         "tokens_per_cpu_second": tokens / sum(r["cpu_seconds"] for r in results),
         "seconds_by_process": [r["seconds"] for r in results],
     }
 
 
-def _bare_child(tokenizer: str, index: int, count: int, paths: Sequence[str]) -> dict[str, Any]:
-    """Every `count`-th batch of the corpus, one call of `encode_batch` each."""
+def _bare_child(tokenizer: str, index: int, count: int, text_bytes: float, paths: Sequence[str]) -> dict[str, Any]:
+    """Every `count`-th batch of the first `text_bytes` of the corpus, one call of `encode_batch` each."""
     from tokenizers import Tokenizer
 
     encoder = Tokenizer.from_file(f"{tokenizer}/tokenizer.json")
     encoder.encode_special_tokens = True
-    tokens, seconds, cpu_seconds, batch, characters, number = 0, 0.0, 0.0, [], 0, 0
-
-    def encode() -> None:
-        nonlocal tokens, seconds, cpu_seconds
+    tokens, size, seconds, cpu_seconds = 0, 0, 0.0, 0.0
+    for number, batch in enumerate(_batches(paths, text_bytes)):
+        if number % count != index:
+            continue
         began, cpu_began = time.perf_counter(), time.process_time()
         encoded = encoder.encode_batch(batch, add_special_tokens=False)
         cpu_seconds += time.process_time() - cpu_began
         seconds += time.perf_counter() - began
         tokens += sum(len(e) for e in encoded)
-
-    for path in paths:
-        for rows in pq.ParquetFile(path).iter_batches(64, columns=["text"]):
-            for text in rows.column("text").to_pylist():
-                batch.append(text)
-                characters += len(text)
-                if characters >= BATCH_CHARACTERS:
-                    if number % count == index:
-                        encode()
-                    batch, characters, number = [], 0, number + 1
-    if batch and number % count == index:
-        encode()
-    return {"tokens": tokens, "seconds": seconds, "cpu_seconds": cpu_seconds}
+        size += sum(len(text.encode()) for text in batch)
+    return {"tokens": tokens, "bytes": size, "seconds": seconds, "cpu_seconds": cpu_seconds}
 
 
-def _prepare(options: argparse.Namespace, corpus: Path, folder: Path, tokens: int) -> dict[str, Any]:
+def _batches(paths: Sequence[str], text_bytes: float) -> Iterator[list[str]]:
+    """The texts of shards in calls of about `BATCH_CHARACTERS`, up to the batch that reaches `text_bytes`."""
+    batch: list[str] = []
+    characters = size = 0
+    rows = (b for path in paths for b in pq.ParquetFile(path).iter_batches(64, columns=["text"]))
+    for text in (text for batch_of_rows in rows for text in batch_of_rows.column("text").to_pylist()):
+        batch.append(text)
+        characters, size = characters + len(text), size + len(text.encode())
+        if characters >= BATCH_CHARACTERS:
+            yield batch
+            batch, characters = [], 0
+        if size >= text_bytes:
+            break
+    if batch:
+        yield batch
+
+
+def _prepare(options: argparse.Namespace, corpus: Path, folder: Path, about_tokens: int) -> dict[str, Any]:
     recipe = folder / "recipe.json"
-    recipe.write_text(json.dumps(_recipe(options, corpus, folder, tokens)))
+    recipe.write_text(json.dumps(_recipe(options, corpus, folder, about_tokens)))
     command = [sys.executable, "-m", "ultralong_ray.data.benchmark", "prepare", str(recipe)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, env={**os.environ, "RAY_DEDUP_LOGS": "0"})
     peaks, cpu_ticks = {"workers": 0, "driver": 0}, {}
@@ -210,6 +230,7 @@ def _prepare(options: argparse.Namespace, corpus: Path, folder: Path, tokens: in
     watcher.start()
     result = _result_of(process.communicate()[0], process.returncode)
     watcher.join()
+    tokens = result["tokens"]
     return {
         **result,
         "tokens_per_second": tokens / result["seconds"],
@@ -254,10 +275,12 @@ def _prepare_child(path: str) -> dict[str, Any]:
     recipe = Recipe.model_validate_json(Path(path).read_text())
     fan_out.start_ray()
     began = time.perf_counter()
-    pipeline.prepare(recipe, stage_directory(recipe, "prepare"))
+    stage = stage_directory(recipe, "prepare")
+    pipeline.prepare(recipe, stage)
     seconds = time.perf_counter() - began
+    tokens = sum(domain["tokens_before"] for domain in (stage.location / "report.json").read_json()["domains"].values())
     driver = seconds - sum(phase["wall_seconds"] for phase in phases.values())
-    return {"seconds": seconds, "phases": phases, "driver_seconds": driver}
+    return {"tokens": tokens, "seconds": seconds, "phases": phases, "driver_seconds": driver}
 
 
 def _watch(process: subprocess.Popen[bytes], peaks: dict[str, int], cpu_ticks: dict[int, int]) -> None:
@@ -314,15 +337,14 @@ def _result_of(output: bytes, status: int) -> dict[str, Any]:
 
 
 def _cpu_name() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    return next(
-        (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor()
-    )
+    path = Path("/proc/cpuinfo")
+    names = re.findall(r"model name\s*: (.*)", path.read_text()) if path.exists() else []
+    return names[0] if names else platform.processor()
 
 
 if __name__ == "__main__":
     if sys.argv[1] == "bare":
-        measured = _bare_child(sys.argv[2], int(sys.argv[3]), int(sys.argv[4]), sys.argv[5:])
+        measured = _bare_child(sys.argv[2], int(sys.argv[3]), int(sys.argv[4]), float(sys.argv[5]), sys.argv[6:])
     else:
         measured = _prepare_child(sys.argv[2])
     print("RESULT " + json.dumps(measured), flush=True)
