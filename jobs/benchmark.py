@@ -1,4 +1,4 @@
-"""Time the training step and its peers on the GPUs of this machine; the result is a JSON file."""
+"""Time the training step and its peers, or long prefills, on the GPUs of this machine; the result is a JSON file."""
 
 import sys
 

@@ -43,7 +43,7 @@ HEAVY: dict[str, str] = {
     "ray": r"data/fan_out\.py|train/(trainer|loop|checkpoint|metrics|worker)\.py|eval/fanout\.py|job\.py",
     "deepspeed": r"train/(engine|checkpoint)\.py|benchmark/(alst|gradients)\.py",
     "torch": r"(model|parallel|train|benchmark)/.*|eval/[^/]*|export\.py|export/.*",
-    "transformers": r"(data|model|parallel|train)/.*|eval/[^/]*|export\.py|export/.*|benchmark/(alst|torch_cp|prefill)\.py",
+    "transformers": r"(data|model|parallel|train)/.*|eval/[^/]*|export(\.py|/.*)|benchmark/(alst|torch_cp|prefill)\.py",
     "pydantic": r"config/.*|recipe\.py",
     "datasketch": r"data/deduplicate\.py",
     "aiohttp": r"data/refine_client\.py",

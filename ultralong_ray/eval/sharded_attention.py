@@ -1,4 +1,4 @@
-"""Attention over keys and values that lie on many ranks, for transformers' models. Read against transformers 5.17, 5.23.
+"""Attention over keys and values that lie on many ranks, for transformers' models (read against 5.17 and 5.23).
 
 Prefill of a chunk: every rank has some rows of it. Among themselves they attend as in training (Ulysses exchange,
 ring). To the keys of earlier chunks, which stay where they are, the queries travel: all ranks get all queries of the
