@@ -8,7 +8,9 @@ from typing import Any
 
 import pytest
 
+from ultralong_ray.benchmark import prefill_record
 from ultralong_ray.benchmark.cli import main, parse, prefill_of
+from ultralong_ray.benchmark.launch import RunFailed
 from ultralong_ray.benchmark.prefill import Prefill
 from ultralong_ray.benchmark.prefill_record import prefill_entry
 from ultralong_ray.flops import ModelShape, prefill_flops
@@ -53,17 +55,23 @@ def test_a_tiny_run_through_the_job(tmp_path: Path) -> None:
         assert result["decode"]["ranks_agree"] and result["prefill"]["logits_finite"]
         cache = result["kv_cache"]
         assert cache["tokens_held"] == 106
-        assert cache["bytes_by_arithmetic"] == 2 * 2 * 2 * 8 * 4 * 106
-        assert 0 <= cache["over_arithmetic"] <= 1 / 106
+        a_token = 2 * 2 * 2 * 8 * 4  # key and value, layers, key-value heads, head_dim, float32
+        assert cache["bytes_by_arithmetic"] == 106 * a_token
+        assert cache["bytes_of_buffers"] == 107 * a_token, "room for three of five tokens on either rank"
         tokens.append(result["decode"]["tokens"])
     assert tokens[0] == tokens[1] and len(tokens[0]) == 5
 
 
-def test_a_failed_run_is_recorded(tmp_path: Path) -> None:
+def test_a_failed_run_is_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> None:
+        raise RunFailed("rank 1 is out of GPU memory")
+
+    monkeypatch.setattr(prefill_record, "run_ranks", fail)
     out = tmp_path / "x.json"
-    assert main(["prefill", *TINY, "--attention", "flash_attn_4", "--out", str(out)]) == 1
+    assert main(["prefill", *TINY, "--out", str(out)]) == 1
     result = json.loads(out.read_text())
-    assert result["status"] == "failed" and "needs a CUDA device" in result["reason"]
+    assert (result["status"], result["reason"]) == ("failed", "rank 1 is out of GPU memory")
+    assert result["setup"]["length"] == 101 and result["environment"]["versions"]["torch"]
 
 
 def answer(seconds: float, **changes: Any) -> dict[str, Any]:
