@@ -1,4 +1,4 @@
-"""Time the training step (`train`) or the prepare stage (`data`), and their peers, on this machine: a JSON file."""
+"""Time training steps (`train`), long prompts (`prefill`) or the prepare stage (`data`), and peers: a JSON file."""
 
 import sys
 

@@ -113,6 +113,13 @@ def ledger(shape: ModelShape, sequence_length: int, plan: TrainPlan) -> Ledger:
     )
 
 
+def prefill_flops(shape: ModelShape, tokens: int) -> float:
+    """Causal forward FLOPs of one prompt, 2*N*s + 2*L*h*s^2; the head multiplies the last token only."""
+    matrices = shape.layers * (shape.attention_matrices + shape.mlp_matrices)
+    attention = 2.0 * shape.layers * shape.attention_width * float(tokens) ** 2
+    return 2.0 * matrices * tokens + 2.0 * shape.vocab * shape.hidden + attention
+
+
 def replayed_matrices(shape: ModelShape, plan: TrainPlan) -> int:
     """Elements of the matrices that multiply every token a second time: all of a layer but the down projection."""
     return len(plan.keep) * (shape.attention_matrices + 2 * shape.hidden * shape.intermediate)

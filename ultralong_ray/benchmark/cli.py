@@ -1,11 +1,14 @@
-"""`python jobs/benchmark.py train ...` or `data ...`: words to a measurement, and its end as an exit status."""
+"""`python jobs/benchmark.py train|prefill|data ...`: words to a measurement, and its end as an exit status."""
 
 from __future__ import annotations
 
 import argparse
 import sys
+import time
 from typing import Any
 
+from ultralong_ray.benchmark.prefill import Prefill
+from ultralong_ray.benchmark.prefill_record import prefill_table, run_prefill
 from ultralong_ray.benchmark.presets import arguments as preset_arguments
 from ultralong_ray.benchmark.run import run_benchmark, table
 from ultralong_ray.benchmark.setups import SHAPES, Benchmark, Setup, parse_degrees
@@ -24,6 +27,8 @@ def main(argv: list[str]) -> int:
             data_benchmark.run(argv[1:])
             return 0
         options = parse(argv)
+        if options.verb == "prefill":
+            return _run_prefill(options, argv)
         result = run_benchmark(benchmark_of(options), ["python", "jobs/benchmark.py", *argv], Location.of(options.out))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -33,21 +38,34 @@ def main(argv: list[str]) -> int:
     return int(any(run["contestant"] == "ours" and run["status"] != "ok" for run in result["runs"]))
 
 
+def _run_prefill(options: argparse.Namespace, argv: list[str]) -> int:
+    command = ["python", "jobs/benchmark.py", *argv]
+    result = run_prefill(prefill_of(options), command, Location.of(options.out))
+    print(prefill_table(result))
+    print(f"written: {options.out}")
+    return int(result["status"] != "ok")
+
+
 def parse(argv: list[str]) -> argparse.Namespace:
     """Arguments, those of a preset first so that the command line overrules them."""
     parser = _parser()
     options = parser.parse_args(argv)
     if options.preset:
-        return parser.parse_args([argv[0], *preset_arguments(options.preset, options.gpus), *argv[1:]])
+        return parser.parse_args([argv[0], *preset_arguments(options.preset, options.gpus, argv[0]), *argv[1:]])
     return options
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="benchmark.py", description=__doc__, allow_abbrev=False)
-    verbs = parser.add_subparsers(required=True)
+    verbs = parser.add_subparsers(required=True, dest="verb")
     verbs.add_parser("data", help="the prepare stage beside the bare tokenizer; its own --help lists its arguments")
-    train = verbs.add_parser("train", help="training steps, ours and peers'")
-    add: Any = train.add_argument
+    _add_train(verbs.add_parser("train", help="training steps, ours and peers'", allow_abbrev=False).add_argument)
+    prefill = verbs.add_parser("prefill", help="one long prompt over all GPUs, then decoding", allow_abbrev=False)
+    _add_prefill(prefill.add_argument)
+    return parser
+
+
+def _add_common(add: Any) -> None:
     add("--preset", help="named arguments, see benchmark/presets.py")
     add("--shape", default="llama31_8b", help=f"model shape: {', '.join(SHAPES)}")
     add("--layers", type=int, help="decoder layers; default: the shape's")
@@ -56,16 +74,28 @@ def _parser() -> argparse.ArgumentParser:
     add("--device", choices=("cuda", "cpu"), default="cuda")
     add("--ulysses", type=int, help="default: as many GPUs as the heads can split")
     add("--ring", type=int, help="default: the rest of the GPUs")
-    add("--keep", choices=("device", "host", "none"), default="device", help="none: no recomputation at all")
-    add("--rows", type=float, default=1.0, help="share of rows whose attention output is kept")
     add("--attention", default="auto", help="kernel, as in the recipe")
     add("--mlp-tile", type=int, default=16384, help="rows of the MLP at a time")
+    add("--seed", type=int, default=42)
+    add("--limit-seconds", type=float, default=570.0, help="of the whole command")
+    add("--out", required=True, help="JSON file")
+
+
+def _add_prefill(add: Any) -> None:
+    _add_common(add)
+    add("--decode", type=int, default=32, help="tokens after the prompt")
+    add("--prefill-chunk", type=int, help="tokens of the prompt at a time; default: all")
+
+
+def _add_train(add: Any) -> None:
+    _add_common(add)
+    add("--keep", choices=("device", "host", "none"), default="device", help="none: no recomputation at all")
+    add("--rows", type=float, default=1.0, help="share of rows whose attention output is kept")
     add("--loss-tile", type=int, default=2048, help="rows of logits at a time")
     add("--offload-optimizer", action="store_true")
     add("--also", action="append", default=[], metavar="FIELD=VALUE,...", help="one more run of ours, so changed")
     add("--steps", type=int, default=3)
     add("--warmup", type=int, default=1)
-    add("--seed", type=int, default=42)
     add("--peers", default="", help="alst, torch_cp, ring_flash_attn; separated by commas")
     add("--peer-layers", type=int, help="depth of the peers' model where theirs would not fit or last too long")
     add("--peer-attention", default="auto", help="transformers' name of the attention under ALST")
@@ -73,15 +103,31 @@ def _parser() -> argparse.ArgumentParser:
     add("--compare-degrees", metavar="UxR,...", help="compare loss and gradients between degrees")
     add("--long", type=int, metavar="TOKENS", help="one layer of this length against a float32 reference")
     add("--check-rows", type=int, default=DEFAULT_CHECK_ROWS, help="with --long: rows that have targets")
-    add("--limit-seconds", type=float, default=570.0, help="of the whole command")
-    add("--out", required=True, help="JSON file")
-    return parser
+
+
+def prefill_of(options: argparse.Namespace) -> Prefill:
+    """Raises UserError for a shape or degrees that there are not."""
+    ulysses, ring = _degrees(options)
+    return Prefill(
+        shape=options.shape,
+        layers=options.layers or SHAPES[options.shape]["num_hidden_layers"],
+        length=options.length,
+        decode=options.decode,
+        num_gpus=options.gpus,
+        device=options.device,
+        ulysses=ulysses,
+        ring=ring,
+        chunk=options.length if options.prefill_chunk is None else options.prefill_chunk,
+        attention=options.attention,
+        mlp_tile=options.mlp_tile,
+        seed=options.seed,
+        limit_seconds=options.limit_seconds,
+        began=time.time(),
+    )
 
 
 def benchmark_of(options: argparse.Namespace) -> Benchmark:
     """Raises UserError for a shape, a field or degrees that there are not."""
-    if options.shape not in SHAPES:
-        raise UserError(f"--shape {options.shape}: no such shape; there are {', '.join(SHAPES)}")
     ulysses, ring = _degrees(options)
     base = Setup(
         length=options.long or options.length,
@@ -117,6 +163,8 @@ def benchmark_of(options: argparse.Namespace) -> Benchmark:
 
 
 def _degrees(options: argparse.Namespace) -> tuple[int, int]:
+    if options.shape not in SHAPES:
+        raise UserError(f"--shape {options.shape}: no such shape; there are {', '.join(SHAPES)}")
     if options.ulysses or options.ring:
         ulysses = options.ulysses or max(1, options.gpus // options.ring)
         return parse_degrees(f"{ulysses}x{options.ring or max(1, options.gpus // ulysses)}")

@@ -45,7 +45,7 @@ def measure(work: Work, device: torch.device, prepare: Callable[[int], Any], ste
     Returns a dict with seconds and losses of every step, warm-up first, and this rank's peak memory in GiB.
     """
     seconds, numbers = [], []
-    _reset_peak(device)
+    reset_peak(device)
     total = work.benchmark.warmup + work.benchmark.steps
     for index in range(total):
         batch = prepare(index)
@@ -72,7 +72,8 @@ def synchronize(device: torch.device) -> None:
     dist.barrier()
 
 
-def _reset_peak(device: torch.device) -> None:
+def reset_peak(device: torch.device) -> None:
+    """From now on is what `peak_memory` looks at, on the GPU."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
 

@@ -8,11 +8,16 @@ from __future__ import annotations
 from ultralong_ray.types import UserError
 
 
-def arguments(name: str, gpus: int) -> list[str]:
-    """The arguments of a preset. Raises UserError for a name that there is not."""
+def arguments(name: str, gpus: int, verb: str = "train") -> list[str]:
+    """The arguments of a preset of `verb`. Raises UserError for a name that there is not."""
     half = max(1, gpus // 2)
     mixed = f"{half}x{gpus // half}"
-    presets = {
+    prefill = {
+        "128k": "--length 131072 --decode 32",
+        "1m": "--length 1048576 --decode 32",
+        "1m-chunks": "--length 1048576 --decode 32 --prefill-chunk 262144",
+    }
+    train = {
         "128k": "--length 131072 --layers 32 --steps 3 --peers alst",
         "512k": "--length 524288 --layers 32 --steps 1 --peers alst --peer-layers 8",
         "512k-8": "--length 524288 --layers 8 --steps 2 --peers alst",
@@ -29,6 +34,7 @@ def arguments(name: str, gpus: int) -> list[str]:
             f"--also length=524288,layers=6,keep=host,rows=0.5"
         ),
     }
+    presets = prefill if verb == "prefill" else train
     if name not in presets:
         raise UserError(f"--preset {name}: no such preset; there are {', '.join(presets)}")
     return presets[name].split()

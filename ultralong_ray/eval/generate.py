@@ -7,7 +7,7 @@ Nothing is ever truncated: a prompt beyond the model's window is run as it is. R
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,7 @@ class Engine:
         )
         self.model: Any = model.to(self.device).eval()
         install_angles(self.model)
-        self.stop_ids = _stop_ids(self.model, self.tokenizer)
+        self.stop_ids = stop_ids(self.model, self.tokenizer)
         self._forget()
 
     def _forget(self) -> None:
@@ -65,21 +65,12 @@ class Engine:
     @torch.inference_mode()
     def answer(self, prompt: Sequence[int], max_new_tokens: int) -> str:
         """Greedy answer to token ids [seq]; it ends before EOS, at a newline after text, or after `max_new_tokens`."""
-        logits = self.prefill(prompt)  # [vocab]
-        ids: list[int] = []
-        for step in range(max_new_tokens):
-            token = int(logits.argmax())
-            if token in self.stop_ids:
-                break
-            ids.append(token)
-            if "\n" in self._text(ids).lstrip() or step == max_new_tokens - 1:
-                break
-            next_id = torch.tensor([[token]], device=self.device)  # [1, 1]
-            logits = self.model(next_id, past_key_values=self._cache, use_cache=True).logits[0, -1]
-        return self._text(ids).lstrip().split("\n", 1)[0]
+        return greedy_answer(self.prefill(prompt), self._decode, self.tokenizer, self.stop_ids, max_new_tokens)
 
-    def _text(self, ids: list[int]) -> str:
-        return self.tokenizer.decode(ids, skip_special_tokens=True)
+    def _decode(self, token: int) -> torch.Tensor:
+        """Logits [vocab] after one more token."""
+        next_id = torch.tensor([[token]], device=self.device)  # [1, 1]
+        return self.model(next_id, past_key_values=self._cache, use_cache=True).logits[0, -1]
 
     @torch.inference_mode()
     def token_losses(self, input_ids: NDArray[np.int32]) -> NDArray[np.float32]:
@@ -100,6 +91,29 @@ class Engine:
         return torch.cat(losses).numpy()
 
 
+def greedy_answer(
+    logits: torch.Tensor,
+    decode: Callable[[int], torch.Tensor],
+    tokenizer: Any,
+    stop_ids: Collection[int],
+    max_new_tokens: int,
+) -> str:
+    """The text that follows a prompt with `logits` [vocab]; `decode` takes a token and gives the logits after it.
+
+    It ends before a token of `stop_ids`, at a newline after text, or after `max_new_tokens`.
+    """
+    ids: list[int] = []
+    for step in range(max_new_tokens):
+        token = int(logits.argmax())
+        if token in stop_ids:
+            break
+        ids.append(token)
+        if "\n" in tokenizer.decode(ids, skip_special_tokens=True).lstrip() or step == max_new_tokens - 1:
+            break
+        logits = decode(token)
+    return tokenizer.decode(ids, skip_special_tokens=True).lstrip().split("\n", 1)[0]
+
+
 def common_prefix(first: NDArray[np.int64], second: NDArray[np.int64]) -> int:
     """Number of leading ids that both have in common."""
     shorter = min(len(first), len(second))
@@ -107,7 +121,7 @@ def common_prefix(first: NDArray[np.int64], second: NDArray[np.int64]) -> int:
     return int(different[0]) if len(different) else shorter
 
 
-def _stop_ids(model: Any, tokenizer: Any) -> set[int]:
+def stop_ids(model: Any, tokenizer: Any) -> set[int]:
     """Every end-of-text id that the tokenizer or the generation config names; Llama 3.1 names several."""
     named = model.generation_config.eos_token_id
     ids = set(named if isinstance(named, list) else [named]) | {tokenizer.eos_token_id}
