@@ -23,8 +23,8 @@ from ultralong_ray.types import UserError
 
 # (ranks, degree, ZeRO stage) of steps 1-2, 3-4 and 5-6 of a run that is stopped after each of them
 CHAINS = {
-    "4-2-4": [(4, 4, 3), (2, 2, 3), (4, 2, 1)],
-    "2-1-2": [(2, 1, 2), (1, 1, 0), (2, 2, 3)],
+    "4-2-4": [(4, 4, 3), (2, 1, 2), (4, 2, 1)],
+    "1-2-1": [(1, 1, 0), (2, 2, 3), (1, 1, 3)],
 }
 
 
@@ -150,15 +150,14 @@ def test_weights_of_a_damaged_checkpoint_are_refused(folder: Path, tmp_path: Pat
     root = folder / "unbroken" / CHECKPOINTS
     shutil.copytree(root / committed(Location.of(root))[0], tmp_path / "copy")
     flip(tmp_path / "copy" / "state-00000.bin", 0)
-    with pytest.raises(UserError, match="state-00000.bin is altered"):
+    with pytest.raises(UserError, match=r"state-00000\.bin is altered"):
         list(full_weights(Location.of(tmp_path / "copy")))
 
 
 @pytest.mark.parametrize("name", CHAINS)
 def test_other_ranks_degrees_and_stages_continue_the_run(folder: Path, name: str) -> None:
-    started = []
+    started, stage = [], name
     for (ranks, degree, zero_stage), last_step in zip(CHAINS[name], (2, 4, 6), strict=True):
-        stage = name.replace(" ", "-")
         started.append(run_distributed(train_to, ranks, folder, stage, last_step, layout(ranks, degree, zero_stage)))
     assert started[-1] == [4] * CHAINS[name][-1][0]
     expected, found = (read_metrics(Location.of(folder / s)) for s in ("unbroken", stage))
@@ -208,7 +207,9 @@ def test_a_checkpoint_of_another_run_is_refused_with_the_differing_fields() -> N
     with pytest.raises(UserError) as refusal:
         refuse_other(saved, other, "s3://b/checkpoint")
     message = str(refusal.value)
-    assert "s3://b/checkpoint" in message and "--resume-anyway model.hidden_size --resume-anyway pretrain.seed" in message
+    assert (
+        "s3://b/checkpoint" in message and "--resume-anyway model.hidden_size --resume-anyway pretrain.seed" in message
+    )
     assert "model.hidden_size is 32 there and 64 here" in message and "pretrain.seed is 1 there and 2 here" in message
     assert "learning_rate" not in message
 
@@ -216,7 +217,7 @@ def test_a_checkpoint_of_another_run_is_refused_with_the_differing_fields() -> N
 def test_a_named_difference_is_accepted_and_no_other() -> None:
     saved = {"pretrain.learning_rate": 0.1, "pretrain.seed": 1}
     refuse_other(saved, {**saved, "pretrain.seed": 2}, "here", ("pretrain.seed",))
-    with pytest.raises(UserError, match="learning_rate is 0.1 there and 0.2 here") as refusal:
+    with pytest.raises(UserError, match=r"learning_rate is 0\.1 there and 0\.2 here") as refusal:
         refuse_other(saved, {"pretrain.learning_rate": 0.2, "pretrain.seed": 2}, "here", ("pretrain.seed",))
     assert "pretrain.seed" not in str(refusal.value)
 

@@ -76,7 +76,9 @@ def save_checkpoint(engine: Any, root: Location, about: Manifest) -> str:
     return name
 
 
-def load_newest(engine: Any, root: Location, identity: dict[str, Any], accepted: tuple[str, ...] = ()) -> Restored | None:
+def load_newest(
+    engine: Any, root: Location, identity: dict[str, Any], accepted: tuple[str, ...] = ()
+) -> Restored | None:
     """Restore this rank from the newest checkpoint below `root` that is whole; None where there is none. Collective.
 
     A damaged one is named in the log and the one before is taken. Raises UserError, naming the fields, when the
@@ -135,9 +137,7 @@ def forget_others(root: Location, kept: str, count: int, every_steps: int | None
         (root / name).delete_dir()
 
 
-def refuse_other(
-    saved: dict[str, Any], current: dict[str, Any], where: str, accepted: tuple[str, ...] = ()
-) -> None:
+def refuse_other(saved: dict[str, Any], current: dict[str, Any], where: str, accepted: tuple[str, ...] = ()) -> None:
     """Raise UserError unless both identities are equal, but for the fields in `accepted`."""
     differing = {
         key: f"{key} is {saved.get(key)!r} there and {current.get(key)!r} here"
@@ -176,7 +176,7 @@ def _write_own(engine: Any, folder: Location, rank: int) -> tuple[Any, ...]:
     def pieces() -> Iterator[memoryview]:
         for part in parts:
             for kind in KINDS:
-                yield memoryview(part.get(kind).cpu().numpy())
+                yield part.get(kind).cpu().numpy().data
 
     files = {state_file: write_file(folder / state_file, pieces)}
     buffer = io.BytesIO()

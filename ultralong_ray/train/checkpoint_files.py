@@ -65,6 +65,7 @@ class Manifest:
     @staticmethod
     def from_bytes(data: bytes) -> Manifest:
         """Raises Damaged unless `data` is exactly what `to_bytes` gave."""
+        body: dict[str, Any] = {}
         try:
             body = json.loads(data)
             found = body.pop("sha256")
