@@ -170,12 +170,17 @@ class Location:
                 os.unlink(target)
             raise
 
-    def write_bytes(self, data: bytes) -> None:
-        def write() -> None:
-            with self.open_for_write() as sink:
-                sink.write(data)
+    def write_with(self, fill: Callable[[Any], Value]) -> Value:
+        """Write the file by `fill(sink)`, from its start again while the store does not answer; what it returned."""
 
-        self._retried(write)
+        def write() -> Value:
+            with self.open_for_write() as sink:
+                return fill(sink)
+
+        return self._retried(write)
+
+    def write_bytes(self, data: bytes) -> None:
+        self.write_with(lambda sink: sink.write(data))
 
     def write_json(self, value: Any) -> None:
         self.write_bytes((json.dumps(value, indent=2, sort_keys=True) + "\n").encode())

@@ -204,7 +204,7 @@ def only_preflights(folder: Path) -> list[tuple[str, list[str], bool]]:
             checks.kernel_finding = lambda *_: 1 / 0
         raised = ""
         try:
-            assert loop.run(replace(task, preflight_only=True), CPU, None, lambda *_: None) == 0
+            assert loop.run(replace(task, preflight_only=True), CPU, lambda _: None) == 0
         except UserError as error:
             raised = str(error)
         said = [line for line in records if line.startswith("preflight")]

@@ -13,6 +13,7 @@ import ray
 from tests.train.made_jobs import NUM_SEQUENCES, recipe, write_inputs
 from ultralong_ray.storage import Location, StageDirectory
 from ultralong_ray.train import trainer
+from ultralong_ray.train.events import read_events
 from ultralong_ray.train.metrics import read_metrics
 from ultralong_ray.train.trainer import train
 from ultralong_ray.types import LayerKeep, TrainPlan, UserError
@@ -85,6 +86,12 @@ def test_an_interrupted_run_continues_and_a_finished_one_loads(cluster: None, tm
     written = (stage.location / "plan.json").read_json()
     assert written["plan"]["ulysses_degree"] == 2 and len(written["plan"]["keep"]) == 2
     assert [record.step for record in read_metrics(stage.location)] == [1, 2, 3, 4, 5, 6]
+    events = read_events(stage.location)
+    assert [event["event"] for event in events if event["event"] != "failure"] == [
+        *("start", "checkpoint", "checkpoint", "resume", "checkpoint", "end")
+    ]
+    first_failure = next(event for event in events if event["event"] == "failure")
+    assert first_failure["rank"] in (0, 1) and "names no file for sequence 8" in first_failure["cause"]
     from transformers import AutoModelForCausalLM
 
     trained = AutoModelForCausalLM.from_pretrained(os.fspath(tmp_path / "pretrain-abc" / "model"))

@@ -203,6 +203,9 @@ class TrainConfig(Section):
     """Rows of logits that exist at a time."""
     checkpoint_every_steps: Positive = operational(10)
     keep_checkpoints: Positive = operational(2)
+    """The newest checkpoints that stay; older ones go when a newer one is committed."""
+    keep_every_nth: Positive | None = operational(None)
+    """Every n-th checkpoint stays for good; default: none."""
 
 
 class PretrainConfig(TrainConfig):

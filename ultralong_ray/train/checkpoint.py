@@ -1,101 +1,271 @@
-"""A training state on disk: each rank writes its own shards, the union of all ranks' files is a checkpoint.
+"""A training state in storage, which any number of ranks can write and any other number can read.
 
-    checkpoint.json                identity (recipe fields, model shape, world), step; by rank 0
-    rng-00000.pt                   random state of one rank
-    deepspeed/                     DeepSpeed's shards: parameters, float32 masters, optimizer state
+    checkpoints/step-00000004-1f0c2a/     one checkpoint; its files are those of train/checkpoint_files.py
 
-Files are written to a folder of the rank's own, so no shared disk is assumed; who carries them to storage is decided
-by the caller. Read against DeepSpeed 0.19.8, whose ZeRO shards fit only the world size and stage that wrote them.
+Flows in: the engine, a step, the identity of the run. Flows out: a committed checkpoint, or an engine as it was after
+that step. Every rank writes the parts that it keeps (train/partition.py), straight to storage, and reads the ranges
+that it needs, whatever layout wrote them: ranks, sequence-parallel degrees and ZeRO stage may change in between.
 """
 
 from __future__ import annotations
 
-import errno
-import os
+import io
+import logging
 import random
-import shutil
-from collections.abc import Iterator
-from pathlib import Path
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
-from ultralong_ray.storage import Location, explain_full_disk
+from ultralong_ray.storage import Location
+from ultralong_ray.train.checkpoint_files import (
+    MANIFEST_FILE,
+    Damaged,
+    FileEntry,
+    FileReader,
+    Manifest,
+    PartEntry,
+    write_file,
+)
+from ultralong_ray.train.partition import KINDS, MASTER, Part, adopt_masters, make_moments, parts_of
 from ultralong_ray.types import UserError
 
-TAG = "deepspeed"
-STATE_FILE = "checkpoint.json"
+logger = logging.getLogger(__name__)
+
+CHECKPOINTS = "checkpoints"  # below a stage's directory
 MODEL_PREFIX = "causal_lm."  # where LanguageModelLoss keeps the Hugging Face model
-FULL_DISK_BYTES = 2**20
+FLOAT32_BYTES = 4
 
 
-def save_checkpoint(engine: Any, folder: Path, step: int, identity: dict[str, Any]) -> None:
-    """This rank's files of a checkpoint after `step` steps. Collective. Raises UserError when the disk is full."""
-    rank = dist.get_rank()
-    with explain_full_disk(str(folder)):
-        try:
-            engine.save_checkpoint(str(folder), tag=TAG, save_latest=False)
-            torch.save(_random_state(), folder / f"rng-{rank:05d}.pt")
-        except RuntimeError as error:  # torch's zip writer reports a failed write without its errno
-            if shutil.disk_usage(folder).free > FULL_DISK_BYTES:
-                raise
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder)) from error
-        if rank == 0:
-            Location.of(folder / STATE_FILE).write_json({"step": step, "identity": identity})
+@dataclass(frozen=True, slots=True)
+class Restored:
+    """What a run continues from."""
+
+    step: int
+    name: str  # folder of the checkpoint
+    passed_over: tuple[str, ...]  # newer checkpoints that are damaged, and how
 
 
-def load_checkpoint(engine: Any, folder: Path, identity: dict[str, Any]) -> int:
-    """Restore this rank from `folder` and return the number of steps done. Collective.
+def save_checkpoint(engine: Any, root: Location, about: Manifest) -> str:
+    """Write a checkpoint below `root` and commit it; its folder's name. Collective.
 
-    Raises UserError, naming the fields that differ, when the checkpoint belongs to another recipe, model or world.
+    `about` says step, identity, layout and cursor; the rest is filled in. Raises UserError, on every rank, when the
+    disk is full.
     """
-    state = Location.of(folder / STATE_FILE).read_json()
-    refuse_other(state["identity"], identity, str(folder))
-    path, _ = engine.load_checkpoint(str(folder), tag=TAG)
-    if path is None:
-        raise UserError(f"{folder}: checkpoint of step {state['step']} is incomplete; delete it to use the one before")
-    random_state = torch.load(folder / f"rng-{dist.get_rank():05d}.pt", weights_only=False)
-    _restore_random_state(random_state)
-    return int(state["step"])
+    rank = dist.get_rank()
+    name = _from_rank0(lambda: f"step-{about.step:08d}-{uuid.uuid4().hex[:6]}")
+    folder = root / name
+    mine: tuple[Any, ...] | UserError
+    try:
+        mine = _write_own(engine, folder, rank)
+    except UserError as error:
+        mine = error
+    of_ranks: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(of_ranks, mine)
+    for found in of_ranks:
+        if isinstance(found, UserError):
+            raise found
+    if rank == 0:
+        (folder / MANIFEST_FILE).write_bytes(_joined(about, of_ranks).to_bytes())
+    dist.barrier()
+    return name
 
 
-def refuse_other(saved: dict[str, Any], current: dict[str, Any], where: str) -> None:
-    """Raise UserError unless both identities are equal."""
-    differing = [
-        f"{key} is {saved.get(key)!r} there and {current.get(key)!r} here"
+def load_newest(
+    engine: Any, root: Location, identity: dict[str, Any], accepted: tuple[str, ...] = ()
+) -> Restored | None:
+    """Restore this rank from the newest checkpoint below `root` that is whole; None where there is none. Collective.
+
+    A damaged one is named in the log and the one before is taken. Raises UserError, naming the fields, when the
+    checkpoint is of another run in a field not in `accepted`, and when all checkpoints are damaged.
+    """
+    names = _from_rank0(lambda: committed(root))
+    passed_over: list[str] = []
+    for name in names:
+        step, failure = 0, None
+        try:
+            manifest = Manifest.from_bytes(_from_rank0((root / name / MANIFEST_FILE).read_bytes))
+            refuse_other(manifest.identity, identity, str(root / name), accepted)
+            _read_own(engine, root / name, manifest)
+            step = manifest.step
+        except (Damaged, UserError) as found:
+            failure = found
+        of_ranks: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(of_ranks, failure)
+        for found in of_ranks:
+            if isinstance(found, UserError):
+                raise found
+        damages = "; ".join(sorted({str(found) for found in of_ranks if found is not None}))
+        if not damages:
+            adopt_masters(engine)
+            return Restored(step, name, tuple(passed_over))
+        passed_over.append(f"{name}: {damages}")
+        if dist.get_rank() == 0:
+            logger.warning("%s is damaged (%s); the checkpoint before it is used", root / name, damages)
+    if passed_over:
+        raise UserError(f"{root}: no checkpoint is whole ({' | '.join(passed_over)}). Remove it to start again")
+    return None
+
+
+def committed(root: Location) -> list[str]:
+    """Folders below `root` that have a manifest, the newest step first."""
+    files = [file.uri[len(root.uri) + 1 :].split("/") for file in root.files(recursive=True)]
+    return sorted((path[0] for path in files if len(path) == 2 and path[1] == MANIFEST_FILE), reverse=True)
+
+
+def step_of(name: str) -> int:
+    """The step in the name of a checkpoint's folder."""
+    return int(name.split("-")[1])
+
+
+def forget_others(root: Location, kept: str, count: int, every_steps: int | None) -> None:
+    """Remove, below `root`, all but `kept`, the `count` newest up to it and those of every `every_steps`-th step.
+
+    What never got a manifest goes too, and what is newer than `kept`: a run that fell back has passed it over.
+    """
+    older = [name for name in committed(root) if step_of(name) < step_of(kept)]
+    stays = {kept, *older[: count - 1], *(n for n in older if every_steps and step_of(n) % every_steps == 0)}
+    present = {file.uri[len(root.uri) + 1 :].split("/")[0] for file in root.files(recursive=True)}
+    for name in sorted(present - stays):
+        with suppress(FileNotFoundError):
+            (root / name / MANIFEST_FILE).delete_file()  # first: what is half removed is no checkpoint
+        (root / name).delete_dir()
+
+
+def refuse_other(saved: dict[str, Any], current: dict[str, Any], where: str, accepted: tuple[str, ...] = ()) -> None:
+    """Raise UserError unless both identities are equal, but for the fields in `accepted`."""
+    differing = {
+        key: f"{key} is {saved.get(key)!r} there and {current.get(key)!r} here"
         for key in sorted(saved.keys() | current.keys())
-        if saved.get(key) != current.get(key)
-    ]
+        if saved.get(key) != current.get(key) and key not in accepted
+    }
     if differing:
         raise UserError(
-            f"{where}: the checkpoint was made by another run ({'; '.join(differing)}). Restore those values, "
-            f"or remove the stage's directory to start again"
+            f"{where}: the checkpoint was made by another run ({'; '.join(differing.values())}). Restore those values, "
+            f"accept them ({' '.join(f'--resume-anyway {key}' for key in differing)}), or remove the stage's "
+            f"directory to start again"
         )
 
 
-def files_of_rank(names: list[str], rank: int) -> list[str]:
-    """Those files of a checkpoint that `rank` needs to restore itself; the other ranks' shards stay where they are."""
-    mine = (f"zero_pp_rank_{rank}_", f"rng-{rank:05d}.")
-    return [name for name in names if any(m in name for m in mine) or not ("zero_pp_rank_" in name or "rng-" in name)]
+def full_weights(folder: Location) -> Iterator[tuple[str, torch.Tensor]]:
+    """(name as in the Hugging Face model, float32 master weight) of every parameter, one at a time; tied ones once.
 
-
-def full_weights(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
-    """(name as in the Hugging Face model, float32 tensor) of every parameter, one at a time; tied ones under each name.
-
-    Stages 1-3 give the float32 master weights. At stage 0 there are no shards to join and the parameters come as the
-    model computes with them.
+    Raises UserError when a file of the checkpoint is damaged.
     """
-    shards = folder / TAG
-    state: Any
-    if any("zero_pp_rank_" in file.name for file in shards.iterdir()):
-        state = get_fp32_state_dict_from_zero_checkpoint(str(folder), tag=TAG, lazy_mode=True)
-    else:
-        state = torch.load(shards / "mp_rank_00_model_states.pt", map_location="cpu", weights_only=False)["module"]
-    for name, value in state.items():
-        yield name.removeprefix(MODEL_PREFIX), value.contiguous().detach().float()
+    try:
+        manifest = Manifest.from_bytes((folder / MANIFEST_FILE).read_bytes())
+        with _Files(folder, manifest) as files:
+            for name, shape in manifest.shapes.items():
+                numel = int(np.prod(shape))
+                yield name.removeprefix(MODEL_PREFIX), files.range_of(name, MASTER, 0, numel).view(shape)
+    except Damaged as damage:
+        raise UserError(f"{folder}: {damage}; remove this checkpoint to use the one before") from damage
+
+
+def _write_own(engine: Any, folder: Location, rank: int) -> tuple[Any, ...]:
+    """(shapes, parts, files) of what this rank wrote."""
+    shares = [_share(part, rank, dist.get_world_size()) for part in parts_of(engine)]
+    parts = [part for part in shares if part.numel]
+    state_file, random_file = f"state-{rank:05d}.bin", f"random-{rank:05d}.pt"
+
+    def pieces() -> Iterator[memoryview]:
+        for part in parts:
+            for kind in KINDS:
+                yield part.get(kind).cpu().numpy().data
+
+    files = {state_file: write_file(folder / state_file, pieces)}
+    buffer = io.BytesIO()
+    torch.save(_random_state(), buffer)
+    files[random_file] = write_file(folder / random_file, lambda: [buffer.getvalue()])
+    entries, offset = {}, 0
+    for part in parts:
+        entries[part.name] = PartEntry(part.start, part.numel, state_file, offset)
+        offset += part.numel * len(KINDS) * FLOAT32_BYTES
+    return {part.name: part.shape for part in parts}, entries, files
+
+
+def _share(part: Part, rank: int, world_size: int) -> Part:
+    """What this rank writes of a part: all of it, or of what every rank has an equal share."""
+    if not part.replicated:
+        return part
+    begin, end = part.numel * rank // world_size, part.numel * (rank + 1) // world_size
+    return replace(part, start=begin, numel=end - begin, get=lambda kind: part.get(kind)[begin:end])
+
+
+def _joined(about: Manifest, of_ranks: list[Any]) -> Manifest:
+    shapes: dict[str, tuple[int, ...]] = {}
+    parts: dict[str, list[PartEntry]] = {}
+    files: dict[str, FileEntry] = {}
+    for own_shapes, own_parts, own_files in of_ranks:
+        shapes |= own_shapes
+        files |= own_files
+        for name, entry in own_parts.items():
+            parts.setdefault(name, []).append(entry)
+    return replace(about, shapes=shapes, parts=parts, files=files)
+
+
+def _read_own(engine: Any, folder: Location, manifest: Manifest) -> None:
+    """This rank's parts, and its random states where a rank of this number wrote some. Raises Damaged."""
+    make_moments(engine, manifest.step)
+    with _Files(folder, manifest) as files:
+        for part in parts_of(engine):
+            if manifest.shapes.get(part.name) != part.shape:
+                there = manifest.shapes.get(part.name, "absent")
+                raise UserError(f"{folder}: parameter {part.name} is {there} there and {part.shape} here")
+            for kind in KINDS:
+                part.put(kind, files.range_of(part.name, kind, part.start, part.numel).to(engine.device))
+        random_file = f"random-{dist.get_rank():05d}.pt"
+        if random_file in manifest.files:
+            data = files.reader(random_file).read(0, manifest.files[random_file].num_bytes)
+            _restore_random_state(torch.load(io.BytesIO(data), weights_only=False))
+
+
+class _Files:
+    """The state files of a checkpoint, each opened when it is first needed and closed at the end of the block."""
+
+    def __init__(self, folder: Location, manifest: Manifest) -> None:
+        self.folder, self.manifest = folder, manifest
+        self.open: dict[str, FileReader] = {}
+
+    def __enter__(self) -> _Files:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for reader in self.open.values():
+            reader.close()
+
+    def reader(self, name: str) -> FileReader:
+        if name not in self.open:
+            self.open[name] = FileReader(self.folder, name, self.manifest)
+        return self.open[name]
+
+    def range_of(self, name: str, kind: str, start: int, numel: int) -> torch.Tensor:
+        """Elements [start, start + numel) of a parameter's master weight or moment, float32 [numel]."""
+        values = np.empty(numel, np.dtype("<f4"))
+        found = 0
+        for entry in self.manifest.parts[name]:
+            begin, end = max(start, entry.start), min(start + numel, entry.start + entry.numel)
+            if begin >= end:
+                continue
+            element = KINDS.index(kind) * entry.numel + begin - entry.start
+            data = self.reader(entry.file).read(entry.offset + element * FLOAT32_BYTES, (end - begin) * FLOAT32_BYTES)
+            values[begin - start : end - start] = np.frombuffer(data, "<f4")
+            found += end - begin
+        if found != numel:
+            raise Damaged(f"{MANIFEST_FILE} places {found} of {numel} elements of {name}")
+        return torch.from_numpy(values)
+
+
+def _from_rank0(make: Callable[[], Any]) -> Any:
+    """What `make` gives on rank 0, on every rank."""
+    box = [make() if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(box)
+    return box[0]
 
 
 def _random_state() -> dict[str, Any]:

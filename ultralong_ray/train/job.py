@@ -24,6 +24,7 @@ class TrainJob:
     fingerprint: str
     plan: TrainPlan  # degrees, what layers keep, tiles, offload
     preflight_only: bool = False  # build the model, run the checks, take no step
+    resume_anyway: tuple[str, ...] = ()  # fields in which a checkpoint may differ from this run
 
     @property
     def train(self) -> TrainConfig:

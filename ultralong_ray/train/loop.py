@@ -1,7 +1,7 @@
 """The training loop of one rank: build, restore, step, record, save. Knows torch.distributed, not Ray.
 
 Flows in: a TrainJob and the process group that the launcher made. Flows out: metrics and TensorBoard below the stage's
-directory, checkpoints through `keep_checkpoint`, and a summary.
+directory, its checkpoints and its events (train/events.py); `report` hears of every checkpoint.
 """
 
 from __future__ import annotations
@@ -9,10 +9,8 @@ from __future__ import annotations
 import gc
 import math
 import resource
-import tempfile
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,8 +23,10 @@ from ultralong_ray.parallel.mesh import create_mesh
 from ultralong_ray.parallel.topology import Topology
 from ultralong_ray.planner.hardware import peak_flops
 from ultralong_ray.train.batches import accumulation_steps, read_ahead
-from ultralong_ray.train.checkpoint import load_checkpoint, save_checkpoint
+from ultralong_ray.train.checkpoint import CHECKPOINTS, forget_others, load_newest, save_checkpoint
+from ultralong_ray.train.checkpoint_files import Manifest
 from ultralong_ray.train.engine import deepspeed_config, init_distributed, initialize, make_optimizer, set_learning_rate
+from ultralong_ray.train.events import record_event
 from ultralong_ray.train.job import TrainJob
 from ultralong_ray.train.metrics import MetricsWriter
 from ultralong_ray.train.order import cursor_after, sequences_of_step
@@ -36,7 +36,7 @@ from ultralong_ray.train.step import StepResult, train_step
 from ultralong_ray.train.weights import build_model
 from ultralong_ray.types import StepMetrics, UserError
 
-KeepCheckpoint = Callable[[dict[str, Any], Path], None]
+Report = Callable[[dict[str, Any]], None]
 
 # Fields of config.json that a checkpoint's tensors, or what they mean, depend on.
 SHAPE_KEYS = (
@@ -79,12 +79,45 @@ class Trainer:
     def identity(self) -> dict[str, Any]:
         """What a checkpoint must share with the run that loads it."""
         return {
-            "stage fingerprint": self.job.fingerprint,
+            "stage_fingerprint": self.job.fingerprint,
             **{f"{self.job.section}.{key}": value for key, value in self.train.fingerprint_fields().items()},
-            **{f"model {key}": value for key, value in self.shape.items() if key in SHAPE_KEYS},
-            f"{self.job.section}.zero_stage": self.train.zero_stage,
-            "cluster.num_workers": self.topology.world_size,
+            **{f"model.{key}": value for key, value in self.shape.items() if key in SHAPE_KEYS},
         }
+
+    @property
+    def layout(self) -> dict[str, Any]:
+        """How the ranks divide the work; a checkpoint says it, and fits any other."""
+        return {
+            "world_size": self.topology.world_size,
+            "ulysses_degree": self.job.plan.ulysses_degree,
+            "ring_degree": self.job.plan.ring_degree,
+            "zero_stage": self.train.zero_stage,
+        }
+
+    def restore(self) -> int:
+        """Continue from the newest whole checkpoint; the steps that it holds. Collective."""
+        root = self.job.stage / CHECKPOINTS
+        restored = load_newest(self.engine, root, self.identity, self.job.resume_anyway)
+        if self.topology.rank == 0 and restored is None:
+            record_event(self.job.stage, "start", layout=self.layout)
+        elif self.topology.rank == 0 and restored is not None:
+            found = {"step": restored.step, "checkpoint": restored.name, "passed_over": restored.passed_over}
+            record_event(self.job.stage, "resume", layout=self.layout, **found)
+        return 0 if restored is None else restored.step
+
+    def checkpoint(self, step: int) -> None:
+        """Write and commit a checkpoint, forget those that need not be kept. Collective."""
+        began = time.perf_counter()
+        root, train = self.job.stage / CHECKPOINTS, self.train
+        cursor = cursor_after(step, train.global_batch_sequences, self.reader.manifest.num_sequences)
+        read = {"epoch": cursor.epoch, "sequence": cursor.sequence}
+        name = save_checkpoint(self.engine, root, Manifest(step, self.identity, self.layout, read))
+        if self.topology.rank == 0:
+            seconds = round(time.perf_counter() - began, 3)
+            record_event(self.job.stage, "checkpoint", step=step, checkpoint=name, seconds=seconds)
+            every_nth = train.keep_every_nth
+            every_steps = None if every_nth is None else every_nth * train.checkpoint_every_steps
+            forget_others(root, name, train.keep_checkpoints, every_steps)
 
     def preflight(self) -> None:
         """The checks of train/preflight.py for this run. Collective; UserError on every rank when one fails."""
@@ -145,12 +178,11 @@ def refuse_broken(step: int, sums: list[list[float]], grad_norm: float, sequence
         )
 
 
-def run(job: TrainJob, device: torch.device, restore_from: Path | None, keep_checkpoint: KeepCheckpoint) -> int:
+def run(job: TrainJob, device: torch.device, report: Report) -> int:
     """Train to the last step and return the step that training started from. Collective over all ranks.
 
     On GPUs the checks of train/preflight.py come first; with `job.preflight_only` nothing comes after them.
-    Checkpoints are built below TMPDIR, and `keep_checkpoint(metrics, folder)` must have carried a folder away when it
-    returns.
+    `report({"step", "loss"})` is called on every rank when a checkpoint is committed.
     """
     trainer = Trainer(job, device)
     topology, train = trainer.topology, job.train
@@ -159,7 +191,7 @@ def run(job: TrainJob, device: torch.device, restore_from: Path | None, keep_che
     if job.preflight_only:
         trainer.close()
         return 0
-    restored = 0 if restore_from is None else load_checkpoint(trainer.engine, restore_from, trainer.identity)
+    restored = trainer.restore()
     writer = MetricsWriter(job.stage, restored, job.section) if topology.rank == 0 else None
     started = time.perf_counter()
     batches = read_ahead(restored + 1, trainer.num_steps, trainer.reader, train, topology, device)
@@ -175,12 +207,12 @@ def run(job: TrainJob, device: torch.device, restore_from: Path | None, keep_che
         if step % train.checkpoint_every_steps == 0 or step == trainer.num_steps:
             if writer is not None:
                 writer.flush()
-            with tempfile.TemporaryDirectory(prefix="checkpoint-") as folder:
-                save_checkpoint(trainer.engine, Path(folder), step, trainer.identity)
-                keep_checkpoint({"step": step, "loss": metrics.loss}, Path(folder))
+            trainer.checkpoint(step)
+            report({"step": step, "loss": metrics.loss})
             started = time.perf_counter()
     if writer is not None:
         writer.close()
+        record_event(job.stage, "end", step=trainer.num_steps)
     trainer.close()
     return restored
 

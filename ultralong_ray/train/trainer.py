@@ -2,29 +2,26 @@
 
 Flows in: a recipe, packed sequences, a Hugging Face folder, a stage's directory. Flows out, in that directory:
 `plan.json` (how the workers are laid out and what that should cost), `model/` (Hugging Face folder), `metrics.jsonl`,
-`tensorboard/`, and `ray/train/`, Ray's own folder of checkpoints, from which a stopped run continues when it is
-submitted again. Read against Ray 2.60 (Ray Train V2).
+`tensorboard/`, `events.jsonl`, and `checkpoints/`, from which a stopped run continues when it is submitted again, on
+as many workers as there are then. `ray/` is Ray's own folder; checkpoints do not pass through it, since Ray keeps or
+drops them by count alone and cannot fall back on an older one. Read against Ray 2.60 (Ray Train V2).
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import logging
 import os
 import signal
+import socket
 import sys
-import tempfile
 import warnings
-from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any, Literal
 
-import pyarrow.fs as pafs
 import ray
 import ray.train
 import ray.train.torch
-from ray.train import Checkpoint, CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2.api.exceptions import TrainingFailedError, WorkerGroupError
 
@@ -33,7 +30,8 @@ from ultralong_ray.flops import ModelShape
 from ultralong_ray.planner.plan import as_json, hardware_of, plan_training
 from ultralong_ray.planner.refuse import PlanRefused
 from ultralong_ray.planner.words import describe_plan, plan_words
-from ultralong_ray.storage import Location, StageDirectory, explain_full_disk
+from ultralong_ray.storage import Location, StageDirectory
+from ultralong_ray.train.events import record_event
 from ultralong_ray.train.job import TrainJob, check_inputs
 from ultralong_ray.train.metrics import read_metrics
 from ultralong_ray.types import TrainPlan, UserError
@@ -56,16 +54,19 @@ def train(
     model: Location,
     stage: StageDirectory,
     preflight_only: bool = False,
+    resume_anyway: tuple[str, ...] = (),
 ) -> dict[str, Any]:
     """Train `model` on `packed` as `recipe.<section>` says, into `<stage>/model`; Ray must be initialised.
 
     With `preflight_only` the workers build the model, check the machine and leave: {} is returned.
 
-    Continues from the last checkpoint below `stage` where there is one. Returns {steps, tokens, first_loss, last_loss,
-    seconds, resumed_from_step}. Raises UserError for what the user can mend, wherever it was found.
+    Continues from the last checkpoint below `stage` where there is one; it may differ from this run in the fields
+    `resume_anyway`, named as the refusal names them, and in the layout of the workers. Returns {steps, tokens,
+    first_loss, last_loss, seconds, resumed_from_step}. Raises UserError for what the user can mend, wherever it was found.
     """
     plan = _plan(recipe, section, model, stage.location)
-    job = TrainJob(recipe, section, packed, model, stage.location, stage.fingerprint, plan, preflight_only)
+    place = stage.location
+    job = TrainJob(recipe, section, packed, model, place, stage.fingerprint, plan, preflight_only, resume_anyway)
     check_inputs(job)
     error_file = stage.location / ERROR_FILE
     if error_file.exists():
@@ -76,6 +77,7 @@ def train(
     try:
         result = _trainer(job).fit()
     except TrainingFailedError as error:
+        record_event(stage.location, "failure", rank=None, node=None, cause=_in_words(error))
         _raise_user_error(error_file, error)
         raise
     except SystemExit:
@@ -86,9 +88,7 @@ def train(
     _raise_user_error(error_file, None)
     if preflight_only:
         return {}
-    if result.checkpoint is None:
-        raise UserError(f"{stage.location}: training ended without a checkpoint; see the log of the workers")
-    ray.get(ray.remote(num_cpus=1)(_consolidate).remote(job, result.checkpoint))
+    ray.get(ray.remote(num_cpus=1)(_consolidate).remote(job))
     return _summary(job, result.return_value)
 
 
@@ -140,12 +140,10 @@ def _trainer(job: TrainJob) -> TorchTrainer:
             num_workers=cluster.num_workers, use_gpu=bool(cluster.gpus_per_worker), resources_per_worker=resources
         ),
         run_config=RunConfig(
-            # the same name and storage path make Ray continue from the last checkpoint
             name="preflight" if job.preflight_only else "train",
             storage_path=storage.path,
             storage_filesystem=None if storage.is_local else storage.filesystem,
             failure_config=FailureConfig(max_failures=cluster.max_failures),
-            checkpoint_config=CheckpointConfig(num_to_keep=job.train.keep_checkpoints),
         ),
     )
 
@@ -162,11 +160,28 @@ def _worker(config: dict[str, Any]) -> int | None:
     from ultralong_ray.train.loop import run
 
     try:
-        with _restored(ray.train.get_checkpoint()) as folder:
-            return run(job, ray.train.torch.get_device(), folder, _keep_checkpoint)
+        return run(job, ray.train.torch.get_device(), ray.train.report)
     except UserError as error:
+        _record_failure(job, error)
         (job.stage / ERROR_FILE).write_bytes(str(error).encode())
         raise
+    except Exception as error:
+        _record_failure(job, error)
+        raise
+
+
+def _record_failure(job: TrainJob, error: Exception) -> None:
+    """This rank's account of what stops it; it must not hide the error itself."""
+    rank = ray.train.get_context().get_world_rank()
+    try:
+        record_event(job.stage, "failure", rank=rank, node=socket.gethostname(), cause=_in_words(error))
+    except Exception:
+        logger.exception("the failure of rank %d could not be recorded", rank)
+
+
+def _in_words(error: Exception) -> str:
+    """The error's kind and the first line of its message."""
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
 
 
 def _quiet_worker_log() -> None:
@@ -179,57 +194,20 @@ def _quiet_worker_log() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\..*")
 
 
-def _keep_checkpoint(metrics: dict[str, Any], folder: Path) -> None:
-    """Every rank hands over its files; Ray joins them under one name in storage and returns when they are there."""
-    with explain_full_disk("checkpoint storage"):
-        ray.train.report(metrics, checkpoint=Checkpoint.from_directory(str(folder)))
-
-
-@contextlib.contextmanager
-def _restored(checkpoint: Checkpoint | None) -> Iterator[Path | None]:
-    """The folder from which this rank restores itself; None at the first start."""
-    if checkpoint is None:
-        yield None
-        return
-    from ultralong_ray.train.checkpoint import files_of_rank
-
-    rank = ray.train.get_context().get_world_rank()
-    with _local_copy(checkpoint, lambda names: files_of_rank(names, rank)) as folder:
-        yield folder
-
-
-@contextlib.contextmanager
-def _local_copy(checkpoint: Checkpoint, choose: Callable[[list[str]], list[str]]) -> Iterator[Path]:
-    """The checkpoint's own folder where it is on a local disk, else a copy of the chosen files below TMPDIR."""
-    if isinstance(checkpoint.filesystem, pafs.LocalFileSystem):
-        yield Path(checkpoint.path)
-        return
-    assert checkpoint.filesystem is not None
-    infos = checkpoint.filesystem.get_file_info(pafs.FileSelector(checkpoint.path, recursive=True))
-    names = [info.path[len(checkpoint.path) :].lstrip("/") for info in infos if info.is_file]
-    with tempfile.TemporaryDirectory(prefix="checkpoint-") as copy, explain_full_disk(copy):
-        for name in choose(names):
-            (Path(copy) / name).parent.mkdir(parents=True, exist_ok=True)
-            pafs.copy_files(
-                f"{checkpoint.path}/{name}",
-                f"{copy}/{name}",
-                source_filesystem=checkpoint.filesystem,
-                destination_filesystem=pafs.LocalFileSystem(),
-            )
-        yield Path(copy)
-
-
-def _consolidate(job: TrainJob, checkpoint: Checkpoint) -> None:
-    """A checkpoint's shards to the Hugging Face folder `<stage>/model`. Runs as a Ray task, beside the disk."""
+def _consolidate(job: TrainJob) -> None:
+    """The newest checkpoint to the Hugging Face folder `<stage>/model`. Runs as a Ray task, beside the disk."""
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     import torch
 
     from ultralong_ray.model.save import save_hf_folder
-    from ultralong_ray.train.checkpoint import full_weights
+    from ultralong_ray.train.checkpoint import CHECKPOINTS, committed, full_weights
 
+    root = job.stage / CHECKPOINTS
+    names = committed(root)
+    if not names:
+        raise UserError(f"{root}: training ended without a checkpoint; see the log of the workers")
     dtype = torch.bfloat16 if job.train.precision == "bfloat16" else torch.float32
-    with _local_copy(checkpoint, lambda names: names) as folder:
-        save_hf_folder(job.stage / "model", job.model, full_weights(folder), dtype)
+    save_hf_folder(job.stage / "model", job.model, full_weights(root / names[0]), dtype)
 
 
 def _raise_user_error(error_file: Location, error: TrainingFailedError | None) -> None:
