@@ -82,6 +82,7 @@ def run(argv: Sequence[str]) -> None:
     parser.add_argument("--output", help="where to write the JSON")
     options = parser.parse_args(argv)
     sizes: list[dict[str, Any]] = []
+    text = ""
     with tempfile.TemporaryDirectory(dir=options.scratch) as scratch:
         for size in options.gigabytes:
             sizes.append(_measure(options, Path(scratch) / str(size), size))

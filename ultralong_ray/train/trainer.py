@@ -62,7 +62,7 @@ def train(
 
     Continues from the last checkpoint below `stage` where there is one; it may differ from this run in the fields
     `resume_anyway`, named as the refusal names them, and in the layout of the workers. Returns {steps, tokens,
-    first_loss, last_loss, seconds, resumed_from_step}. Raises UserError for what the user can mend, wherever it was found.
+    first_loss, last_loss, seconds, resumed_from_step}. Raises UserError for what the user can mend, wherever found.
     """
     plan = _plan(recipe, section, model, stage.location)
     place = stage.location
