@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -99,3 +101,27 @@ def test_documents_are_put_together_again(tokenizer: Any, monkeypatch: pytest.Mo
     assert [d.id for d in found] == [d.id for d in documents]
     for document, whole in zip(found, encode_batch(tokenizer, [d.text for d in documents]), strict=True):
         np.testing.assert_array_equal(document.input_ids, whole)
+
+
+MEASURE = """
+import resource, sys
+from ultralong_ray.data.passes import Stopwatch, _tokenize_texts
+from ultralong_ray.data.tokenize import load_tokenizer
+from ultralong_ray.types import Document
+tokenizer = load_tokenizer(sys.argv[1])
+text = "The quick brown fox " * (int(sys.argv[2]) // 20)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+(document,) = _tokenize_texts(tokenizer, [Document("long", "x", text)], Stopwatch())
+print(len(document.input_ids), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+
+
+def test_memory_does_not_grow_with_the_text_but_by_its_tokens(tmp_path: Path) -> None:
+    """In one call the tokenizer would take some 100 bytes a character; in pieces the ids are what remains."""
+    write_tiny_tokenizer(tmp_path)
+    command = [sys.executable, "-c", MEASURE, str(tmp_path)]
+    grown = []
+    for characters in (2_000_000, 6_000_000):
+        tokens, kilobytes = subprocess.check_output([*command, str(characters)], text=True).split()
+        grown.append(int(kilobytes) * 1024 - 8 * int(tokens))
+    assert grown[1] - grown[0] < 16 * 4_000_000

@@ -53,9 +53,7 @@ def ceph(folder: Path) -> Iterator[str]:
 
 
 @pytest.fixture(scope="module")
-def endpoint(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[tuple[str, pytest.MonkeyPatch]]:
+def endpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """A server that speaks S3, with an empty bucket; Ray workers inherit the keys."""
     if not (SHARED / "data" / "corpus").is_dir():
         pytest.skip("the shared sample corpus is not beside this checkout")
@@ -71,22 +69,21 @@ def endpoint(
             request.getfixturevalue("s3_uri")
             address = os.environ["AWS_ENDPOINT_URL"]
         boto3.client("s3", endpoint_url=address, region_name="us-east-1").create_bucket(Bucket=BUCKET)
-        yield address, patch
+        yield address
 
 
 @pytest.fixture(scope="module")
-def prepared(endpoint: tuple[str, pytest.MonkeyPatch]) -> Iterator[dict[int, StageDirectory]]:
+def prepared(endpoint: str) -> Iterator[dict[int, StageDirectory]]:
     """The stage at both lengths; the second finds the tokens of the first."""
     import boto3
     import ray
 
-    address, _ = endpoint
-    client = boto3.client("s3", endpoint_url=address, region_name="us-east-1")
+    client = boto3.client("s3", endpoint_url=endpoint, region_name="us-east-1")
     for file in sorted((SHARED / "data" / "corpus").glob("*.parquet")):
         client.upload_file(str(file), BUCKET, f"corpus/{file.name}")
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
     try:
-        yield {length: run(recipe(address, length)) for length in (2**17, 2**20)}
+        yield {length: run(recipe(endpoint, length)) for length in (2**17, 2**20)}
     finally:
         ray.shutdown()
 

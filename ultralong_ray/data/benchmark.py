@@ -89,7 +89,7 @@ def run(argv: Sequence[str]) -> None:
             text = json.dumps(_account(options, argv, sizes), indent=2)
             if options.output:  # after every size: the last may take hours
                 Path(options.output).write_text(text + "\n")
-    print(text)
+            print(text, flush=True)
 
 
 def _account(options: argparse.Namespace, argv: Sequence[str], sizes: list[dict[str, Any]]) -> dict[str, Any]:
