@@ -28,7 +28,7 @@ from ultralong_ray.types import UserError
 
 log = logging.getLogger("ultralong_ray")
 
-Action = Callable[[Recipe, str, list[str]], Any]
+Action = Callable[..., Any]  # (recipe, its path, overrides), and the fields of --resume-anyway where that is taken
 
 _terminated: list[int] = []  # the SIGTERMs received
 
@@ -45,18 +45,20 @@ class Only:
 def run_stages(*names: str) -> None:
     """Entry point of a stage's script: run the named stages that the recipe has and that are not done.
 
-    The script of `prepare` also takes --plan-only, those of training stages --preflight-only.
+    The script of `prepare` also takes --plan-only, those of training stages --preflight-only and --resume-anyway.
     """
 
-    def each(run: Callable[[Recipe, str, str], Any]) -> Action:
-        return lambda recipe, path, _: [run(recipe, name, path) for name in names if name in stages(recipe)]
+    def each(run: Callable[..., Any]) -> Action:
+        return lambda recipe, path, _, *more: [
+            run(recipe, name, path, *more) for name in names if name in stages(recipe)
+        ]
 
-    only = None
+    only, trains = None, set(names) <= {"pretrain", "sft"}
     if "prepare" in names:
         only = Only("--plan-only", "measure and plan, print the plan and stop", lambda recipe, *_: plan_prepare(recipe))
-    elif set(names) <= {"pretrain", "sft"}:
+    elif trains:
         only = Only("--preflight-only", "check the machine for this run and stop", each(preflight_stage))
-    guarded(each(run_stage), only)
+    guarded(each(run_stage), only, trains)
 
 
 def plan_prepare(recipe: Recipe) -> None:
@@ -68,10 +70,11 @@ def plan_prepare(recipe: Recipe) -> None:
     print(f"{plan_only(recipe, directory)}\nplan: {directory.location}/plan.json")
 
 
-def guarded(action: Action, only: Only | None = None) -> None:
+def guarded(action: Action, only: Only | None = None, resumes: bool = False) -> None:
     """Parse the command line, run `action(recipe, recipe_path, overrides)`, turn mistakes into messages.
 
-    With `only` the script takes its flag as well, which runs its action instead.
+    With `only` the script takes its flag as well, which runs its action instead. With `resumes` it takes
+    --resume-anyway, whose fields `action` gets as a fourth argument.
     """
     parser = argparse.ArgumentParser(
         description="Runs one part of a recipe. Any key of the recipe can be overridden: --pretrain.learning_rate 1e-5",
@@ -81,6 +84,9 @@ def guarded(action: Action, only: Only | None = None) -> None:
     parser.add_argument("--dry-run", action="store_true", help="print the resolved plan and stop")
     if only is not None:
         parser.add_argument(only.flag, action="store_true", dest="only", help=only.help)
+    if resumes:
+        words = "continue from a checkpoint that differs in this field, named as the refusal names it; may be repeated"
+        parser.add_argument("--resume-anyway", action="append", metavar="FIELD", default=[], help=words)
     arguments, overrides = parser.parse_known_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stdout)
     signal.signal(signal.SIGTERM, _stop)
@@ -92,7 +98,8 @@ def guarded(action: Action, only: Only | None = None) -> None:
         elif only is not None and arguments.only:
             only.action(recipe, arguments.recipe, overrides)
         else:
-            action(recipe, arguments.recipe, overrides)
+            more = (tuple(arguments.resume_anyway),) if resumes else ()
+            action(recipe, arguments.recipe, overrides, *more)
     except UserError as error:
         _leave(2, f"error: {error}")
     except KeyboardInterrupt:
@@ -111,7 +118,7 @@ def _leave(status: int, message: str) -> None:
     sys.exit(status)
 
 
-def run_stage(recipe: Recipe, stage: str, recipe_path: str) -> StageDirectory:
+def run_stage(recipe: Recipe, stage: str, recipe_path: str, resume_anyway: tuple[str, ...] = ()) -> StageDirectory:
     """Compute a stage unless it is done, and record its summary last."""
     directory = stage_directory(recipe, stage)
     if directory.done:
@@ -121,7 +128,7 @@ def run_stage(recipe: Recipe, stage: str, recipe_path: str) -> StageDirectory:
     connect_to_ray()
     log.info("%s starts: %s", stage, directory.location)
     began = time.monotonic()
-    summary = compute(recipe, stage, directory)
+    summary = compute(recipe, stage, directory, resume_anyway)
     (directory.location / "recipe.json").write_json(recipe.model_dump(mode="json"))
     directory.mark_done({**summary, "seconds": round(time.monotonic() - began, 1)})
     log.info("%s is done in %.0f s: %s", stage, time.monotonic() - began, directory.location)
@@ -150,7 +157,9 @@ def connect_to_ray() -> None:
     signal.signal(signal.SIGTERM, _stop)  # ray.init has put its own handler there
 
 
-def compute(recipe: Recipe, stage: str, directory: StageDirectory) -> dict[str, Any]:
+def compute(
+    recipe: Recipe, stage: str, directory: StageDirectory, resume_anyway: tuple[str, ...] = ()
+) -> dict[str, Any]:
     """Call the room that computes `stage`. Imports are local: a stage loads only what it needs."""
     if stage == "prepare":
         from ultralong_ray.data.pipeline import prepare
@@ -165,7 +174,7 @@ def compute(recipe: Recipe, stage: str, directory: StageDirectory) -> dict[str, 
 
         return extend(recipe, directory)
     if stage in ("pretrain", "sft"):
-        return _train(recipe, stage, directory)
+        return _train(recipe, stage, directory, resume_anyway=resume_anyway)
     if stage == "export":
         from ultralong_ray.export import export
 
@@ -182,14 +191,20 @@ def _output(recipe: Recipe, stage: str) -> Location:
     return stage_directory(recipe, stage).location
 
 
-def _train(recipe: Recipe, stage: str, directory: StageDirectory, preflight_only: bool = False) -> dict[str, Any]:
+def _train(
+    recipe: Recipe,
+    stage: str,
+    directory: StageDirectory,
+    preflight_only: bool = False,
+    resume_anyway: tuple[str, ...] = (),
+) -> dict[str, Any]:
     from ultralong_ray.train.trainer import train
 
     if stage == "pretrain":
         packed, model = _output(recipe, "prepare"), _output(recipe, "extend") / "model"
-        return train(recipe, "pretrain", packed, model, directory, preflight_only)
+        return train(recipe, "pretrain", packed, model, directory, preflight_only, resume_anyway)
     packed, model = _output(recipe, "prepare_sft"), _output(recipe, "pretrain") / "model"
-    return train(recipe, "sft", packed, model, directory, preflight_only)
+    return train(recipe, "sft", packed, model, directory, preflight_only, resume_anyway)
 
 
 def _trained_model(recipe: Recipe) -> Location:

@@ -15,7 +15,14 @@ from tests.parallel.spawn import run_distributed
 from tests.train.made_jobs import job, write_inputs
 from ultralong_ray.storage import Location
 from ultralong_ray.train import checkpoint_files
-from ultralong_ray.train.checkpoint import CHECKPOINTS, committed, forget_others, full_weights, refuse_other
+from ultralong_ray.train.checkpoint import (
+    CHECKPOINTS,
+    committed,
+    forget_others,
+    full_weights,
+    refuse_other,
+    root_to_resume,
+)
 from ultralong_ray.train.checkpoint_files import MANIFEST_FILE, Damaged, Manifest, damage_of
 from ultralong_ray.train.events import read_events
 from ultralong_ray.train.metrics import read_metrics
@@ -246,3 +253,21 @@ def test_ranges_across_blocks_are_read_and_checked(tmp_path: Path, monkeypatch: 
     assert reader.read(0, 32) == data[:32] and reader.read(48, 52) == data[48:]
     with pytest.raises(Damaged, match="x is altered within 16 bytes from byte 32"):
         reader.read(31, 2)
+
+
+def test_with_accepted_fields_the_checkpoints_of_a_sibling_are_found(tmp_path: Path) -> None:
+    def commit(stage: str, step: int, **identity: Any) -> None:
+        folder = Location.of(tmp_path) / stage / CHECKPOINTS / f"step-{step:08d}-a"
+        (folder / MANIFEST_FILE).write_bytes(Manifest(step, identity, {}, {}).to_bytes())
+
+    commit("pretrain-one", 10, rate=1, seed=1)
+    commit("pretrain-two", 20, rate=1, seed=2)
+    commit("sft-three", 30, rate=1, seed=1)
+    mine, identity = Location.of(tmp_path / "pretrain-mine"), {"rate": 3, "seed": 1}
+    assert root_to_resume(mine, identity, ()) == mine / CHECKPOINTS
+    assert root_to_resume(mine, identity, ("rate",)) == Location.of(tmp_path / "pretrain-one" / CHECKPOINTS)
+    assert root_to_resume(mine, identity, ("rate", "seed")) == Location.of(tmp_path / "pretrain-two" / CHECKPOINTS)
+    with pytest.raises(UserError, match="--resume-anyway rate"):
+        root_to_resume(mine, identity, ("seed",))
+    commit("pretrain-mine", 1, **identity)
+    assert root_to_resume(mine, identity, ("rate",)) == mine / CHECKPOINTS

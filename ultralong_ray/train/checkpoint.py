@@ -137,6 +137,35 @@ def forget_others(root: Location, kept: str, count: int, every_steps: int | None
         (root / name).delete_dir()
 
 
+def root_to_resume(stage: Location, identity: dict[str, Any], accepted: tuple[str, ...]) -> Location:
+    """The checkpoints to continue from: those of the stage, or, with accepted fields and none yet, of a sibling.
+
+    A recipe with another value has another stage directory, so a run that is to continue with that difference finds
+    its past in `<section>-*` beside its own. Of the siblings that differ in accepted fields only, the one furthest on
+    is taken. Raises UserError, naming the fields of the nearest one, where there are siblings but none fits.
+    """
+    own = stage / CHECKPOINTS
+    if not accepted or committed(own):
+        return own
+    section = stage.name.rsplit("-", 1)[0]
+    found: list[tuple[int, int, Location, Manifest]] = []
+    for file in stage.parent.files(recursive=True):
+        root = file.parent.parent
+        if file.name == MANIFEST_FILE and root.name == CHECKPOINTS and root.parent.name.startswith(f"{section}-"):
+            with suppress(Damaged):
+                manifest = Manifest.from_bytes(file.read_bytes())
+                strange = sum(
+                    manifest.identity.get(key) != identity.get(key)
+                    for key in (manifest.identity.keys() | identity.keys()) - set(accepted)
+                )
+                found.append((-strange, manifest.step, root, manifest))
+    if not found:
+        return own
+    _, _, root, manifest = max(found, key=lambda entry: entry[:2])
+    refuse_other(manifest.identity, identity, str(root), accepted)
+    return root
+
+
 def refuse_other(saved: dict[str, Any], current: dict[str, Any], where: str, accepted: tuple[str, ...] = ()) -> None:
     """Raise UserError unless both identities are equal, but for the fields in `accepted`."""
     differing = {

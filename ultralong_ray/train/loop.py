@@ -23,7 +23,7 @@ from ultralong_ray.parallel.mesh import create_mesh
 from ultralong_ray.parallel.topology import Topology
 from ultralong_ray.planner.hardware import peak_flops
 from ultralong_ray.train.batches import accumulation_steps, read_ahead
-from ultralong_ray.train.checkpoint import CHECKPOINTS, forget_others, load_newest, save_checkpoint
+from ultralong_ray.train.checkpoint import CHECKPOINTS, forget_others, load_newest, root_to_resume, save_checkpoint
 from ultralong_ray.train.checkpoint_files import Manifest
 from ultralong_ray.train.engine import deepspeed_config, init_distributed, initialize, make_optimizer, set_learning_rate
 from ultralong_ray.train.events import record_event
@@ -96,8 +96,9 @@ class Trainer:
 
     def restore(self) -> int:
         """Continue from the newest whole checkpoint; the steps that it holds. Collective."""
-        root = self.job.stage / CHECKPOINTS
-        restored = load_newest(self.engine, root, self.identity, self.job.resume_anyway)
+        accepted = self.job.resume_anyway
+        root = root_to_resume(self.job.stage, self.identity, accepted)
+        restored = load_newest(self.engine, root, self.identity, accepted)
         if self.topology.rank == 0 and restored is None:
             record_event(self.job.stage, "start", layout=self.layout)
         elif self.topology.rank == 0 and restored is not None:

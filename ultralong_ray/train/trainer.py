@@ -60,9 +60,10 @@ def train(
 
     With `preflight_only` the workers build the model, check the machine and leave: {} is returned.
 
-    Continues from the last checkpoint below `stage` where there is one; it may differ from this run in the fields
-    `resume_anyway`, named as the refusal names them, and in the layout of the workers. Returns {steps, tokens,
-    first_loss, last_loss, seconds, resumed_from_step}. Raises UserError for what the user can mend, wherever found.
+        Continues from the last checkpoint below `stage` where there is one, whatever the layout of its workers was. With
+    `resume_anyway`, fields named as a refusal names them, that of another recipe's stage will do where there is none.
+    Returns {steps, tokens, first_loss, last_loss, seconds, resumed_from_step}. Raises UserError for what the user can
+    mend, wherever it was found.
     """
     plan = _plan(recipe, section, model, stage.location)
     place = stage.location
