@@ -88,7 +88,8 @@ def train(
         return {}
     if result.checkpoint is None:
         raise UserError(f"{stage.location}: training ended without a checkpoint; see the log of the workers")
-    ray.get(ray.remote(num_cpus=1)(_consolidate).remote(job, result.checkpoint))
+    where = recipe.cluster.node_label("train") or None
+    ray.get(ray.remote(num_cpus=1, label_selector=where)(_consolidate).remote(job, result.checkpoint))
     return _summary(job, result.return_value)
 
 
@@ -137,7 +138,10 @@ def _trainer(job: TrainJob) -> TorchTrainer:
         train_loop_config={"job": job},
         torch_config=TorchConfig(backend="nccl" if cluster.gpus_per_worker else "gloo"),
         scaling_config=ScalingConfig(
-            num_workers=cluster.num_workers, use_gpu=bool(cluster.gpus_per_worker), resources_per_worker=resources
+            num_workers=cluster.num_workers,
+            use_gpu=bool(cluster.gpus_per_worker),
+            resources_per_worker=resources,
+            label_selector=cluster.node_label("train") or None,
         ),
         run_config=RunConfig(
             # the same name and storage path make Ray continue from the last checkpoint
