@@ -8,7 +8,8 @@ pip=("$venv/bin/python" -m pip install --no-cache-dir --disable-pip-version-chec
 torch=$(grep '^torch==' constraints.txt)
 if [ "$target" = cpu ]; then # a CPU build from the configured index, else from PyTorch's own
   "${pip[@]}" "$torch+cpu" 2>/dev/null \
-    || "${pip[@]}" --extra-index-url "${TORCH_CPU_INDEX:-https://download.pytorch.org/whl/cpu}" "$torch+cpu"
+    || "${pip[@]}" --retries 1 --timeout 20 --extra-index-url "${TORCH_CPU_INDEX:-https://download.pytorch.org/whl/cpu}" "$torch+cpu" \
+    || { echo "no CPU build of $torch is in reach: the default build is taken, which is larger" >&2; "${pip[@]}" "$torch"; }
   "${pip[@]}" --constraint constraints.txt '.[eval]'
 else
   "${pip[@]}" "$torch"

@@ -88,8 +88,8 @@ def train(
         return {}
     if result.checkpoint is None:
         raise UserError(f"{stage.location}: training ended without a checkpoint; see the log of the workers")
-    where = recipe.cluster.node_label("train") or None
-    ray.get(ray.remote(num_cpus=1, label_selector=where)(_consolidate).remote(job, result.checkpoint))
+    needs: dict[str, Any] = {"num_cpus": 1, "label_selector": recipe.cluster.node_label("train") or None}
+    ray.get(ray.remote(**needs)(_consolidate).remote(job, result.checkpoint))
     return _summary(job, result.return_value)
 
 
