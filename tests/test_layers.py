@@ -25,6 +25,7 @@ MAY_IMPORT: dict[str, set[str] | None] = {
     "flops": {"types", "config"},
     "planner": {"types", "config", "flops"},
     "plan": {"types", "config", "storage", "stages", "flops", "planner"},
+    "manifests": {"types", "config", "planner", "plan"},
     "packed": {"types", "storage"},
     "data": {"types", "config", "object_store", "storage", "packed", "stages"},
     "model": {"types", "config", "storage"},

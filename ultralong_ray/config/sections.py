@@ -286,3 +286,16 @@ class ClusterConfig(Section):
     """Default: what Ray finds on the nodes; without a cluster, what the vendor's own servers have."""
     network_gbytes_per_second: PositiveFloat | None = None
     """Between nodes, per GPU and direction; default: 50, one 400 Gbit/s adapter for each GPU."""
+    image: str | None = None
+    """Container image of all pods, with tag or digest; jobs/render.py needs it."""
+    node_groups: bool = False
+    """True: tasks of prepare, training and evaluate ask for nodes whose Ray label `ultralong-group` is data, train or
+    eval, as cluster/ labels them. False: any node."""
+    data_nodes: Positive = 4
+    """CPU nodes that prepare may have at a time, where nodes come on demand."""
+    evaluation_workers: Positive | None = None
+    """Evaluation tasks at a time, where nodes come on demand; default: as many as the cluster holds at the start."""
+
+    def node_label(self, group: Literal["data", "train", "eval"]) -> dict[str, str]:
+        """Ray label selector of a stage's nodes; empty where any node will do."""
+        return {"ultralong-group": group} if self.node_groups else {}

@@ -38,8 +38,11 @@ def run_tasks(
     num_workers: int | None,
     verb: str,
     unit: str,
+    node_label: dict[str, str],
 ) -> list[dict[str, Any]]:
     """`work` on every item as Ray Data tasks of one CPU each; results in the order in which they end.
+
+    `node_label`: Ray label that a task's node must carry; empty: any node.
 
     Raises UserError as soon as a task reports one; the tasks still running are then dropped.
     """
@@ -67,7 +70,8 @@ def run_tasks(
     try:
         rows = [{"item": pickle.dumps(item)} for item in items]
         dataset = ray.data.from_items(rows, override_num_blocks=len(rows))
-        dataset = dataset.map(task, num_cpus=1, compute=ray.data.TaskPoolStrategy(size=workers))
+        pool = ray.data.TaskPoolStrategy(size=workers)
+        dataset = dataset.map(task, num_cpus=1, compute=pool, label_selector=node_label or None)
         return list(_collect(dataset.iter_rows(), len(items), verb, unit))
     finally:
         context.enable_progress_bars = shown

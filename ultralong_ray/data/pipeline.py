@@ -90,7 +90,8 @@ def prepare(recipe: Recipe, stage: StageDirectory) -> dict[str, Any]:
     table, plan = planned.measured.table, planned.plan
     weights = config.packing == "whole" or any(table.weighted)
     write_holdout(folder, table, planned.holdout, config.sequence_length)
-    _pack(plan, table, planned.separators, folder, weights, 1, len(tokenizer), config.num_workers)
+    where = recipe.cluster.node_label("data")
+    _pack(plan, table, planned.separators, folder, weights, 1, len(tokenizer), config.num_workers, where)
     report = {**planned.counts, "samples": decoded_meetings(tokenizer, folder, plan.documents)}
     return _finish(recipe, folder, planned.measured, plan, report)
 
@@ -161,8 +162,8 @@ def prepare_sft(recipe: Recipe, stage: StageDirectory) -> dict[str, Any]:
     )
     selection = select_samples(config, measured.table)
     plan = plan_whole(selection.copies, separators, config.sequence_length)
-    table, workers = measured.table, recipe.prepare.num_workers
-    results = _pack(plan, table, separators, folder, True, 0, len(tokenizer), workers)
+    table, workers, where = measured.table, recipe.prepare.num_workers, recipe.cluster.node_label("data")
+    results = _pack(plan, table, separators, folder, True, 0, len(tokenizer), workers, where)
     report = {
         "sequence_length": plan.sequence_length,
         "num_sequences": plan.num_sequences,
@@ -201,7 +202,9 @@ def _tokenize(
     deduplicate = recipe.sft.deduplicate if chat and recipe.sft is not None else None
     items, skipped = tokenize_items(readings, name, shards_folder, max_tokens, config.seed, screening, deduplicate)
     log.info("tokenising %d parts of %d sources", len(items), len(sources))
-    results = {r["name"]: r for r in run_tasks(items, tokenize_part, config.num_workers, "tokenised", "parts")}
+    where = recipe.cluster.node_label("data")
+    done = run_tasks(items, tokenize_part, config.num_workers, "tokenised", "parts", where)
+    results = {r["name"]: r for r in done}
     quarantine = write_quarantine(folder, files, items, skipped, results)
     if quarantine["bad_rows"] or quarantine["skipped_shards"]:
         line = "set aside %d bad rows of %d, left out %d shards: %s"
@@ -252,6 +255,7 @@ def _pack(
     separator_weight: int,
     vocab_size: int,
     num_workers: int | None,
+    node_label: dict[str, str],
 ) -> list[dict[str, Any]]:
     """Pass 2: the packed files, then the manifest and the placements."""
     per_file = max(1, TOKENS_PER_FILE // plan.sequence_length)
@@ -260,7 +264,7 @@ def _pack(
         for index, part in enumerate(split(plan, per_file))
     ]
     log.info("packing %d sequences of %d tokens into %d files", plan.num_sequences, plan.sequence_length, len(items))
-    results = run_tasks(items, pack_file, num_workers, "packed", "files")
+    results = run_tasks(items, pack_file, num_workers, "packed", "files", node_label)
     footers = {result["file"]: result["footer_bytes"] for result in results}
     chunk_tokens, rows_per_group = chunking(plan.sequence_length)
     files = tuple(

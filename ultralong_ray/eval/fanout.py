@@ -82,8 +82,9 @@ def evaluate(
     todo = [cell for cell in cells if cell not in scores]
     logger.info("evaluate: %d work items, %d of them already stored", len(cells), len(scores))
     if todo:
-        pool = _Pool(config, models, holdout, stage.location, deque(todo))
-        scores |= pool.run(_num_workers(config, len(todo)))
+        pool = _Pool(config, models, holdout, stage.location, deque(todo), recipe.cluster.node_label("eval"))
+        limit = recipe.cluster.evaluation_workers
+        scores |= pool.run(min(limit, len(todo)) if limit else _num_workers(config, len(todo)))
         if pool.failures:
             reasons = "\n".join(f"  {cell.name}: {reason}" for cell, reason in pool.failures.items())
             raise UserError(
@@ -144,6 +145,7 @@ class _Pool:
     holdout: Location | None
     stage: Location
     todo: deque[Cell]
+    node_label: dict[str, str] = field(default_factory=dict)  # of the workers' nodes; empty: any
     failures: dict[Cell, str] = field(default_factory=dict)
     _attempts: dict[Cell, int] = field(default_factory=dict)
     _running: dict[Any, tuple[Any, Cell]] = field(default_factory=dict)
@@ -195,7 +197,9 @@ class _Pool:
         self._running[worker.run.remote(cell, self.holdout)] = (worker, cell)
 
     def _new_worker(self) -> Any:
-        needs = {"num_cpus": self.config.cpus_per_task, "num_gpus": self.config.gpus_per_task}
+        needs: dict[str, Any] = {"num_cpus": self.config.cpus_per_task, "num_gpus": self.config.gpus_per_task}
+        if self.node_label:
+            needs["label_selector"] = self.node_label
         return _REMOTE_WORKER.options(**needs).remote(self.config, self.models, self.stage)
 
 

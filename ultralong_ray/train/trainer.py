@@ -89,7 +89,8 @@ def train(
     _raise_user_error(error_file, None)
     if preflight_only:
         return {}
-    ray.get(ray.remote(num_cpus=1)(_consolidate).remote(job))
+    needs: dict[str, Any] = {"num_cpus": 1, "label_selector": recipe.cluster.node_label("train") or None}
+    ray.get(ray.remote(**needs)(_consolidate).remote(job))
     return _summary(job, result.return_value)
 
 
@@ -138,7 +139,10 @@ def _trainer(job: TrainJob) -> TorchTrainer:
         train_loop_config={"job": job},
         torch_config=TorchConfig(backend="nccl" if cluster.gpus_per_worker else "gloo"),
         scaling_config=ScalingConfig(
-            num_workers=cluster.num_workers, use_gpu=bool(cluster.gpus_per_worker), resources_per_worker=resources
+            num_workers=cluster.num_workers,
+            use_gpu=bool(cluster.gpus_per_worker),
+            resources_per_worker=resources,
+            label_selector=cluster.node_label("train") or None,
         ),
         run_config=RunConfig(
             name="preflight" if job.preflight_only else "train",

@@ -1,0 +1,231 @@
+"""cluster/ and jobs/render.py: every document passes KubeRay's schemas, and says what the recipe's plan says."""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from ultralong_ray.manifests import PLATFORMS, hardware_overrides, render, train_nodes
+from ultralong_ray.plan import plan_stages
+from ultralong_ray.planner.hardware import parse_cluster
+from ultralong_ray.planner.plan import Planned
+from ultralong_ray.recipe import load_recipe
+from ultralong_ray.types import UserError
+
+ROOT = Path(__file__).resolve().parents[1]
+SHARED = ROOT.parent / "shared"
+RECIPES = ROOT / "jobs" / "recipes"
+IMAGE = ["--cluster.image", "registry.example/ultralong:1"]
+BATCH_OF_12 = ["--pretrain.global_batch_sequences", "12", "--sft.global_batch_sequences", "12"]
+OTHER_KINDS = {"ConfigMap", "PriorityClass", "PodDisruptionBudget", "PersistentVolumeClaim", "Service", "StatefulSet"}
+
+needs_kubectl = pytest.mark.skipif(shutil.which("kubectl") is None, reason="kubectl, which builds kustomize folders")
+
+
+def built(folder: Path) -> list[dict[str, Any]]:
+    text = subprocess.run(["kubectl", "kustomize", str(folder)], check=True, capture_output=True, text=True).stdout
+    return list(yaml.load_all(text, Loader=yaml.CSafeLoader))
+
+
+def rendered(tmp: Path, name: str, platform: str, words: list[str], queue: str | None = None) -> list[dict[str, Any]]:
+    recipe, text = load_recipe(str(RECIPES / name), [*IMAGE, *words]), (RECIPES / name).read_text()
+    base = os.path.relpath(ROOT / "cluster", tmp.resolve())
+    for file, content in render(recipe, text, [*IMAGE, *words], platform, base, queue).items():
+        (tmp / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp / file).write_text(content)
+    return built(tmp)
+
+
+def clusters(documents: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Specs of all Ray clusters: of the one to explore with and of every job."""
+    specs = [d["spec"] for d in documents if d["kind"] == "RayCluster"]
+    return specs + [d["spec"]["rayClusterSpec"] for d in documents if d["kind"] == "RayJob"]
+
+
+def faults(documents: list[dict[str, Any]]) -> list[str]:
+    """Broken rules that no schema knows, one sentence each."""
+    found = []
+    for spec in clusters(documents):
+        head = spec["headGroupSpec"]
+        if head["rayStartParams"].get("num-cpus") != "0":
+            found.append("the head takes tasks")
+        if spec["authOptions"] != {"mode": "token"}:
+            found.append("no token is asked for")
+        for group in [head, *spec["workerGroupSpecs"]]:
+            name, pod = group.get("groupName", "head"), group["template"]["spec"]
+            if not pod["securityContext"]["runAsNonRoot"]:
+                found.append(f"{name}: may run as root")
+            volumes = {volume["name"] for volume in pod["volumes"]}
+            for container in pod["containers"]:
+                requests, limits = container["resources"]["requests"], container["resources"]["limits"]
+                if requests["memory"] != limits["memory"]:
+                    found.append(f"{name}: memory asked for is not its limit")
+                devices = {key for key in {*requests, *limits} if "/" in key}
+                found += [f"{name}: {d} differs" for d in devices if requests.get(d) != limits.get(d)]
+                found += [
+                    f"{name}: no volume {m['name']}" for m in container["volumeMounts"] if m["name"] not in volumes
+                ]
+                if container["securityContext"].get("privileged"):
+                    found.append(f"{name}: privileged")
+                for variable in container["env"]:
+                    if re.search("TOKEN|SECRET|PASSWORD|ACCESS_KEY", variable["name"]) and "value" in variable:
+                        found.append(f"{name}: {variable['name']} stands in the manifest")
+    return found
+
+
+@pytest.fixture(scope="module")
+def crds() -> tuple[Any, Any]:
+    """(check, schemas) of the strict validator, which knows KubeRay 1.7."""
+    tool = SHARED / "tools" / "validate_crd.py"
+    if not tool.exists() or importlib.util.find_spec("jsonschema") is None:
+        pytest.skip("KubeRay's schemas are not here")
+    spec = importlib.util.spec_from_file_location("validate_crd", tool)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.check, module.load()
+
+
+def schema_errors(documents: list[dict[str, Any]], crds: tuple[Any, Any]) -> list[str]:
+    check, schemas = crds
+    custom = [document for document in documents if document["kind"] not in OTHER_KINDS]
+    return [error for document in custom for error in check(document, schemas)]
+
+
+@needs_kubectl
+@pytest.mark.parametrize("platform", PLATFORMS)
+def test_every_overlay_is_sound(platform: str) -> None:
+    documents = built(ROOT / "cluster" / "overlays" / platform)
+    assert faults(documents) == []
+    assert len(clusters(documents)) == 9
+    spec = clusters(documents)[0]
+    assert all(other == spec for other in clusters(documents))
+    with_gpus = (
+        "nvidia.com/gpu" in spec["workerGroupSpecs"][1]["template"]["spec"]["containers"][0]["resources"]["limits"]
+    )
+    assert with_gpus == (platform != "cpu-small")
+
+
+@needs_kubectl
+@pytest.mark.parametrize("platform", PLATFORMS)
+def test_every_overlay_passes_kuberays_schemas(platform: str, crds: tuple[Any, Any]) -> None:
+    assert schema_errors(built(ROOT / "cluster" / "overlays" / platform), crds) == []
+
+
+@needs_kubectl
+def test_the_training_group_is_the_plan(tmp_path: Path) -> None:
+    words = hardware_overrides(parse_cluster("16x8xH100"))
+    documents = rendered(tmp_path, "llama31_8b_4m.toml", "aws-p5", words)
+    planned = [
+        p for p in plan_stages(load_recipe(str(RECIPES / "llama31_8b_4m.toml"), words)) if isinstance(p, Planned)
+    ]
+    assert len(planned) == 2
+    needed = max(p.prediction.memory.host_node_gib for p in planned if p.prediction)
+    for spec in clusters(documents):
+        group = spec["workerGroupSpecs"][1]
+        limits = group["template"]["spec"]["containers"][0]["resources"]["limits"]
+        assert group["maxReplicas"] * int(limits["nvidia.com/gpu"]) == 128
+        assert needed + 16 < int(limits["memory"].removesuffix("Gi")) < 2048
+    assert faults(documents) == []
+
+
+@needs_kubectl
+def test_a_run_makes_the_plan_that_its_pods_were_sized_for(tmp_path: Path) -> None:
+    documents = rendered(tmp_path, "llama31_8b_1m.toml", "gpu-generic", [])
+    entrypoint = next(d for d in documents if d["metadata"]["name"] == "ultralong-pretrain")["spec"]["entrypoint"]
+    command, recipe_file, *overrides = entrypoint.split()[1:]
+    assert (command, recipe_file) == ("jobs/pretrain.py", "/recipe/recipe.toml")
+    configmap = next(d for d in documents if d["metadata"]["name"] == "ultralong-ray-recipe")
+    (tmp_path / "shipped.toml").write_text(configmap["data"]["recipe.toml"])
+    run, ours = (
+        load_recipe(str(tmp_path / "shipped.toml"), overrides),
+        load_recipe(str(RECIPES / "llama31_8b_1m.toml"), []),
+    )
+    assert run.cluster.node_groups and run.cluster.host_memory_gib_per_node == 2048
+    plans = [[o.plan for o in plan_stages(recipe) if isinstance(o, Planned)] for recipe in (run, ours)]
+    assert plans[0] == plans[1] and len(plans[0]) == 2
+
+
+@needs_kubectl
+@pytest.mark.parametrize("queue", ["kueue", "volcano"])
+def test_a_queue_holds_one_group_at_the_plans_size(tmp_path: Path, queue: str, crds: tuple[Any, Any]) -> None:
+    words = hardware_overrides(parse_cluster("4x8xH200"))
+    documents = rendered(tmp_path, "llama31_8b_1m.toml", "gpu-generic", words, queue)
+    assert schema_errors(documents, crds) == []
+    held = {
+        d["metadata"]["name"]: [g["replicas"] for g in d["spec"]["rayClusterSpec"]["workerGroupSpecs"]]
+        for d in documents
+        if d["kind"] == "RayJob"
+    }
+    assert held["ultralong-pretrain"] == held["ultralong-sft"] == [0, 4, 0]
+    assert held["ultralong-prepare"] == [4, 0, 0] and held["ultralong-evaluate"] == [0, 0, 1]
+    assert held["ultralong-extend"] == [0, 0, 0] and "ultralong-pipeline" not in held
+
+
+@needs_kubectl
+def test_the_quickstart_renders_without_gpus(tmp_path: Path, crds: tuple[Any, Any]) -> None:
+    documents = rendered(tmp_path, "quickstart.toml", "cpu-small", [])
+    assert faults(documents) == [] and schema_errors(documents, crds) == []
+    assert "nvidia" not in yaml.dump_all(documents)
+
+
+@needs_kubectl
+def test_planted_faults_are_caught(crds: tuple[Any, Any]) -> None:
+    documents = built(ROOT / "cluster" / "overlays" / "gpu-generic")
+    broken = copy.deepcopy(documents)
+    job = next(d for d in broken if d["kind"] == "RayJob")
+    job["spec"]["rayClusterSpec"]["workerGroupSpecs"][0]["maxReplica"] = 2
+    assert any("maxReplica" in error for error in schema_errors(broken, crds))
+    broken = copy.deepcopy(documents)
+    container = clusters(broken)[0]["workerGroupSpecs"][1]["template"]["spec"]["containers"][0]
+    del container["resources"]["limits"]["nvidia.com/gpu"]
+    container["resources"]["requests"]["memory"] = "1Gi"
+    container["env"].append({"name": "HF_TOKEN", "value": "hf_x"})
+    assert {fault.split(": ", 1)[1] for fault in faults(broken)} == {
+        "nvidia.com/gpu differs",
+        "memory asked for is not its limit",
+        "HF_TOKEN stands in the manifest",
+    }
+
+
+@pytest.mark.parametrize(
+    ("words", "platform", "said"),
+    [
+        (["--cluster.gpu", "V100"], "gpu-generic", "cluster.gpu 'V100' is not in the planner's table"),
+        (
+            ["--cluster.num_workers", "12", *BATCH_OF_12],
+            "gpu-generic",
+            "does not fill nodes of cluster.gpus_per_node 8",
+        ),
+        (["--cluster.host_memory_gib_per_node", "64"], "gpu-generic", "64"),
+        ([], "cpu-small", "the recipe trains with GPUs"),
+    ],
+)
+def test_what_cannot_be_is_refused_in_words(words: list[str], platform: str, said: str) -> None:
+    with pytest.raises((UserError, ValueError), match=re.escape(said)):
+        recipe = load_recipe(str(RECIPES / "llama31_8b_1m.toml"), [*IMAGE, *words])
+        render(recipe, "", [], platform, "../cluster")
+
+
+@pytest.mark.parametrize("image", [None, "registry.example:5000/ultralong"])
+def test_an_image_without_a_tag_is_refused(image: str | None) -> None:
+    words = [] if image is None else ["--cluster.image", image]
+    with pytest.raises(UserError, match=r"cluster\.image"):
+        render(load_recipe(str(RECIPES / "llama31_8b_1m.toml"), words), "", [], "gpu-generic", "../cluster")
+
+
+def test_the_same_recipe_gives_the_same_text_and_says_where_memory_comes_from() -> None:
+    recipe = load_recipe(str(RECIPES / "llama31_8b_1m.toml"), IMAGE)
+    one, two = (render(recipe, "x", [], "gpu-generic", "../cluster") for _ in range(2))
+    assert one == two
+    nodes = train_nodes(recipe)
+    assert f"value: {nodes.memory_gib}Gi # pretrain: 8 ranks x" in one["plan/numbers.yaml"]
