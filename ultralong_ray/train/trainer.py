@@ -60,7 +60,7 @@ def train(
 
     With `preflight_only` the workers build the model, check the machine and leave: {} is returned.
 
-        Continues from the last checkpoint below `stage` where there is one, whatever the layout of its workers was. With
+    Continues from the last checkpoint below `stage` where there is one, whatever the layout of its workers was. With
     `resume_anyway`, fields named as a refusal names them, that of another recipe's stage will do where there is none.
     Returns {steps, tokens, first_loss, last_loss, seconds, resumed_from_step}. Raises UserError for what the user can
     mend, wherever it was found.
