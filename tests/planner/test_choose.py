@@ -139,8 +139,8 @@ def test_the_cluster_of_a_recipe() -> None:
     hardware = hardware_of(recipe)
     assert hardware is not None
     assert (hardware.num_gpus, hardware.num_nodes, hardware.host_memory_gib_per_node) == (32, 8, 500)
-    assert hardware_of(llama_recipe("4m")) is None
-    found = hardware_of(llama_recipe("4m"), "A100-80G", 333.0)
+    assert hardware_of(llama_recipe("4m", "cluster.gpu=null")) is None
+    found = hardware_of(llama_recipe("4m", "cluster.gpu=null"), "A100-80G", 333.0)
     assert found is not None and (found.gpu.name, found.host_memory_gib_per_node) == ("A100", 333)
     assert hardware_of(llama_recipe("4m", "cluster.gpus_per_worker=0", "cluster.gpu=H100")) is None
 
