@@ -36,7 +36,8 @@ _MEANINGS = (
         "the credentials have expired; renew them (AWS_SESSION_TOKEN, the profile or the role) and submit again",
     ),
     (
-        r"HTTP (?:status|response code:?) 400\)? during Head",  # an answer to HEAD has no body to say more
+        # an answer to HEAD has no body to say more, and of a refused GET the SDK does not always read it
+        r"HTTP (?:status|response code:?) 400\)? during Head|UNKNOWN \(HTTP status 400\) during Get",
         "the request is refused without a reason: most often the credentials have expired or belong to another "
         "endpoint or region",
     ),
