@@ -19,7 +19,7 @@ from ray.exceptions import RayActorError, RayTaskError
 
 from ultralong_ray.config import EvaluateConfig, Recipe
 from ultralong_ray.eval.cells import PASSKEY, Cell, grid, run_cell, store_cell, stored_score
-from ultralong_ray.eval.making import Maker
+from ultralong_ray.eval.making import Maker, check_sections
 from ultralong_ray.eval.open_engine import open_engine
 from ultralong_ray.eval.perplexity import run_perplexity
 from ultralong_ray.eval.tasks.prompt import Prompts
@@ -69,6 +69,11 @@ class EvaluationWorker:
         curve = run_perplexity(engine, inputs.config, cell.model, inputs.holdout)
         cell.result_file(inputs.stage).write_json(curve)
         return 0.0
+
+    def check(self, model: str) -> None:
+        """Raises: UserError for a section of evaluate.tasks that could not be asked."""
+        self._engine(model)
+        check_sections(self._inputs.config, self._maker, self._prompts_of)
 
     def _engine(self, model: str) -> Any:
         if self._loaded is None or self._loaded[0] != model:
@@ -227,8 +232,10 @@ class _Pool:
         scores: dict[Cell, float] = {}
         progress = _Progress(sum(cell.tokens for cell in self.todo), len(self.todo))
         try:
-            for _ in range(num_workers):
-                self._assign(self._new_worker(), None)
+            workers = [self._new_worker() for _ in range(num_workers)]
+            self._check(workers[0])
+            for worker in workers:
+                self._assign(worker, None)
             while self._running:
                 ready, _ = ray.wait(list(self._running), timeout=PROGRESS_SECONDS)
                 for reference in ready:
@@ -240,6 +247,18 @@ class _Pool:
             for worker, _ in self._running.values():
                 ray.kill(worker)
         return scores
+
+    def _check(self, worker: Any) -> None:
+        """Refuse what no worker could do. Whatever else goes wrong here is met again, and reported, cell by cell."""
+        if not self.inputs.config.tasks:
+            return
+        try:
+            ray.get(worker.check.remote(self.todo[0].model))
+        except RayTaskError as error:
+            if isinstance(error.cause, UserError):
+                raise error.cause from None
+        except RayActorError:
+            logger.warning("evaluate: the worker that checked the tasks was lost")
 
     def _collect(self, reference: Any, worker: Any, cell: Cell, scores: dict[Cell, float]) -> None:
         try:

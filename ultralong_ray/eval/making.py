@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
 
+from ultralong_ray.config import EvaluateConfig
 from ultralong_ray.config.tasks import (
     InfinitebenchTask,
     LvevalTask,
@@ -143,3 +144,19 @@ class Maker:
         return made_labelled(
             built_in_words(), num_labels=section.num_labels, num_shown=shown, num_asked=NUM_ASKED, seed=section.seed
         )
+
+
+def check_sections(config: EvaluateConfig, maker: Maker, prompts_of: Callable[[bool], Prompts]) -> None:
+    """Make the first sample of every task at its shortest length, before hours are spent on the others.
+
+    Raises: UserError naming the section: its data is broken, or its prompt does not fit into the length.
+    """
+    for number, section in enumerate(config.tasks):
+        prompts = prompts_of(config.chat_template if section.chat_template is None else section.chat_template)
+        shortest = min(section.context_lengths)
+        for name in section.names_of_tasks():
+            work = Work(name, shortest, section.depths()[0])
+            try:
+                next(iter(maker.samples(section, work, prompts, 0, 1)))
+            except UserError as error:
+                raise UserError(f"evaluate.tasks.{number} ({name} at {shortest} tokens): {error}") from error
