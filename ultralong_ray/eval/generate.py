@@ -7,7 +7,7 @@ Nothing is ever truncated: a prompt beyond the model's window is run as it is. R
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
+from ultralong_ray.eval.engine import Request, cut_answer, is_finished
 from ultralong_ray.model.angles import install_angles
 
 LOSS_TILE_TOKENS = 1024  # rows of [vocabulary] logits that exist at a time
@@ -63,9 +64,13 @@ class Engine:
         return output.logits[0, -1]
 
     @torch.inference_mode()
-    def answer(self, prompt: Sequence[int], max_new_tokens: int) -> str:
-        """Greedy answer to token ids [seq]; it ends before EOS, at a newline after text, or after `max_new_tokens`."""
-        return greedy_answer(self.prefill(prompt), self._decode, self.tokenizer, self.stop_ids, max_new_tokens)
+    def answer(self, prompt: Sequence[int], max_new_tokens: int, stop: Sequence[str] = ("\n",)) -> str:
+        """Greedy answer to token ids [seq]; it ends before EOS, at a stop text, or after `max_new_tokens`."""
+        return greedy_answer(self.prefill(prompt), self._decode, self.tokenizer, self.stop_ids, max_new_tokens, stop)
+
+    def answers(self, requests: Iterable[Request]) -> list[str]:
+        """One after the other, so that neighbours which begin alike share that work."""
+        return [self.answer(request.ids, request.max_new_tokens, request.stop) for request in requests]
 
     def _decode(self, token: int) -> torch.Tensor:
         """Logits [vocab] after one more token."""
@@ -97,10 +102,11 @@ def greedy_answer(
     tokenizer: Any,
     stop_ids: Collection[int],
     max_new_tokens: int,
+    stop: Sequence[str] = ("\n",),
 ) -> str:
     """The text that follows a prompt with `logits` [vocab]; `decode` takes a token and gives the logits after it.
 
-    It ends before a token of `stop_ids`, at a newline after text, or after `max_new_tokens`.
+    It ends before a token of `stop_ids`, at a text of `stop` (see `engine.cut_answer`), or after `max_new_tokens`.
     """
     ids: list[int] = []
     for step in range(max_new_tokens):
@@ -108,10 +114,10 @@ def greedy_answer(
         if token in stop_ids:
             break
         ids.append(token)
-        if "\n" in tokenizer.decode(ids, skip_special_tokens=True).lstrip() or step == max_new_tokens - 1:
+        if step == max_new_tokens - 1 or (stop and is_finished(tokenizer.decode(ids, skip_special_tokens=True), stop)):
             break
         logits = decode(token)
-    return tokenizer.decode(ids, skip_special_tokens=True).lstrip().split("\n", 1)[0]
+    return cut_answer(tokenizer.decode(ids, skip_special_tokens=True), stop)
 
 
 def common_prefix(first: NDArray[np.int64], second: NDArray[np.int64]) -> int:
