@@ -48,6 +48,8 @@ HEAVY: dict[str, str] = {
     "pydantic": r"config/.*|recipe\.py",
     "datasketch": r"data/deduplicate\.py",
     "aiohttp": r"data/refine_client\.py",
+    "lm_eval": r"eval/standard\.py",
+    "datasets": r"eval/standard\.py",
     "jinja2": r"report/.*|data/chat\.py",
 }
 

@@ -6,11 +6,11 @@ evaluation room does the rest. Names are those of `eval/tasks`, which a test com
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, NamedTuple, get_args
+from typing import Annotated, ClassVar, Literal, NamedTuple, get_args
 
 from pydantic import Field, model_validator
 
-from ultralong_ray.config.base import Positive, Section
+from ultralong_ray.config.base import NonNegative, Positive, PositiveFloat, Section
 
 RulerName = Literal[
     "niah_single_1",
@@ -61,6 +61,7 @@ InfinitebenchName = Literal[
     "code_run",
     "code_debug",
 ]
+StandardName = Literal["mmlu", "mmlu_pro", "math", "gsm8k", "humaneval"]
 MADE_INFINITEBENCH = ("passkey", "number_string", "kv_retrieval", "math_find", "math_calc", "code_run")
 Percent = Annotated[float, Field(ge=0, le=100)]
 Depths = Annotated[tuple[Percent, ...], Field(min_length=1)]
@@ -268,7 +269,56 @@ class InfinitebenchTask(TaskSection):
         return [("data_folder", f"{folder.rstrip('/')}/{name}.jsonl") for name in self.names] if folder else []
 
 
+class StandardTask(TaskSection):
+    """The paper's standard tests by lm-evaluation-harness; `data_folder` holds <name>/*.jsonl (eval/tasks/standard.py).
+
+    Prompts are as long as their questions: there is no context length.
+    """
+
+    FEW_SHOT: ClassVar = ("mmlu", "mmlu_pro", "gsm8k")
+
+    kind: Literal["standard"]
+    names: Annotated[tuple[StandardName, ...], Field(min_length=1)]
+    data_folder: str
+    context_lengths: tuple[Literal[0]] = (0,)
+    limit: Positive | None = None
+    """The first rows of every subject, as the harness's --limit; default: all."""
+    num_fewshot: NonNegative = 5
+    """Worked examples in front of a question of MMLU, MMLU-Pro and GSM8K; MATH and HumanEval have none."""
+    max_new_tokens: Positive | None = None
+    """Of a written answer; default: as the harness: 2048 (MMLU-Pro), 1024 (HumanEval), 256."""
+    allow_code_execution: bool = False
+    """HumanEval runs programs that the model wrote, in a sandbox. Nothing runs until this is true."""
+    code_seconds: PositiveFloat = 5.0
+    """Of one program, by the clock."""
+    code_memory_mib: Positive = 1024
+    allow_network: bool = False
+    """True: run programs even where the kernel grants no system call filter to keep them from the network."""
+
+    @model_validator(mode="after")
+    def _code_is_allowed(self) -> StandardTask:
+        if "humaneval" in self.names and not self.allow_code_execution:
+            raise ValueError(
+                "humaneval runs programs that the model wrote; set allow_code_execution = true, or take humaneval out "
+                "of names"
+            )
+        return self
+
+    def names_of_tasks(self) -> list[str]:
+        return [f"standard/{name}" for name in self.names]
+
+    def paths(self) -> list[tuple[str, str]]:
+        return [("data_folder", self.data_folder)]
+
+
 Task = Annotated[
-    RulerTask | NeedleTask | MultiroundTask | ManyshotTask | RetrievedTask | LvevalTask | InfinitebenchTask,
+    RulerTask
+    | StandardTask
+    | NeedleTask
+    | MultiroundTask
+    | ManyshotTask
+    | RetrievedTask
+    | LvevalTask
+    | InfinitebenchTask,
     Field(discriminator="kind"),
 ]

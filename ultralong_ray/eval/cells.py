@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from ultralong_ray.config import EvaluateConfig
-from ultralong_ray.config.tasks import Task, Work
+from ultralong_ray.config.tasks import StandardTask, Task, Work
 from ultralong_ray.eval.engine import Request
 from ultralong_ray.eval.making import Maker
 from ultralong_ray.eval.passkey import build_prompt, encode_prompt, is_right
@@ -22,12 +22,13 @@ from ultralong_ray.eval.tasks.prompt import Prompts
 from ultralong_ray.eval.tasks.sample import Sample
 from ultralong_ray.eval.tasks.score import score
 from ultralong_ray.storage import Location
-from ultralong_ray.types import CellResult, PasskeyPrompt
+from ultralong_ray.types import CellResult, PasskeyPrompt, UserError
 
 logger = logging.getLogger(__name__)
 
 PASSKEY = "passkey"
 PROMPT_END_CHARACTERS = 400  # of every prompt, kept for a reader
+STANDARD_TOKENS = 1024  # about, of a question of a standard test, for the order of cells and the time left
 STOP_AT_NEWLINE = ("\n",)  # of passkeys: what follows the line of the key does not count
 
 
@@ -52,7 +53,8 @@ class Cell:
         task = "" if self.task == PASSKEY else f" on {self.task}"
         depth = "" if self.depth_percent is None else f", depth {self.depth_percent:g} %"
         shard = f", shard {self.shard}" if self.shard else ""
-        return f"{self.model}{task} at {self.context_length_tokens} tokens{depth}{shard}"
+        length = f" at {self.context_length_tokens} tokens" if self.context_length_tokens else ""
+        return f"{self.model}{task}{length}{depth}{shard}"
 
     @property
     def file(self) -> str:
@@ -95,7 +97,7 @@ def _task_cells(config: EvaluateConfig, model: str, maker: Maker) -> Iterator[Ce
             total, size = maker.num_samples(section, work.task), config.samples_per_shard
             for shard, first in enumerate(range(0, total, size)):
                 count = min(size, total - first)
-                tokens = count * work.context_length_tokens
+                tokens = count * (work.context_length_tokens or STANDARD_TOKENS)
                 place = (work.context_length_tokens, work.depth_percent, tokens, work.task)
                 yield Cell(model, *place, number, shard, first, count)
 
@@ -103,6 +105,9 @@ def _task_cells(config: EvaluateConfig, model: str, maker: Maker) -> Iterator[Ce
 def run_cell(engine: Any, config: EvaluateConfig, cell: Cell, maker: Maker, prompts: PromptsOf) -> CellResult:
     """Ask every sample of a cell. `engine` is an `engine.Engine`, `prompts` writes for its model."""
     started = time.monotonic()
+    if cell.section >= 0 and isinstance(section := config.tasks[cell.section], StandardTask):
+        rows = _standard_rows(engine, section, cell, maker, _chat_template(config, cell))
+        return _result(config, cell, rows, started)
     if cell.task == PASSKEY:
         asked = _passkey_requests(engine, config, cell)
     else:
@@ -120,11 +125,31 @@ def run_cell(engine: Any, config: EvaluateConfig, cell: Cell, maker: Maker, prom
     for row, judge, answer in zip(rows, judges, answers, strict=True):
         points = judge(answer)
         row |= {"answer": answer, "score": points, "right": points >= 1.0}
+    return _result(config, cell, rows, started)
+
+
+def _result(config: EvaluateConfig, cell: Cell, rows: list[dict[str, Any]], started: float) -> CellResult:
     assert cell.context_length_tokens is not None
     mean = sum(row["score"] for row in rows) / len(rows)
     seconds = time.monotonic() - started
     place = (cell.model, cell.context_length_tokens, cell.depth_percent)
     return CellResult(*place, mean, rows, seconds, cell.task, cell.shard, cell_settings(config, cell))
+
+
+def _standard_rows(
+    engine: Any, section: StandardTask, cell: Cell, maker: Maker, chat_template: bool
+) -> list[dict[str, Any]]:
+    """Raises: UserError when lm-evaluation-harness is not installed."""
+    try:
+        from ultralong_ray.eval.standard import run_standard
+    except ImportError as error:
+        raise UserError(
+            f"evaluate.tasks of kind 'standard' need lm-evaluation-harness ({error}); install the extra with "
+            f"pip install 'ultralong-ray[eval]', or remove the section"
+        ) from error
+    rows, few_shot = maker.standard(section, cell.task)
+    chosen = rows[cell.first_sample : cell.first_sample + cell.num_samples]
+    return run_standard(engine, section, cell.task.split("/")[1], chosen, few_shot, chat_template=chat_template)
 
 
 PromptsOf = Callable[[bool], Prompts]  # from whether the chat template is used

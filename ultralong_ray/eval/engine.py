@@ -23,6 +23,9 @@ class Request:
     ids: list[int]
     max_new_tokens: int
     stop: tuple[str, ...] = ()  # see `cut_answer`
+    exact: bool = False  # as `cut_answer`
+    messages: tuple[tuple[str, str], ...] = ()  # (role, content), for chat endpoints: what the template renders
+    answer_prefix: str = ""  # with which `text` ends, behind the template's assistant header
 
 
 class Engine(Protocol):
@@ -41,20 +44,27 @@ class Engine(Protocol):
         """Cross-entropy of every token after the first, in nats. input_ids: [seq]. Returns: float32 [seq - 1]."""
         ...
 
+    def continuation_scores(
+        self, prompt: Sequence[int], continuations: Sequence[Sequence[int]]
+    ) -> list[tuple[float, bool]]:
+        """Of each continuation: its log-probability behind the prompt in nats, and whether it is the greedy one."""
+        ...
 
-def cut_answer(text: str, stop: Sequence[str]) -> str:
+
+def cut_answer(text: str, stop: Sequence[str], exact: bool = False) -> str:
     """What counts of an answer. Without stop texts all of it; with them, what stands before the first one.
 
-    White space in front of the answer is no stop and is removed where there are stop texts.
+    White space in front of the answer is no stop and is removed where there are stop texts; with `exact` it is as good
+    as any other text, which is how lm-evaluation-harness does it.
     """
     if not stop:
         return text
-    text = text.lstrip()
+    text = text if exact else text.lstrip()
     ends = [place for mark in stop if (place := text.find(mark)) >= 0]
     return text[: min(ends)] if ends else text
 
 
-def is_finished(text: str, stop: Sequence[str]) -> bool:
-    """Whether an answer so far holds a stop text behind its first words, so that nothing more of it would count."""
-    begun = text.lstrip()
+def is_finished(text: str, stop: Sequence[str], exact: bool = False) -> bool:
+    """Whether an answer so far holds a stop text, as `cut_answer` sees it, so that nothing more of it would count."""
+    begun = text if exact else text.lstrip()
     return any(mark in begun for mark in stop)

@@ -64,13 +64,27 @@ class Engine:
         return output.logits[0, -1]
 
     @torch.inference_mode()
-    def answer(self, prompt: Sequence[int], max_new_tokens: int, stop: Sequence[str] = ("\n",)) -> str:
+    def answer(
+        self, prompt: Sequence[int], max_new_tokens: int, stop: Sequence[str] = ("\n",), exact: bool = False
+    ) -> str:
         """Greedy answer to token ids [seq]; it ends before EOS, at a stop text, or after `max_new_tokens`."""
-        return greedy_answer(self.prefill(prompt), self._decode, self.tokenizer, self.stop_ids, max_new_tokens, stop)
+        logits = self.prefill(prompt)
+        return greedy_answer(logits, self._decode, self.tokenizer, self.stop_ids, max_new_tokens, stop, exact)
 
     def answers(self, requests: Iterable[Request]) -> list[str]:
         """One after the other, so that neighbours which begin alike share that work."""
-        return [self.answer(request.ids, request.max_new_tokens, request.stop) for request in requests]
+        return [self.answer(each.ids, each.max_new_tokens, each.stop, each.exact) for each in requests]
+
+    @torch.inference_mode()
+    def continuation_scores(
+        self, prompt: Sequence[int], continuations: Sequence[Sequence[int]]
+    ) -> list[tuple[float, bool]]:
+        """Of each continuation: its log-probability behind the prompt in nats, and whether it is the greedy one."""
+
+        def rewind() -> None:
+            self._cache.crop(len(prompt) - self._cache.get_seq_length())
+
+        return scored_continuations(self.prefill(prompt), self._decode, rewind, continuations)
 
     def _decode(self, token: int) -> torch.Tensor:
         """Logits [vocab] after one more token."""
@@ -103,6 +117,7 @@ def greedy_answer(
     stop_ids: Collection[int],
     max_new_tokens: int,
     stop: Sequence[str] = ("\n",),
+    exact: bool = False,
 ) -> str:
     """The text that follows a prompt with `logits` [vocab]; `decode` takes a token and gives the logits after it.
 
@@ -114,10 +129,35 @@ def greedy_answer(
         if token in stop_ids:
             break
         ids.append(token)
-        if step == max_new_tokens - 1 or (stop and is_finished(tokenizer.decode(ids, skip_special_tokens=True), stop)):
+        if step == max_new_tokens - 1:
+            break
+        if stop and is_finished(tokenizer.decode(ids, skip_special_tokens=True), stop, exact):
             break
         logits = decode(token)
-    return cut_answer(tokenizer.decode(ids, skip_special_tokens=True), stop)
+    return cut_answer(tokenizer.decode(ids, skip_special_tokens=True), stop, exact)
+
+
+def scored_continuations(
+    logits: torch.Tensor,
+    decode: Callable[[int], torch.Tensor],
+    rewind: Callable[[], None],
+    continuations: Sequence[Sequence[int]],
+) -> list[tuple[float, bool]]:
+    """Log-probability of each continuation of a prompt with `logits` [vocab], and whether it is the greedy one.
+
+    `decode` takes a token and gives the logits after it; `rewind` forgets all tokens that it took.
+    """
+    scores = []
+    for ids in continuations:
+        total, greedy, row = 0.0, True, logits
+        for place, token in enumerate(ids):
+            row = (decode(ids[place - 1]) if place else row).float().log_softmax(-1)  # [vocab]
+            total += float(row[token])
+            greedy = greedy and int(row.argmax()) == token
+        if len(ids) > 1:
+            rewind()
+        scores.append((total, greedy))
+    return scores
 
 
 def common_prefix(first: NDArray[np.int64], second: NDArray[np.int64]) -> int:

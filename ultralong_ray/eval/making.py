@@ -18,6 +18,7 @@ from ultralong_ray.config.tasks import (
     NeedleTask,
     RetrievedTask,
     RulerTask,
+    StandardTask,
     Task,
     Work,
 )
@@ -35,6 +36,7 @@ from ultralong_ray.eval.tasks.retrieved import retrieved_sample
 from ultralong_ray.eval.tasks.ruler import RulerData, ruler_sample
 from ultralong_ray.eval.tasks.ruler_questions import load_hotpotqa, load_squad
 from ultralong_ray.eval.tasks.sample import Sample
+from ultralong_ray.eval.tasks.standard import Row, few_shot_rows, standard_rows
 from ultralong_ray.eval.tasks.words import load_words
 from ultralong_ray.storage import Location
 from ultralong_ray.types import UserError
@@ -59,6 +61,8 @@ class Maker:
 
     def num_samples(self, section: Task, task: str) -> int:
         """Samples that a task has at every length. Raises: UserError for an absent file or one without rows."""
+        if isinstance(section, StandardTask):
+            return len(self.standard(section, task)[0])
         file = self._rows_file(section, task)
         if file is None:
             assert section.samples_per_cell is not None
@@ -67,6 +71,13 @@ class Maker:
         if rows == 0:
             raise UserError(f"{file}: no rows; fetch the file again")
         return min(rows, section.samples_per_cell or rows)
+
+    def standard(self, section: StandardTask, task: str) -> tuple[list[Row], list[dict[str, Any]]]:
+        """Rows of a standard test, and its few-shot examples. Raises: UserError for an absent file or a bad line."""
+        name, folder = task.split("/", 1)[1], self._files[section.data_folder]
+        return self._once(
+            (section, task), lambda: (standard_rows(name, folder, section.limit), few_shot_rows(name, folder))
+        )
 
     def _rows_file(self, section: Task, task: str) -> Location | None:
         """The JSON-lines file of a task that is read and not made."""
@@ -154,6 +165,8 @@ def check_sections(config: EvaluateConfig, maker: Maker, prompts_of: Callable[[b
     for number, section in enumerate(config.tasks):
         prompts = prompts_of(config.chat_template if section.chat_template is None else section.chat_template)
         shortest = min(section.context_lengths)
+        if isinstance(section, StandardTask):
+            continue  # every row was read when the cells were counted
         for name in section.names_of_tasks():
             work = Work(name, shortest, section.depths()[0])
             try:

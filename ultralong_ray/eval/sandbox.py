@@ -7,6 +7,7 @@ signal or write a file. HumanEval's authors ask for such a place (github.com/ope
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import secrets
@@ -90,10 +91,8 @@ def _finish(child: subprocess.Popen[bytes], task: bytes, reader: int, seconds: f
         pass
     finally:
         # the child's own group; processes that it may have started included
-        try:
+        with contextlib.suppress(ProcessLookupError):
             os.killpg(child.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
         child.wait()
     os.set_blocking(reader, False)
     try:

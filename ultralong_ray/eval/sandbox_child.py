@@ -33,7 +33,13 @@ REFUSED: dict[str, tuple[int | None, int | None]] = {
     **{"chown": (92, None), "fchown": (93, 55), "lchown": (94, None), "fchownat": (260, 54), "creat": (85, None)},
     **{"mknod": (133, None), "mknodat": (259, 33), "utimensat": (280, 88), "reboot": (169, 142)},
     **{"openat2": (437, 437), "setuid": (105, 146), "setgid": (106, 144), "prlimit64": (302, 261)},
-    **{"shmget": (29, 194), "msgget": (68, 186), "semget": (64, 190), "keyctl": (250, 219), "perf_event_open": (298, 241)},
+    **{
+        "shmget": (29, 194),
+        "msgget": (68, 186),
+        "semget": (64, 190),
+        "keyctl": (250, 219),
+        "perf_event_open": (298, 241),
+    },
 }
 ARCHITECTURES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}  # column of REFUSED, AUDIT_ARCH
 OPEN, OPENAT, CLONE, CLONE3 = (2, None), (257, 56), (56, 220), (435, 435)
