@@ -184,6 +184,8 @@ class PasskeyPrompt:
     prompt: str
     expected: str
     prompt_tokens: int
+    message: str = ""  # what the chat template rendered; empty without one
+    answer_prefix: str = ""  # with which `prompt` ends
 
 
 @dataclass(frozen=True, slots=True)

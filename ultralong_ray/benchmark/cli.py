@@ -1,4 +1,4 @@
-"""`python jobs/benchmark.py train|prefill|data ...`: words to a measurement, and its end as an exit status."""
+"""`python jobs/benchmark.py train|prefill|prefix|data ...`: words to a measurement, and its end as an exit status."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 
 from ultralong_ray.benchmark.prefill import Prefill
 from ultralong_ray.benchmark.prefill_record import prefill_table, run_prefill
+from ultralong_ray.benchmark.prefix import add_prefix, prefix_table, run_prefix
 from ultralong_ray.benchmark.presets import arguments as preset_arguments
 from ultralong_ray.benchmark.run import run_benchmark, table
 from ultralong_ray.benchmark.setups import SHAPES, Benchmark, Setup, parse_degrees
@@ -29,6 +30,8 @@ def main(argv: list[str]) -> int:
         options = parse(argv)
         if options.verb == "prefill":
             return _run_prefill(options, argv)
+        if options.verb == "prefix":
+            return _run_prefix(options, argv)
         result = run_benchmark(benchmark_of(options), ["python", "jobs/benchmark.py", *argv], Location.of(options.out))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -46,11 +49,18 @@ def _run_prefill(options: argparse.Namespace, argv: list[str]) -> int:
     return int(result["status"] != "ok")
 
 
+def _run_prefix(options: argparse.Namespace, argv: list[str]) -> int:
+    result = run_prefix(options, ["python", "jobs/benchmark.py", *argv])
+    print(prefix_table(result))
+    print(f"written: {options.out}")
+    return int(not result["same_answers"])
+
+
 def parse(argv: list[str]) -> argparse.Namespace:
     """Arguments, those of a preset first so that the command line overrules them."""
     parser = _parser()
     options = parser.parse_args(argv)
-    if options.preset:
+    if getattr(options, "preset", None):
         return parser.parse_args([argv[0], *preset_arguments(options.preset, options.gpus, argv[0]), *argv[1:]])
     return options
 
@@ -62,6 +72,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_train(verbs.add_parser("train", help="training steps, ours and peers'", allow_abbrev=False).add_argument)
     prefill = verbs.add_parser("prefill", help="one long prompt over all GPUs, then decoding", allow_abbrev=False)
     _add_prefill(prefill.add_argument)
+    add_prefix(verbs.add_parser("prefix", help="a passkey grid with and without reuse of prompts").add_argument)
     return parser
 
 

@@ -8,18 +8,12 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from ultralong_ray.config.base import Positive, Section, operational
+from ultralong_ray.config.engines import EndpointEngine, EngineConfig, InProcessEngine
 from ultralong_ray.config.tasks import Depths, Task
 
 ModelName = Literal["base", "extended", "pretrained", "final"]
 GRID_LENGTHS = 40  # of the default passkey grid, as in the paper's heat maps
 GRID_DEPTHS = tuple(round(100 * step / 9, 1) for step in range(10))
-
-
-class EngineConfig(Section):
-    """Who answers."""
-
-    kind: Literal["in_process"] = "in_process"
-    """in_process: the Hugging Face model in the worker, on one GPU or on CPU."""
 
 
 class EvaluateConfig(Section):
@@ -48,11 +42,22 @@ class EvaluateConfig(Section):
     """Points of the perplexity-by-position curve."""
     seed: int = 1234
     """Of passkeys."""
-    engine: EngineConfig = EngineConfig()
+    engine: EngineConfig = InProcessEngine()
     prefill_chunk_tokens: Positive = operational(8192)
     precision: Literal["float32", "bfloat16"] = "float32"
     gpus_per_task: Annotated[float, Field(ge=0.0)] = operational(0.0)
     cpus_per_task: Annotated[float, Field(ge=0.0)] = operational(1.0)
+
+    @model_validator(mode="after")
+    def _engine_has_the_models(self) -> EvaluateConfig:
+        if isinstance(self.engine, EndpointEngine):
+            unserved = [name for name in self.models if name not in self.engine.served]
+            if unserved:
+                raise ValueError(
+                    f"evaluate.engine.served does not say what the server calls {unserved[0]!r}; add "
+                    f'{unserved[0]} = "...", or take it out of evaluate.models'
+                )
+        return self
 
     @model_validator(mode="after")
     def _asks_for_something_once(self) -> EvaluateConfig:

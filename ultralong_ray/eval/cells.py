@@ -80,7 +80,7 @@ def grid(config: EvaluateConfig, models: list[str], holdout: Location | None, ma
         Cell(model, length, depth, length * config.samples_per_cell, num_samples=config.samples_per_cell)
         for length in sorted(set(config.context_lengths), reverse=True)
         for model in models
-        for depth in config.depths_percent
+        for depth in sorted(config.depths_percent, reverse=True)  # each then reads on from what the last one holds
         if config.passkey
     ]
     if maker is not None:
@@ -125,6 +125,8 @@ def run_cell(engine: Any, config: EvaluateConfig, cell: Cell, maker: Maker, prom
     for row, judge, answer in zip(rows, judges, answers, strict=True):
         points = judge(answer)
         row |= {"answer": answer, "score": points, "right": points >= 1.0}
+    for row, reason in zip(rows, getattr(engine, "finish_reasons", ()), strict=False):
+        row["finish_reason"] = reason  # as a server says it
     return _result(config, cell, rows, started)
 
 
@@ -180,7 +182,8 @@ def _task_requests(section: Task, cell: Cell, maker: Maker, prompts: Prompts) ->
     work = Work(cell.task, cell.context_length_tokens, cell.depth_percent)
     for sample in maker.samples(section, work, prompts, cell.first_sample, cell.num_samples):
         text = prompts.text(sample)
-        request = Request(text, prompts.ids(text), sample.max_new_tokens, sample.stop)
+        turns = {"messages": prompts.messages(sample), "answer_prefix": sample.answer_prefix}
+        request = Request(text, prompts.ids(text), sample.max_new_tokens, sample.stop, **turns)
         yield request, _stored_part(sample, text, len(request.ids)), lambda answer, sample=sample: score(sample, answer)
 
 
@@ -216,7 +219,9 @@ def _passkey_requests(engine: Any, config: EvaluateConfig, cell: Cell) -> Iterat
             "prompt_tokens": prompt.prompt_tokens,
             "expected": prompt.expected,
         }
-        request = Request(prompt.prompt, ids, config.max_new_tokens, STOP_AT_NEWLINE)
+        turns = (("user", prompt.message),) if prompt.message else ()
+        more = {"messages": turns, "answer_prefix": prompt.answer_prefix}
+        request = Request(prompt.prompt, ids, config.max_new_tokens, STOP_AT_NEWLINE, **more)
         yield request, row, lambda answer, key=prompt.expected: float(is_right(answer, key))
 
 

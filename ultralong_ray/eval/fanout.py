@@ -18,6 +18,7 @@ import ray
 from ray.exceptions import RayActorError, RayTaskError
 
 from ultralong_ray.config import EvaluateConfig, Recipe
+from ultralong_ray.config.engines import EndpointEngine, ShardedEngine
 from ultralong_ray.eval.cells import PASSKEY, Cell, grid, run_cell, store_cell, stored_score
 from ultralong_ray.eval.making import Maker, check_sections
 from ultralong_ray.eval.open_engine import open_engine
@@ -77,9 +78,11 @@ class EvaluationWorker:
 
     def _engine(self, model: str) -> Any:
         if self._loaded is None or self._loaded[0] != model:
+            if self._loaded is not None and hasattr(self._loaded[1], "close"):
+                self._loaded[1].close()
             self._loaded = None  # frees the former model before the next one is read
             self._prompts = {}
-            self._loaded = (model, open_engine(self._inputs.config, cached_folder(self._inputs.models[model])))
+            self._loaded = (model, open_engine(self._inputs.config, model, cached_folder(self._inputs.models[model])))
         return self._loaded[1]
 
     def _prompts_of(self, chat_template: bool) -> Prompts:
@@ -103,6 +106,9 @@ def evaluate(
     """
     config = recipe.evaluate
     assert config is not None
+    if isinstance(config.engine, EndpointEngine) and holdout is not None:
+        logger.info("evaluate: a served model gives no losses, so there is no perplexity by position")
+        holdout = None
     started = time.monotonic()
     inputs = _Inputs(config, models, holdout, stage.location, benchmark_files(recipe))
     cells = grid(config, list(models), holdout, Maker(inputs.files))
@@ -201,18 +207,20 @@ def _mean(values: list[float]) -> float | None:
 def _num_workers(config: EvaluateConfig, num_cells: int) -> int:
     """As many workers as the cluster holds, never more than there are cells."""
     resources = ray.cluster_resources()
+    group = config.engine.degree if isinstance(config.engine, ShardedEngine) else 1
     asked = {"CPU": ("cpus_per_task", config.cpus_per_task), "GPU": ("gpus_per_task", config.gpus_per_task)}
     fitting = [num_cells]
     for resource, (name, amount) in asked.items():
         if amount == 0:
             continue
         available = resources.get(resource, 0.0)
-        if available < amount:
+        if available < group * amount:
+            times = f" times evaluate.engine.degree {group}" if group > 1 else ""
             raise UserError(
-                f"evaluate.{name} {amount:g}: the Ray cluster has {available:g} {resource} in all; "
+                f"evaluate.{name} {amount:g}{times}: the Ray cluster has {available:g} {resource} in all; "
                 f"lower it or add nodes"
             )
-        fitting.append(int(available / amount))
+        fitting.append(int(available / (group * amount)))
     return min(fitting)
 
 
@@ -290,6 +298,8 @@ class _Pool:
     def _new_worker(self) -> Any:
         config = self.inputs.config
         needs: dict[str, Any] = {"num_cpus": config.cpus_per_task, "num_gpus": config.gpus_per_task}
+        if isinstance(config.engine, ShardedEngine):
+            needs = {"num_cpus": 0}  # the work is done by the actors that it starts, which ask for the resources
         if self.node_label:
             needs["label_selector"] = self.node_label
         return _REMOTE_WORKER.options(**needs).remote(self.inputs)

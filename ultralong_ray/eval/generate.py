@@ -35,9 +35,9 @@ class Engine:
         self.model: Any = model.to(self.device).eval()
         install_angles(self.model)
         self.stop_ids = stop_ids(self.model, self.tokenizer)
-        self._forget()
+        self.forget()
 
-    def _forget(self) -> None:
+    def forget(self) -> None:
         """Free the KV cache of the last prompt."""
         self._prompt = np.empty(0, dtype=np.int64)  # [seq], what the cache holds the keys and values of
         self._cache = DynamicCache(config=self.model.config)
@@ -94,7 +94,7 @@ class Engine:
     @torch.inference_mode()
     def token_losses(self, input_ids: NDArray[np.int32]) -> NDArray[np.float32]:
         """Cross-entropy of every token after the first, in nats. input_ids: [seq]. Returns: float32 [seq - 1]."""
-        self._forget()
+        self.forget()
         ids = torch.from_numpy(input_ids.astype(np.int64))[None].to(self.device)  # [1, seq]
         cache = DynamicCache(config=self.model.config)
         losses: list[torch.Tensor] = []
