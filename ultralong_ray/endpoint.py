@@ -112,14 +112,14 @@ class EndpointClient:
         Raises: NoAnswer after `max_attempts` failures; Rejected; UserError when no request can succeed: wrong key,
         address or model, an exhausted quota, a wait longer than `max_retry_after_seconds`.
         """
-        return await self._send("POST", path, body, parse)
+        return await self._send("POST", path, body, parse, self._settings.max_attempts)
 
-    async def get(self, path: str, parse: Callable[[Any], T]) -> T:
-        """As `post`, without a body."""
-        return await self._send("GET", path, None, parse)
+    async def get(self, path: str, parse: Callable[[Any], T], attempts: int) -> T:
+        """As `post`, without a body, and sent `attempts` times at most."""
+        return await self._send("GET", path, None, parse, attempts)
 
-    async def _send(self, method: str, path: str, body: Any, parse: Callable[[Any], T]) -> T:
-        failure, attempts = Failure(""), self._settings.max_attempts
+    async def _send(self, method: str, path: str, body: Any, parse: Callable[[Any], T], attempts: int) -> T:
+        failure = Failure("")
         for attempt in range(1, attempts + 1):
             await asyncio.sleep(max(0.0, self._not_before - time.monotonic()))
             outcome = await self._attempt(method, path, body, parse)

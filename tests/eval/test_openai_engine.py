@@ -201,21 +201,11 @@ def test_fifty_answers_of_a_served_model_are_those_of_the_in_process_engine() ->
     expected = plain.answers(requests)
     torch.set_num_threads(threads)
     assert sum(answer.strip().isdigit() for answer in expected) > 30, "the model must have something to say"
-    without_prefix = [
-        Request(each.text.removesuffix(each.answer_prefix), [], 6, ("\n",), messages=each.messages)
-        for each in requests[:2]
-    ]
-    chats = [
-        Request(
-            each.text,
-            plain.tokenizer(each.text, add_special_tokens=False)["input_ids"],
-            6,
-            each.stop,
-            False,
-            each.messages,
-        )
-        for each in without_prefix
-    ]
+    chats = []
+    for each in requests[:2]:
+        text = each.text.removesuffix(each.answer_prefix)
+        ids = plain.tokenizer(text, add_special_tokens=False)["input_ids"]
+        chats.append(Request(text, ids, 6, ("\n",), messages=each.messages))
     with transformers_server() as address:
         served = {"served": {"final": str(MODEL)}, "concurrency": 1}
         assert engine(address, prompt_as="text", **served).answers(requests) == expected

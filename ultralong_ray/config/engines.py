@@ -75,4 +75,19 @@ class EndpointEngine(Section):
         return value.rstrip("/")
 
 
-EngineConfig = Annotated[InProcessEngine | ShardedEngine | EndpointEngine, Field(discriminator="kind")]
+class VllmEngine(Section):
+    """vLLM on this cluster by way of `ray.data.llm`; the extra `vllm` must be installed on every node."""
+
+    kind: Literal["vllm"]
+    tensor_parallel_degree: Positive = operational(1)
+    replicas: Positive = operational(1)
+    """Models that answer side by side; each asks Ray for tensor_parallel_degree GPUs."""
+    batch_size: Positive = operational(32)
+    """Prompts that a replica is given at a time."""
+    max_model_len: Positive | None = None
+    """Tokens of a prompt and its answer; default: the window that the model's config.json names."""
+    engine_arguments: dict[str, Any] = Field(default_factory=dict)
+    """More arguments of vLLM's engine, by its names."""
+
+
+EngineConfig = Annotated[InProcessEngine | ShardedEngine | EndpointEngine | VllmEngine, Field(discriminator="kind")]

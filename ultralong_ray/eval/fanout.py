@@ -18,7 +18,7 @@ import ray
 from ray.exceptions import RayActorError, RayTaskError
 
 from ultralong_ray.config import EvaluateConfig, Recipe
-from ultralong_ray.config.engines import EndpointEngine, ShardedEngine
+from ultralong_ray.config.engines import EndpointEngine, ShardedEngine, VllmEngine
 from ultralong_ray.eval.cells import PASSKEY, Cell, grid, run_cell, store_cell, stored_score
 from ultralong_ray.eval.making import Maker, check_sections
 from ultralong_ray.eval.open_engine import open_engine
@@ -106,8 +106,8 @@ def evaluate(
     """
     config = recipe.evaluate
     assert config is not None
-    if isinstance(config.engine, EndpointEngine) and holdout is not None:
-        logger.info("evaluate: a served model gives no losses, so there is no perplexity by position")
+    if isinstance(config.engine, EndpointEngine | VllmEngine) and holdout is not None:
+        logger.info("evaluate: an engine of kind %s gives no losses: no perplexity by position", config.engine.kind)
         holdout = None
     started = time.monotonic()
     inputs = _Inputs(config, models, holdout, stage.location, benchmark_files(recipe))
@@ -206,6 +206,8 @@ def _mean(values: list[float]) -> float | None:
 
 def _num_workers(config: EvaluateConfig, num_cells: int) -> int:
     """As many workers as the cluster holds, never more than there are cells."""
+    if isinstance(config.engine, VllmEngine):
+        return 1  # whose replicas are Ray Data's
     resources = ray.cluster_resources()
     group = config.engine.degree if isinstance(config.engine, ShardedEngine) else 1
     asked = {"CPU": ("cpus_per_task", config.cpus_per_task), "GPU": ("gpus_per_task", config.gpus_per_task)}
@@ -298,7 +300,7 @@ class _Pool:
     def _new_worker(self) -> Any:
         config = self.inputs.config
         needs: dict[str, Any] = {"num_cpus": config.cpus_per_task, "num_gpus": config.gpus_per_task}
-        if isinstance(config.engine, ShardedEngine):
+        if isinstance(config.engine, ShardedEngine | VllmEngine):
             needs = {"num_cpus": 0}  # the work is done by the actors that it starts, which ask for the resources
         if self.node_label:
             needs["label_selector"] = self.node_label

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from ultralong_ray.config import EvaluateConfig
-from ultralong_ray.config.engines import EndpointEngine, ShardedEngine
+from ultralong_ray.config.engines import EndpointEngine, ShardedEngine, VllmEngine
 from ultralong_ray.eval.engine import Engine
 
 
@@ -22,6 +22,10 @@ def open_engine(config: EvaluateConfig, model: str, folder: Path) -> Engine:
         from ultralong_ray.eval.sharded_group import ShardedGroup
 
         return ShardedGroup(config, folder)
+    if isinstance(config.engine, VllmEngine):
+        from ultralong_ray.eval.vllm_engine import VllmEngine as OnVllm
+
+        return OnVllm(config, folder)
     from ultralong_ray.eval.generate import Engine as InProcessEngine
 
     return InProcessEngine(folder, precision=config.precision, prefill_chunk_tokens=config.prefill_chunk_tokens)

@@ -26,6 +26,7 @@ from ultralong_ray.types import UserError
 
 logger = logging.getLogger(__name__)
 
+MODELS_ATTEMPTS = 2  # a server that is not up is found out by the first prompt
 WINDOW_FIELDS = ("max_model_len", "max_context_length", "context_length", "context_window")  # of an entry of /models
 
 
@@ -101,12 +102,9 @@ class OpenAIEngine:
         if self._window_known:
             return
         try:
-            self._window = await client.get("/models", lambda body: window_of(body, self._served))
-        except Rejected as error:
+            self._window = await client.get("/models", lambda body: window_of(body, self._served), MODELS_ATTEMPTS)
+        except (NoAnswer, Rejected) as error:
             logger.warning("%s/models: %s; its window is not checked", self._config.base_url, error)
-        except NoAnswer as error:
-            if not error.malformed:
-                raise UserError(f"{self._config.base_url}/models: {error}; is the server up?") from error
         self._window_known = True
 
     async def _ask(self, client: EndpointClient, number: int, request: Request) -> Completion:
