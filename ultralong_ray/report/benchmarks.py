@@ -45,7 +45,7 @@ def benchmark_facts(
     suites = [*TITLES, *sorted({score.suite for score in scores} - set(TITLES))]
     found = [(suite, [score for score in scores if score.suite == suite]) for suite in suites]
     return [
-        {**_suite(suite, own, models, labels), "grids": _grids(own, labels, base_window_tokens)}
+        {**_suite(suite, own, models, labels), "grids": depth_grids(own, labels, base_window_tokens)}
         for suite, own in found
         if own
     ]
@@ -192,7 +192,7 @@ def _mean_of_columns(means: Sequence[Mean]) -> Mean:
     return {"percent": sum(percents) / len(percents), "num_columns": len(percents)}
 
 
-def _grids(scores: Sequence[Score], labels: dict[str, str], window: int) -> list[dict[str, Any]]:
+def depth_grids(scores: Sequence[Score], labels: dict[str, str], window: int) -> list[dict[str, Any]]:
     """Length x depth grids of tasks that have depths, in the form of the passkey grid."""
     found = []
     for model, task in dict.fromkeys((score.model, score.task) for score in scores if score.by_depth):

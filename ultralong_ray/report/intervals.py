@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
 Z_95 = 1.959963984540054
 DRAWS = 1000
@@ -40,11 +41,26 @@ def wilson(right: float, count: int) -> tuple[float, float]:
 def stratified(groups: Sequence[Sequence[float]]) -> tuple[float, float]:
     """Of the plain mean of the groups' means: a draw takes as many samples of each group as it has."""
     rng = np.random.default_rng(0)
-    means = np.zeros(DRAWS)
-    for group in groups:
-        values = np.asarray(group, dtype=np.float64)
-        # how often each sample is drawn, which is far smaller than the draws themselves
-        counts = rng.multinomial(len(values), np.full(len(values), 1 / len(values)), size=DRAWS)
-        means += counts @ values / len(values)
-    low, high = np.percentile(means / len(groups), [2.5, 97.5])
+    means = sum((_drawn_means(group, rng) for group in groups), np.zeros(DRAWS))
+    return _middle(means / len(groups))
+
+
+def difference(first: Sequence[float], second: Sequence[float], *, paired: bool) -> tuple[float, float]:
+    """Of mean(second) - mean(first). `paired`: scores at the same place are of the same question."""
+    rng = np.random.default_rng(0)
+    if paired:
+        return _middle(_drawn_means([b - a for a, b in zip(first, second, strict=True)], rng))
+    return _middle(_drawn_means(second, rng) - _drawn_means(first, rng))
+
+
+def _drawn_means(scores: Sequence[float], rng: np.random.Generator) -> NDArray[np.float64]:
+    """Means of DRAWS draws of as many scores, with replacement. Returns: [DRAWS]."""
+    values = np.asarray(scores, dtype=np.float64)
+    # how often each sample is drawn takes less room than the draws themselves
+    counts = rng.multinomial(len(values), np.full(len(values), 1 / len(values)), size=DRAWS)  # [DRAWS, samples]
+    return counts @ values / len(values)
+
+
+def _middle(means: NDArray[np.float64]) -> tuple[float, float]:
+    low, high = np.percentile(means, [2.5, 97.5])
     return float(low), float(high)

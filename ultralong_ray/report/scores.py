@@ -37,6 +37,7 @@ class Score:
     by_depth: dict[float, list[float]] = field(default_factory=dict)
     examples: list[dict[str, Any]] = field(default_factory=list)
     settings: dict[str, Any] = field(default_factory=dict)
+    identities: list[str] = field(default_factory=list)  # depth and question of every sample: equal ones can be paired
     sources: set[str] = field(default_factory=set)  # "haystack: made up", as the samples' facts say
 
     @property
@@ -71,14 +72,17 @@ class Score:
         }
 
 
-def read_scores(reader: StageReader) -> list[Score]:
-    """Scores of all benchmark cells, in the order of the plan's models, tasks and lengths."""
+def read_scores(reader: StageReader, *, with_passkey: bool = False) -> list[Score]:
+    """Scores of all benchmark cells, in the order of the plan's sections; `with_passkey` also of the passkey grid."""
     if not (reader.directory.location / PLAN_FILE).exists():
         return []
     plan, failed = reader.read_json(PLAN_FILE) or {}, reader.read_json(FAILED_FILE) or {}
     scores: dict[tuple[str, str, int], Score] = {}
-    planned = [cell for cell in plan.get("cells", []) if isinstance(cell, dict) and cell.get("section", -1) >= 0]
-    for cell in sorted(planned, key=lambda cell: (cell["section"], cell["shard"], cell["depth_percent"] or 0.0)):
+    first = -1 if with_passkey else 0
+    planned = [
+        cell for cell in plan.get("cells", []) if cell["section"] >= first and cell["context_length_tokens"] is not None
+    ]
+    for cell in sorted(planned, key=_place):
         key = (cell["model"], cell["task"], cell["context_length_tokens"])
         score = scores.setdefault(key, Score(*key))
         name = reader.name(cell["file"])
@@ -87,10 +91,16 @@ def read_scores(reader: StageReader) -> list[Score]:
             _add(score, stored, name, cell)
         elif cell["file"] in failed:
             score.failed[name] = str(failed[cell["file"]])
+            score.identities.append(f"{cell['depth_percent']} failed")
             _count(score, [0.0] * cell["num_samples"], cell)
         else:
             score.num_missing += cell["num_samples"]
     return list(scores.values())
+
+
+def _place(cell: dict[str, Any]) -> tuple[Any, ...]:
+    """Order of cells: by section and length, then in the order of their samples."""
+    return cell["section"], cell["context_length_tokens"], cell["shard"], cell["depth_percent"] or 0.0
 
 
 def _stored(reader: StageReader, file: str) -> dict[str, Any] | None:
@@ -116,6 +126,7 @@ def _add(score: Score, stored: dict[str, Any], name: str, cell: dict[str, Any]) 
     samples = stored["samples"]
     score.files.append(name)
     score.settings = score.settings or json_safe(stored.get("settings") or {})
+    score.identities += [f"{cell['depth_percent']} {s.get('prompt_end')} {s.get('expected')}" for s in samples]
     score.sources |= {source for sample in samples for source in _sources(sample)}
     score.num_empty += sum(not str(sample.get("answer", "")).strip() for sample in samples)
     _count(score, [float(sample["score"]) for sample in samples], cell)
