@@ -18,7 +18,7 @@ import ray
 
 from ultralong_ray.config import Recipe
 from ultralong_ray.eval.cells import Cell
-from ultralong_ray.eval.fanout import evaluate, summarise
+from ultralong_ray.eval.fanout import _Progress, evaluate, summarise, summarise_tasks
 from ultralong_ray.stages import stage_directory
 from ultralong_ray.storage import Location, StageDirectory
 from ultralong_ray.types import UserError
@@ -28,7 +28,7 @@ Make = Callable[..., Recipe]
 
 @pytest.fixture(scope="module")
 def local_ray() -> Iterator[None]:
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
     yield
     ray.shutdown()
 
@@ -195,6 +195,44 @@ def test_a_killed_worker_costs_its_cell_only(local_ray: None, tiny_recipe: Make,
     assert {path: path.stat().st_mtime_ns for path in before} == before, "stored cells stay as they are"
 
 
+def _answers(folder: Path) -> dict[str, Any]:
+    """Every stored cell without its time."""
+    files = sorted((folder / "cells").rglob("*.json"))
+    return {path.relative_to(folder).as_posix(): {**json.loads(path.read_text()), "seconds": 0} for path in files}
+
+
+def test_stopped_twice_it_ends_with_the_answers_of_an_undisturbed_run(
+    local_ray: None, tiny_recipe: Make, tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SIGTERM and Ctrl-C reach the driver as KeyboardInterrupt (ultralong_ray.job)."""
+    sections = {"tasks": [{**RULER, "names": ["vt", "fwe"]}], "samples_per_shard": 1}
+    recipe = tiny_recipe(evaluate=sections)
+    models = {"base": Location.of(tiny_llama)}
+    finished, limits = _Progress.finished, iter([2, 3, 99])
+    counted = [0, 0]
+
+    def interrupted(self: _Progress, cell: Cell) -> None:
+        finished(self, cell)
+        counted[0] += 1
+        if counted[0] == counted[1]:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(_Progress, "finished", interrupted)
+    stage, folder = place(recipe)
+    for limit in limits:
+        counted[:] = [0, limit]
+        try:
+            summary = evaluate(recipe, models, None, stage)
+        except KeyboardInterrupt:
+            assert 0 < len(_answers(folder)) < 10
+    assert summary["num_computed"] <= 5, "what was stored before is not computed again"
+    monkeypatch.undo()
+    undisturbed = StageDirectory("evaluate", "undisturbed", Location.of(tmp_path / "undisturbed"))
+    once = evaluate(recipe, models, None, undisturbed)
+    assert _answers(folder) == _answers(tmp_path / "undisturbed") and len(_answers(folder)) == 10
+    assert (summary["models"], summary["tasks"]) == (once["models"], once["tasks"])
+
+
 def test_a_cluster_too_small_for_one_worker_is_refused(local_ray: None, tiny_recipe: Make, tiny_llama: Path) -> None:
     recipe = tiny_recipe(evaluate={"gpus_per_task": 64})
     with pytest.raises(UserError, match=r"gpus_per_task 64: the Ray cluster has \d+ GPU"):
@@ -212,3 +250,16 @@ def test_summary_splits_at_the_base_window() -> None:
         "mean_within_base_window": 0.9,
         "mean_beyond_base_window": 0.1,
     }
+
+
+def test_task_summary_weighs_shards_by_their_samples() -> None:
+    def cell(task: str, length: int, shard: int, samples: int) -> Cell:
+        return Cell("base", length, None, 1, task, 0, shard, 2 * shard, samples)
+
+    scores = {cell("ruler/vt", 512, 0, 2): 0.5, cell("ruler/vt", 512, 1, 1): 0.0, cell("ruler/vt", 1024, 0, 2): 1.0}
+    scores |= {cell("infinitebench/passkey", 512, 0, 3): 1 / 3, Cell("base", 64, 0.0, 0): 1.0}
+    assert summarise_tasks(scores, "base") == {
+        "infinitebench/passkey": {"512": pytest.approx(100 / 3)},
+        "ruler/vt": {"512": 33.33, "1024": 100.0},
+    }
+    assert summarise_tasks(scores, "final") == {}
