@@ -34,7 +34,7 @@ MAY_IMPORT: dict[str, set[str] | None] = {
     "train": {"types", "config", "storage", "packed", "model", "parallel", "flops", "planner"},
     "export": {"types", "config", "storage", "model"},
     "eval": {"types", "config", "endpoint", "storage", "model", "parallel"},
-    "report": {"types", "config", "storage", "stages"},
+    "report": {"types", "config", "storage", "stages", "recipe"},
     "benchmark": {"types", "config", "storage", "data", "flops", "planner", "model", "parallel", "train", "eval"},
     "job": None,
     "pipeline": None,

@@ -75,5 +75,7 @@ class EvaluateConfig(Section):
 
 
 def even_lengths(target_tokens: int) -> tuple[int, ...]:
-    """The lengths of the default passkey grid."""
-    return tuple(sorted({max(1, round(target_tokens * step / GRID_LENGTHS)) for step in range(1, GRID_LENGTHS + 1)}))
+    """The lengths of the default passkey grid, in whole thousands (1,024) of tokens where the steps allow it."""
+    unit = 1024 if target_tokens >= GRID_LENGTHS * 1024 else 1
+    steps = [target_tokens * step / GRID_LENGTHS for step in range(1, GRID_LENGTHS)]
+    return (*sorted({max(1, round(length / unit) * unit) for length in steps}), target_tokens)

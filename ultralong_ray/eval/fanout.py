@@ -288,12 +288,13 @@ class _Pool:
         self._assign(worker, cell.model)
 
     def _assign(self, worker: Any, loaded: str | None) -> None:
-        """Give a worker its next cell: among the longest left, one for the model that it has loaded."""
+        """Give a worker its next cell: the longest left, or one half as long for the model that it has loaded."""
         if not self.todo:
             ray.kill(worker)
             return
-        longest = [cell for cell in self.todo if cell.tokens == self.todo[0].tokens]
-        cell = next((cell for cell in longest if cell.model == loaded), longest[0])
+        longest = self.todo[0]
+        near = (cell for cell in self.todo if cell.model == loaded and 2 * cell.tokens >= longest.tokens)
+        cell = next(near, longest)
         self.todo.remove(cell)
         self._running[worker.run.remote(cell)] = (worker, cell)
 
