@@ -1,4 +1,4 @@
-"""`python jobs/benchmark.py train|prefill|data ...`: words to a measurement, and its end as an exit status."""
+"""`python jobs/benchmark.py train|prefill|prefix|parity|data`: words to a measurement, its end as an exit status."""
 
 from __future__ import annotations
 
@@ -7,8 +7,11 @@ import sys
 import time
 from typing import Any
 
+from ultralong_ray.benchmark.launch import RunFailed
+from ultralong_ray.benchmark.parity import add_parity, parity_table, run_parity
 from ultralong_ray.benchmark.prefill import Prefill
 from ultralong_ray.benchmark.prefill_record import prefill_table, run_prefill
+from ultralong_ray.benchmark.prefix import add_prefix, prefix_table, run_prefix
 from ultralong_ray.benchmark.presets import arguments as preset_arguments
 from ultralong_ray.benchmark.run import run_benchmark, table
 from ultralong_ray.benchmark.setups import SHAPES, Benchmark, Setup, parse_degrees
@@ -29,6 +32,10 @@ def main(argv: list[str]) -> int:
         options = parse(argv)
         if options.verb == "prefill":
             return _run_prefill(options, argv)
+        if options.verb == "prefix":
+            return _run_prefix(options, argv)
+        if options.verb == "parity":
+            return _run_parity(options, argv)
         result = run_benchmark(benchmark_of(options), ["python", "jobs/benchmark.py", *argv], Location.of(options.out))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -46,11 +53,29 @@ def _run_prefill(options: argparse.Namespace, argv: list[str]) -> int:
     return int(result["status"] != "ok")
 
 
+def _run_prefix(options: argparse.Namespace, argv: list[str]) -> int:
+    result = run_prefix(options, ["python", "jobs/benchmark.py", *argv])
+    print(prefix_table(result))
+    print(f"written: {options.out}")
+    return int(not result["same_answers"])
+
+
+def _run_parity(options: argparse.Namespace, argv: list[str]) -> int:
+    try:
+        result = run_parity(options, ["python", "jobs/benchmark.py", *argv])
+    except RunFailed as error:
+        print(f"failed: {error}", file=sys.stderr)
+        return 1
+    print(parity_table(result))
+    print(f"written: {options.out}")
+    return int(not result["passed"])
+
+
 def parse(argv: list[str]) -> argparse.Namespace:
     """Arguments, those of a preset first so that the command line overrules them."""
     parser = _parser()
     options = parser.parse_args(argv)
-    if options.preset:
+    if getattr(options, "preset", None):
         return parser.parse_args([argv[0], *preset_arguments(options.preset, options.gpus, argv[0]), *argv[1:]])
     return options
 
@@ -62,6 +87,8 @@ def _parser() -> argparse.ArgumentParser:
     _add_train(verbs.add_parser("train", help="training steps, ours and peers'", allow_abbrev=False).add_argument)
     prefill = verbs.add_parser("prefill", help="one long prompt over all GPUs, then decoding", allow_abbrev=False)
     _add_prefill(prefill.add_argument)
+    add_prefix(verbs.add_parser("prefix", help="a passkey grid with and without reuse of prompts").add_argument)
+    add_parity(verbs.add_parser("parity", help="answers of the in-process and the sharded engine").add_argument)
     return parser
 
 

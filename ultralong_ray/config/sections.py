@@ -1,4 +1,4 @@
-"""[storage], [corpus], [prepare], [pretrain], [sft], [evaluate] and [cluster]."""
+"""[storage], [corpus], [prepare], [pretrain], [sft] and [cluster]."""
 
 from __future__ import annotations
 
@@ -240,31 +240,6 @@ class SftConfig(TrainConfig):
                 "have nothing to say; remove them, or remove domain_samples"
             )
         return self
-
-
-class EvaluateConfig(Section):
-    """NIAH passkey over lengths x depths."""
-
-    models: Annotated[tuple[Literal["base", "extended", "pretrained", "final"], ...], Field(min_length=1)] = (
-        "base",
-        "pretrained",
-        "final",
-    )
-    """base: as given. extended: RoPE changed, not trained. pretrained: after CPT. final: the exported model."""
-    context_lengths: Annotated[tuple[Positive, ...], Field(min_length=1)]
-    """Tokens, question and template included."""
-    depths_percent: Annotated[tuple[Annotated[float, Field(ge=0, le=100)], ...], Field(min_length=1)]
-    samples_per_cell: Positive = 5
-    chat_template: bool = True
-    passkey_digits: Annotated[int, Field(ge=1, le=10)] = 5
-    max_new_tokens: Positive = 8
-    perplexity_buckets: Positive = 16
-    """Points of the perplexity-by-position curve."""
-    seed: int = 1234
-    prefill_chunk_tokens: Positive = operational(8192)
-    precision: Literal["float32", "bfloat16"] = "float32"
-    gpus_per_task: Annotated[float, Field(ge=0.0)] = operational(0.0)
-    cpus_per_task: Annotated[float, Field(ge=0.0)] = operational(1.0)
 
 
 class ClusterConfig(Section):
