@@ -5,6 +5,7 @@
 #   jobs/recipes/reproduction/run.sh base|128k|1m [overrides of all recipes, as in --cluster.num_workers 1]
 #
 # base: base_512.toml, then base_4k.toml; the model lands in runs/reproduction/models/base. RECIPES: another folder.
+# EVALUATE: further overrides of what is evaluated, each without blanks.
 set -euo pipefail
 cd "$(dirname "$0")/../../.."
 recipes=${RECIPES:-jobs/recipes/reproduction}
@@ -13,6 +14,12 @@ part=$1
 shift
 overrides=("$@")
 job() { "${PYTHON:-python3}" "jobs/$1.py" "$recipes/$2.toml" "${overrides[@]}"; }
+evaluate() {
+  local more
+  read -r -a more <<<"${EVALUATE:-}"
+  overrides+=("${more[@]}")
+  job evaluate "$1"
+}
 # adopt STAGE RECIPE NAME: the model that a stage has made becomes the base of other recipes
 adopt() {
   local made
@@ -32,10 +39,11 @@ base)
   wait "$preparing"
   for stage in extend pretrain sft export; do job "$stage" base_4k; done
   adopt export base_4k base
-  job evaluate base_4k
+  evaluate base_4k
   ;;
 128k | 1m)
-  for stage in prepare extend pretrain sft export evaluate; do job "$stage" "extend_$part"; done
+  for stage in prepare extend pretrain sft export; do job "$stage" "extend_$part"; done
+  evaluate "extend_$part"
   ;;
 *)
   echo "run.sh: no part $part; there are base, 128k and 1m" >&2
