@@ -35,13 +35,14 @@ MAY_IMPORT: dict[str, set[str] | None] = {
     "eval": {"types", "config", "storage", "model", "parallel"},
     "report": {"types", "config", "storage", "stages"},
     "benchmark": {"types", "config", "storage", "data", "flops", "planner", "model", "parallel", "train", "eval"},
+    "trials": {"types", "config", "recipe", "stages", "storage"},
     "job": None,
     "pipeline": None,
 }
 
 # Heavy library -> patterns of the files, relative to the package, that may import it.
 HEAVY: dict[str, str] = {
-    "ray": r"data/fan_out\.py|train/(trainer|loop|checkpoint|metrics|worker)\.py|eval/fanout\.py|job\.py",
+    "ray": r"data/fan_out\.py|train/(trainer|loop|checkpoint|metrics|worker)\.py|eval/fanout\.py|trials\.py|job\.py",
     "deepspeed": r"train/(engine|partition)\.py|benchmark/(alst|gradients)\.py",
     "torch": r"(model|parallel|train|benchmark)/.*|eval/[^/]*|export\.py|export/.*",
     "transformers": r"(data|model|parallel|train)/.*|eval/[^/]*|export(\.py|/.*)|benchmark/(alst|torch_cp|prefill)\.py",
