@@ -107,6 +107,7 @@ def test_documents_fit_and_depend_on_seed_and_index_alone() -> None:
     for first, second in zip(made[40:], again, strict=True):
         assert (first.id, first.domain) == (second.id, second.domain)
         assert np.array_equal(first.input_ids, second.input_ids)
+        assert first.loss_weight is not None and second.loss_weight is not None
         assert np.array_equal(first.loss_weight, second.loss_weight)
 
 
