@@ -14,11 +14,12 @@ part=$1
 shift
 overrides=("$@")
 job() { "${PYTHON:-python3}" "jobs/$1.py" "$recipes/$2.toml" "${overrides[@]}"; }
-evaluate() {
+evaluate() { # and the report of everything
   local more
   read -r -a more <<<"${EVALUATE:-}"
   overrides+=("${more[@]}")
   job evaluate "$1"
+  job report "$1"
 }
 # adopt STAGE RECIPE NAME: the model that a stage has made becomes the base of other recipes
 adopt() {
