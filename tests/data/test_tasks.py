@@ -128,6 +128,11 @@ def test_mixes_that_make_no_sense_are_refused() -> None:
         SourceConfig(kind="installed", task_mix={"needles": 1.0})
     with pytest.raises(ValidationError, match="Input should be"):
         SourceConfig(kind="tasks", num_documents=1, max_tokens_per_document=64, task_mix={"riddles": 1.0})  # type: ignore[dict-item]
+    longer = SourceConfig(kind="tasks", num_documents=1, max_tokens_per_document=65, task_mix={"needles": 1.0})
+    with pytest.raises(ValidationError, match=r"exceeds sft\.max_sample_tokens 64"):
+        SftConfig(
+            sources=(longer,), sequence_length=64, max_sample_tokens=64, global_batch_sequences=1, learning_rate=1
+        )
     tasks = SourceConfig(kind="tasks", num_documents=1, max_tokens_per_document=64)
     with pytest.raises(ValidationError, match='"repetition" asks nothing'):
         SftConfig(sources=(tasks,), sequence_length=64, max_sample_tokens=64, global_batch_sequences=1, learning_rate=1)

@@ -260,6 +260,11 @@ class SftConfig(TrainConfig):
                     'a source of kind "tasks" makes conversations here, and "repetition" asks nothing; give task_mix '
                     "without it"
                 )
+            if (source.max_tokens_per_document or 0) > self.max_sample_tokens:
+                raise ValueError(
+                    f"max_tokens_per_document {source.max_tokens_per_document} of a source exceeds "
+                    f"sft.max_sample_tokens {self.max_sample_tokens}; a sample is never cut"
+                )
         return self
 
     @model_validator(mode="after")
