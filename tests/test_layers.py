@@ -36,6 +36,7 @@ MAY_IMPORT: dict[str, set[str] | None] = {
     "eval": {"types", "config", "endpoint", "storage", "model", "parallel"},
     "report": {"types", "config", "storage", "stages", "recipe"},
     "benchmark": {"types", "config", "storage", "data", "flops", "planner", "model", "parallel", "train", "eval"},
+    "trials": {"types", "config", "recipe", "stages", "storage"},
     "job": None,
     "pipeline": None,
 }
@@ -44,7 +45,7 @@ MAY_IMPORT: dict[str, set[str] | None] = {
 HEAVY: dict[str, str] = {
     "ray": (
         r"data/fan_out\.py|train/(trainer|loop|checkpoint|metrics|worker)\.py"
-        r"|eval/(fanout|sharded_group|vllm_engine)\.py|job\.py"
+        r"|eval/(fanout|sharded_group|vllm_engine)\.py|trials\.py|job\.py"
     ),
     "deepspeed": r"train/(engine|partition)\.py|benchmark/(alst|gradients)\.py",
     "torch": r"(model|parallel|train|benchmark)/.*|eval/[^/]*|export\.py|export/.*",

@@ -33,12 +33,26 @@ class StorageConfig(Section):
         return StorageOptions(**self.model_dump())
 
 
+TaskKind = Literal[
+    "passkey",
+    "key_value",
+    "repetition",
+    "needles",
+    "variables",
+    "common_words",
+    "frequent_words",
+    "questions",
+    "copying",
+    "arithmetic",
+]
+
+
 class SourceConfig(Section):
     """One source of documents."""
 
     kind: Literal["files", "installed", "tasks"] = "files"
     """files: Parquet, JSONL or Arrow shards. installed: the text on this machine (code, documentation, licences).
-    tasks: synthetic retrieval documents, for training a base model from nothing."""
+    tasks: synthetic documents that ask something, for training a base model from nothing; in [sft], conversations."""
     uri: str | None = None
     """files: a file, a folder (prefix) or a glob; local path or any pyarrow / fsspec URI."""
     storage: StorageConfig | None = operational(None)
@@ -68,6 +82,8 @@ class SourceConfig(Section):
     """tasks: how many documents to make."""
     max_tokens_per_document: Positive | None = None
     """tasks: length of the longest document, in tokens."""
+    task_mix: dict[TaskKind, PositiveFloat] | None = None
+    """tasks: share of documents of each kind (normalised to 1); default: passkey 0.4, key_value 0.3, repetition 0.3."""
 
     @model_validator(mode="after")
     def _fields_fit_kind(self) -> SourceConfig:
@@ -77,6 +93,8 @@ class SourceConfig(Section):
             raise ValueError(f'a source of kind "{self.kind}" takes no uri')
         if self.kind == "tasks" and not (self.num_documents and self.max_tokens_per_document):
             raise ValueError('a source of kind "tasks" needs num_documents and max_tokens_per_document')
+        if self.kind != "tasks" and self.task_mix is not None:
+            raise ValueError(f'task_mix is of sources of kind "tasks"; remove it from this one of kind "{self.kind}"')
         if self.domain is not None and self.domain_pattern is not None:
             raise ValueError("a source takes domain or domain_pattern, not both")
         return self
@@ -125,6 +143,8 @@ class PrepareConfig(Section):
     """Share of tokens per domain (normalised to 1); default: the corpus's own shares before sampling."""
     holdout_sequences: NonNegative = 0
     """Sequences of one long document each, kept out of training for the perplexity-by-position curve."""
+    holdout_ids: tuple[str, ...] = ()
+    """Ids of documents held out besides, whatever their length: the same ones in every recipe of a series."""
     seed: int = 42
     num_workers: Positive | None = operational(None)
     """Parallel tasks; default: all CPUs of the cluster."""
@@ -231,6 +251,21 @@ class SftConfig(TrainConfig):
     deduplicate: DeduplicateConfig | None = None
     """Default: samples may repeat each other."""
     mask_documents: bool = True
+
+    @model_validator(mode="after")
+    def _tasks_ask_something(self) -> SftConfig:
+        for source in self.sources:
+            if source.kind == "tasks" and "repetition" in (source.task_mix or ("repetition",)):
+                raise ValueError(
+                    'a source of kind "tasks" makes conversations here, and "repetition" asks nothing; give task_mix '
+                    "without it"
+                )
+            if (source.max_tokens_per_document or 0) > self.max_sample_tokens:
+                raise ValueError(
+                    f"max_tokens_per_document {source.max_tokens_per_document} of a source exceeds "
+                    f"sft.max_sample_tokens {self.max_sample_tokens}; a sample is never cut"
+                )
+        return self
 
     @model_validator(mode="after")
     def _one_way_to_mix(self) -> SftConfig:
