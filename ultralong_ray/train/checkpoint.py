@@ -194,7 +194,11 @@ def _read_own(engine: Any, folder: Location, manifest: Manifest) -> None:
                 raise UserError(f"{folder}: parameter {part.name} is {there} there and {part.shape} here")
             for kind in KINDS:
                 part.put(kind, files.range_of(part.name, kind, part.start, part.numel).to(engine.device))
-        random_file = f"random-{dist.get_rank():05d}.pt"
+        # Those of ranks that are no more: read by nobody, and checked all the same.
+        rank, randoms = dist.get_rank(), sorted(name for name in manifest.files if name.startswith("random-"))
+        for name in randoms[rank :: dist.get_world_size()]:
+            files.reader(name).read(0, manifest.files[name].num_bytes)
+        random_file = f"random-{rank:05d}.pt"
         if random_file in manifest.files:
             data = files.reader(random_file).read(0, manifest.files[random_file].num_bytes)
             restore_random_state(data)
