@@ -1,4 +1,4 @@
-"""A stand-in for DeepSpeed's engine in this process: a torch module and AdamW, as at ZeRO stage 0, in a world of one."""
+"""A stand-in for DeepSpeed's engine in this process: a module and AdamW, as at ZeRO stage 0, in a world of one."""
 
 from __future__ import annotations
 
