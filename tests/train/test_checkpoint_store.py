@@ -7,6 +7,9 @@ A server that speaks S3 stands behind a proxy that cuts every connection for `ST
 from __future__ import annotations
 
 import os
+import shutil
+import signal
+import subprocess
 import threading
 import time
 import uuid
@@ -18,6 +21,7 @@ import pytest
 
 from tests.data import fault_proxy
 from tests.data.fault_proxy import FaultProxy
+from tests.data.test_real_corpus_s3 import SERVER, ceph
 from tests.train.made_engine import about, made_engine, same, save, state_of, step, world_of_one, writer_of
 from ultralong_ray import object_store
 from ultralong_ray.storage import Location
@@ -124,3 +128,56 @@ def test_a_reader_that_meets_a_cut_answer_reads_again(proxy: FaultProxy) -> None
     proxy.faults = lambda number, line: "cut" if b"GET" in line and cuts.acquire(blocking=False) else None
     restored = load_newest(engine, root, IDENTITY)
     assert proxy.injected and restored is not None and restored.passed_over == ()
+
+
+class Gateway:
+    """Ceph's RADOS Gateway, killed and started again; what it stores stays with the other daemons."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.pid_file = folder, folder / "run" / "rgw.p"
+
+    def dies_for(self, seconds: float, after_seconds: float) -> None:
+        def die() -> None:
+            os.kill(int(self.pid_file.read_text()), signal.SIGKILL)
+            time.sleep(seconds)
+            command = ["radosgw", "-c", str(self.folder / "ceph.conf"), "-n", "client.admin", "-f"]
+            log = (self.folder / "log" / "rgw.out").open("ab")
+            self.pid_file.write_text(str(subprocess.Popen(command, stdout=log, stderr=log).pid))
+
+        threading.Timer(after_seconds, die).start()
+
+
+@slow
+@pytest.mark.skipif(not (SERVER.is_file() and shutil.which("radosgw")), reason="no Ceph here")
+def test_a_real_server_killed_for_30_seconds_during_upload_and_load(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import boto3
+
+    for name, value in (("ACCESS_KEY_ID", "ak"), ("SECRET_ACCESS_KEY", "sk"), ("REGION", "us-east-1")):
+        monkeypatch.setenv(f"AWS_{name}", value)
+    with ceph(tmp_path / "ceph") as endpoint:
+        gateway = Gateway(tmp_path / "ceph")
+        boto3.client("s3", endpoint_url=endpoint, region_name="us-east-1").create_bucket(Bucket="checkpoints")
+        root = Location("s3://checkpoints/run/checkpoints", StorageOptions(endpoint=endpoint, plain_checksums=True))
+        engine = made_engine(2000)  # 96 MB of state
+        writer, saved = writer_of(engine, root)
+        save(writer, 1)
+        step(engine)
+        taken = state_of(engine)
+        gateway.dies_for(30.0, after_seconds=min(0.3, saved[0].written_seconds / 3))
+        began = time.monotonic()
+        writer.take(about(2))
+        writer.start()
+        while time.monotonic() < began + 20:
+            step(engine)
+            assert writer.committed_step() == 1
+        writer.wait()
+        assert time.monotonic() - began > 30 and [found.step for found in saved] == [1, 2]
+        assert uncommitted(root) == []
+        gateway.dies_for(30.0, after_seconds=0.05)
+        began, other = time.monotonic(), made_engine(2000)
+        restored = load_newest(other, root, IDENTITY)
+        assert time.monotonic() - began > 25
+        assert restored is not None and (restored.step, restored.passed_over) == (2, ())
+        assert same(taken, state_of(other))

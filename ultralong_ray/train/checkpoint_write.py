@@ -254,7 +254,7 @@ class CheckpointWriter:
     def _commit(self, pending: _Pending, written_seconds: float) -> None:
         folder = self.root / pending.name
         manifest = _joined(pending.about, self._records(folder))
-        self.before_commit()
+        self._patiently(self.before_commit)
         for rank in range(self.world_size):  # a checkpoint holds nothing that its manifest does not vouch for
             with suppress(FileNotFoundError):
                 self._patiently((folder / RECORD_FILE.format(rank)).delete_file)
@@ -268,7 +268,7 @@ class CheckpointWriter:
             uploaded_seconds=round(time.perf_counter() - pending.taken, 3),
             num_bytes=sum(entry.num_bytes for entry in manifest.files.values()),
         )
-        self.committed(saved)
+        self._patiently(lambda: self.committed(saved))
 
     def _records(self, folder: Location) -> list[dict[str, Any]]:
         """What every rank wrote, by rank, as soon as all have. Raises RuntimeError when the run is given up."""
