@@ -122,7 +122,8 @@ def forget_others(
 
 def folders(root: Location) -> frozenset[str]:
     """All folders below `root` that have files, checkpoints or not."""
-    return frozenset(file.uri[len(root.uri) + 1 :].split("/")[0] for file in root.files(recursive=True))
+    paths = [file.uri[len(root.uri) + 1 :].split("/") for file in root.files(recursive=True)]
+    return frozenset(path[0] for path in paths if len(path) > 1)
 
 
 def root_to_resume(stage: Location, identity: dict[str, Any], accepted: tuple[str, ...]) -> Location:

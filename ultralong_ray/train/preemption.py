@@ -88,19 +88,24 @@ def wait_for_the_end() -> None:
 
 
 def _hear_sigterm(worker: Any, grace_seconds: float) -> None:
-    _on_sigterm(_terminated, grace_seconds)
+    _on_sigterm(_terminated, threading.Event(), grace_seconds)
 
 
-def _on_sigterm(heard: threading.Event, grace_seconds: float) -> None:
-    """The first SIGTERM sets `heard`; a second one, or the end of the grace, does what it would have done."""
+def _on_sigterm(heard: threading.Event, over: threading.Event, grace_seconds: float) -> None:
+    """The first SIGTERM sets `heard`; a second one, or the end of the grace, does what it would have done.
+
+    Once `over` is set the grace has no end.
+    """
     former = signal.getsignal(signal.SIGTERM)
+
+    def end() -> None:
+        if not over.wait(grace_seconds):
+            os.kill(os.getpid(), signal.SIGTERM)
 
     def handler(number: int, frame: FrameType | None) -> None:
         heard.set()
         signal.signal(signal.SIGTERM, former)
-        again = threading.Timer(grace_seconds, os.kill, (os.getpid(), signal.SIGTERM))
-        again.daemon = True
-        again.start()
+        threading.Thread(target=end, name="grace", daemon=True).start()
 
     signal.signal(signal.SIGTERM, handler)
 
@@ -121,7 +126,7 @@ def stopped_by_sigterm(stage: Location, grace_seconds: float) -> Iterator[None]:
             logger.warning("SIGTERM: the workers save and leave, for which they have %.0f s", grace_seconds)
             (stage / STOP_FILE).write_bytes(b"")
 
-    _on_sigterm(heard, grace_seconds)
+    _on_sigterm(heard, over, grace_seconds)
     threading.Thread(target=ask, name="stop", daemon=True).start()
     try:
         yield
