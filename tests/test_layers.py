@@ -31,7 +31,7 @@ MAY_IMPORT: dict[str, set[str] | None] = {
     "data": {"types", "config", "endpoint", "object_store", "storage", "packed", "stages"},
     "model": {"types", "config", "storage"},
     "parallel": {"types", "config", "packed"},
-    "train": {"types", "config", "storage", "packed", "model", "parallel", "flops", "planner"},
+    "train": {"types", "config", "object_store", "storage", "packed", "model", "parallel", "flops", "planner"},
     "export": {"types", "config", "storage", "model"},
     "eval": {"types", "config", "endpoint", "storage", "model", "parallel"},
     "report": {"types", "config", "storage", "stages", "recipe"},
@@ -44,7 +44,7 @@ MAY_IMPORT: dict[str, set[str] | None] = {
 # Heavy library -> patterns of the files, relative to the package, that may import it.
 HEAVY: dict[str, str] = {
     "ray": (
-        r"data/fan_out\.py|train/(trainer|loop|checkpoint|metrics|worker)\.py"
+        r"data/fan_out\.py|train/(trainer|loop|checkpoint|metrics|preemption|worker)\.py"
         r"|eval/(fanout|sharded_group|vllm_engine)\.py|trials\.py|job\.py"
     ),
     "deepspeed": r"train/(engine|partition)\.py|benchmark/(alst|gradients)\.py",

@@ -144,6 +144,7 @@ class TrainPlan:
     mlp_tile_tokens: int
     loss_tile_tokens: int
     offload_optimizer: bool
+    checkpoint_snapshot: Literal["memory", "disk", "none"] = "none"  # where the loop leaves the state at a checkpoint
 
     @property
     def degree(self) -> int:
@@ -172,6 +173,7 @@ class StepMetrics:
     memory_gib: float  # peak of the fullest rank: GPU memory, or resident memory on CPU
     epoch: int
     sequence: int  # sequences of the current epoch consumed so far
+    checkpoint_seconds: float = 0.0  # that the loop then stood still for a checkpoint; not in step_seconds
 
 
 @dataclass(frozen=True, slots=True)

@@ -226,6 +226,21 @@ class TrainConfig(Section):
     """The newest checkpoints that stay; older ones go when a newer one is committed."""
     keep_every_nth: Positive | None = operational(None)
     """Every n-th checkpoint stays for good; default: none."""
+    checkpoint_snapshot: Literal["auto", "memory", "disk", "none"] = operational("auto")
+    """What the loop waits for at a checkpoint. memory: a copy of the state in host memory, 12 bytes per parameter over
+    all workers. disk: a file in local_checkpoint_folder. none: the upload itself. auto: memory where it fits, else
+    disk where there is a folder, else none."""
+    local_checkpoint_folder: str | None = operational(None)
+    """A folder on each node's own disk, for checkpoint_snapshot "disk"."""
+
+    @model_validator(mode="after")
+    def _disk_has_a_folder(self) -> TrainConfig:
+        if self.checkpoint_snapshot == "disk" and self.local_checkpoint_folder is None:
+            raise ValueError(
+                'checkpoint_snapshot = "disk" needs local_checkpoint_folder, a folder on every node; give it, '
+                'or choose "memory", "none" or "auto"'
+            )
+        return self
 
 
 class PretrainConfig(TrainConfig):
@@ -286,6 +301,8 @@ class ClusterConfig(Section):
     cpus_per_worker: PositiveFloat = 1.0
     max_failures: Annotated[int, Field(ge=-1)] = 3
     """Restarts from the last checkpoint after a lost worker; -1: without end."""
+    preemption_grace_seconds: PositiveFloat = 60.0
+    """After SIGTERM, how long a worker or the driver may take to finish the step in flight and save it."""
     peak_tflops_per_worker: PositiveFloat | None = None
     """Dense bf16 peak for MFU where the device is not in the table."""
     gpu: str | None = None
