@@ -7,6 +7,7 @@ directory, its checkpoints and its events (train/events.py); `report` hears of e
 from __future__ import annotations
 
 import gc
+import logging
 import math
 import resource
 import time
@@ -22,19 +23,32 @@ from ultralong_ray.parallel.kernels.choose import choose_kernel
 from ultralong_ray.parallel.mesh import create_mesh
 from ultralong_ray.parallel.topology import Topology
 from ultralong_ray.planner.hardware import peak_flops
+from ultralong_ray.storage import Location
 from ultralong_ray.train.batches import accumulation_steps, read_ahead
-from ultralong_ray.train.checkpoint import CHECKPOINTS, forget_others, load_newest, root_to_resume, save_checkpoint
+from ultralong_ray.train.checkpoint import (
+    CHECKPOINTS,
+    committed,
+    forget_others,
+    load_newest,
+    root_to_resume,
+    save_checkpoint,
+    step_of,
+)
 from ultralong_ray.train.checkpoint_files import Manifest
 from ultralong_ray.train.engine import deepspeed_config, init_distributed, initialize, make_optimizer, set_learning_rate
-from ultralong_ray.train.events import record_event
+from ultralong_ray.train.events import node_name, record_event
+from ultralong_ray.train.failures import SpikeWatch
 from ultralong_ray.train.job import TrainJob
 from ultralong_ray.train.metrics import MetricsWriter
 from ultralong_ray.train.order import cursor_after, sequences_of_step
 from ultralong_ray.train.preflight import RunShape, check_first_loss, preflight
 from ultralong_ray.train.schedule import learning_rate
 from ultralong_ray.train.step import StepResult, train_step
+from ultralong_ray.train.watchdog import Watchdog
 from ultralong_ray.train.weights import build_model
 from ultralong_ray.types import StepMetrics, UserError
+
+logger = logging.getLogger(__name__)
 
 Report = Callable[[dict[str, Any]], None]
 
@@ -99,11 +113,13 @@ class Trainer:
         accepted = self.job.resume_anyway
         root = root_to_resume(self.job.stage, self.identity, accepted)
         restored = load_newest(self.engine, root, self.identity, accepted)
+        nodes: list[Any] = [None] * self.topology.world_size
+        dist.all_gather_object(nodes, node_name())
         if self.topology.rank == 0 and restored is None:
-            record_event(self.job.stage, "start", layout=self.layout)
+            record_event(self.job.stage, "start", layout=self.layout, nodes=nodes)
         elif self.topology.rank == 0 and restored is not None:
             found = {"step": restored.step, "checkpoint": restored.name, "passed_over": restored.passed_over}
-            record_event(self.job.stage, "resume", layout=self.layout, **found)
+            record_event(self.job.stage, "resume", layout=self.layout, nodes=nodes, **found)
         return 0 if restored is None else restored.step
 
     def checkpoint(self, step: int) -> None:
@@ -136,7 +152,7 @@ class Trainer:
         sums, grad_norm = result.rank_sums.tolist(), float(result.grad_norm)
         step_seconds = time.perf_counter() - started_seconds
         batch, manifest = self.train.global_batch_sequences, self.reader.manifest
-        refuse_broken(step, sums, grad_norm, sequences_of_step(step, batch, manifest.num_sequences, self.train.seed))
+        refuse_broken(step, sums, grad_norm, self.sequences(step), self.job.stage / CHECKPOINTS)
         shape = ModelShape.from_config(self.shape)
         flops = ledger(shape, manifest.sequence_length, self.job.plan).times(batch)
         cursor = cursor_after(step, batch, manifest.num_sequences)
@@ -159,6 +175,25 @@ class Trainer:
             sequence=cursor.sequence,
         )
 
+    def sequences(self, step: int) -> list[int]:
+        """The packed sequences of a step."""
+        train = self.train
+        return sequences_of_step(step, train.global_batch_sequences, self.reader.manifest.num_sequences, train.seed)
+
+    def account_for_spike(self, step: int, cause: str | None) -> None:
+        """Warn of a loss that stands out, or stop there, as the recipe says. Every rank knows the same loss."""
+        if cause is None:
+            return
+        words = f"step {step}: {cause}, sequences {self.sequences(step)}"
+        if self.train.on_loss_spike == "stop":
+            raise UserError(
+                f"{words}. {last_good(self.job.stage / CHECKPOINTS, step)}; lower learning_rate, or set on_loss_spike "
+                f'to "warn" to go on through it, then submit again'
+            )
+        if self.topology.rank == 0:
+            logger.warning("%s", words)
+            record_event(self.job.stage, "spike", step=step, sequences=self.sequences(step), cause=cause)
+
     def close(self) -> None:
         """Free the engine while all ranks are alive: gloo otherwise aborts a process that leaves first."""
         del self.engine
@@ -166,7 +201,9 @@ class Trainer:
         dist.barrier()
 
 
-def refuse_broken(step: int, sums: list[list[float]], grad_norm: float, sequences: list[int]) -> None:
+def refuse_broken(
+    step: int, sums: list[list[float]], grad_norm: float, sequences: list[int], checkpoints: Location
+) -> None:
     """Raise UserError when a step had no targets or a loss or gradient is NaN or infinite. `sums`: StepResult's."""
     if sum(row[1] for row in sums) == 0:
         raise UserError(f"step {step}: no token of sequences {sequences} is a target (all loss weights are 0)")
@@ -174,9 +211,15 @@ def refuse_broken(step: int, sums: list[list[float]], grad_norm: float, sequence
     if ranks or not math.isfinite(grad_norm):
         what = f"loss on ranks {ranks}" if ranks else f"gradient norm ({grad_norm})"
         raise UserError(
-            f"step {step}: the {what} is not finite, sequences {sequences}. The last checkpoint is from before this "
-            f"step; lower learning_rate, lengthen warmup_steps or set gradient_clip, then submit again"
+            f"step {step}: the {what} is not finite, sequences {sequences}. {last_good(checkpoints, step)}; "
+            f"lower learning_rate, lengthen warmup_steps or set gradient_clip, then submit again"
         )
+
+
+def last_good(checkpoints: Location, step: int) -> str:
+    """The newest checkpoint from before `step`, in words."""
+    names = [name for name in committed(checkpoints) if step_of(name) < step]
+    return f"The last good checkpoint is {names[0]}" if names else "There is no checkpoint from before this step"
 
 
 def run(job: TrainJob, device: torch.device, report: Report) -> int:
@@ -186,14 +229,23 @@ def run(job: TrainJob, device: torch.device, report: Report) -> int:
     `report({"step", "loss"})` is called on every rank when a checkpoint is committed.
     """
     trainer = Trainer(job, device)
-    topology, train = trainer.topology, job.train
     if job.preflight_only or device.type == "cuda":
         trainer.preflight()
     if job.preflight_only:
         trainer.close()
         return 0
     restored = trainer.restore()
+    with Watchdog(job.stage, restored + 1, job.train.hang_timeout_seconds) as watchdog:
+        _train_on(trainer, restored, report, watchdog)
+    trainer.close()
+    return restored
+
+
+def _train_on(trainer: Trainer, restored: int, report: Report, watchdog: Watchdog) -> None:
+    """From step `restored` to the last one."""
+    job, train, topology, device = trainer.job, trainer.train, trainer.topology, trainer.device
     writer = MetricsWriter(job.stage, restored, job.section) if topology.rank == 0 else None
+    spikes = SpikeWatch(train.loss_spike_factor)
     started = time.perf_counter()
     batches = read_ahead(restored + 1, trainer.num_steps, trainer.reader, train, topology, device)
     for step, micro_batches in batches:
@@ -202,20 +254,21 @@ def run(job: TrainJob, device: torch.device, report: Report) -> int:
         metrics = trainer.metrics(step, result, started)
         if step == 1 and device.type == "cuda":
             check_first_loss(metrics.loss, trainer.shape["vocab_size"], pretrained=job.random_seed is None)
+        trainer.account_for_spike(step, spikes.spike(metrics.loss))
         started = time.perf_counter()
         if writer is not None:
             writer.write(metrics)
         if step % train.checkpoint_every_steps == 0 or step == trainer.num_steps:
+            watchdog.allow(f"the checkpoint of step {step}")
             if writer is not None:
                 writer.flush()
             trainer.checkpoint(step)
             report({"step": step, "loss": metrics.loss})
             started = time.perf_counter()
+        watchdog.beat(step)
     if writer is not None:
         writer.close()
         record_event(job.stage, "end", step=trainer.num_steps)
-    trainer.close()
-    return restored
 
 
 def peak_memory_gib(device: torch.device) -> float:

@@ -1,0 +1,166 @@
+"""What a failure is, what is done about each kind, and when a run has failed too often. Pure: events in, words out.
+
+| Failure | Seen by, within | What happens | Lost | Shown by |
+| --- | --- | --- | --- | --- |
+TABLE
+"""
+
+from __future__ import annotations
+
+import re
+import statistics
+from collections import deque
+from collections.abc import Callable
+from typing import Any, Literal
+
+from ultralong_ray.types import UserError
+
+Kind = Literal["hung", "memory", "user", "error", "lost", "preempted", "collective"]
+Event = dict[str, Any]
+
+# From the most telling account to the least: when one rank dies, its partners report a broken collective.
+TELLING: tuple[Kind, ...] = ("hung", "memory", "user", "error", "preempted", "lost", "collective")
+BEGINNINGS = ("start", "resume")
+MEMORY_RESTARTS = 1
+SPIKE_STEPS = 20  # a loss is compared with the median of so many before it
+SPIKE_FIRST_STEPS = 5  # and with none where there are fewer than these
+
+_COLLECTIVE = re.compile(r"gloo|nccl|c10d|connection (was )?(closed|reset|refused)|broken pipe|process ?group", re.I)
+_MEMORY = re.compile(r"out of memory|not enough memory|can't allocate memory|running low on memory", re.I)
+
+
+def kind_of(error: BaseException) -> Kind:
+    """What kind of failure an exception is, by the names of its classes and its words.
+
+    Ray Train wraps the death of a worker (WorkerHealthCheckFailedError); Ray's errors say whether a node was taken
+    away on purpose. Read against Ray 2.60, torch 2.11 and 2.13.
+    """
+    cause = getattr(error, "health_check_failure", None)
+    if isinstance(cause, BaseException):
+        return kind_of(cause)
+    names = {base.__name__ for base in type(error).__mro__}
+    if names & {"OutOfMemoryError", "MemoryError"} or _MEMORY.search(str(error)):
+        return "memory"
+    if names & {"RayActorError", "NodeDiedError", "WorkerHealthCheckTimeoutError"}:
+        return "preempted" if getattr(error, "preempted", False) else "lost"
+    if "UserError" in names:
+        return "user"
+    if "DistError" in names or ("RuntimeError" in names and _COLLECTIVE.search(str(error))):
+        return "collective"
+    return "error"
+
+
+def in_words(error: BaseException) -> str:
+    """The error's kind and the first line of its message that says something."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0] if lines else ''}"
+
+
+def most_telling(accounts: list[Event]) -> Event | None:
+    """The account that says most: by kind, then the first."""
+    rank_of = {kind: place for place, kind in enumerate(TELLING)}
+    return min(accounts, key=lambda account: rank_of.get(account.get("kind", "error"), 0), default=None)
+
+
+def accounts_since_last_breakdown(events: list[Event]) -> list[Event]:
+    """Failures that ranks recorded in the attempt that runs, or ran last."""
+    edges = [place for place, event in enumerate(events) if event["event"] in (*BEGINNINGS, "submit", "breakdown")]
+    return [event for event in events[edges[-1] + 1 if edges else 0 :] if event["event"] == "failure"]
+
+
+def last_committed_step(events: list[Event]) -> int:
+    """The step of the newest checkpoint that the events know of; 0 where there is none."""
+    steps = [event["step"] for event in events if event["event"] in ("checkpoint", "resume")]
+    return steps[-1] if steps else 0
+
+
+def breakdowns_in_a_row(events: list[Event]) -> list[Event]:
+    """Breakdowns since the last committed checkpoint; a node that was taken away on purpose does not count."""
+    found: list[Event] = []
+    for event in events:
+        if event["event"] in ("checkpoint", "end"):
+            found = []
+        elif event["event"] == "breakdown" and event.get("kind") != "preempted":
+            found.append(event)
+    return found
+
+
+def refuse_to_go_on(events: list[Event], max_failures: int, sequences_of: Callable[[int], list[int]]) -> None:
+    """Raise UserError when an attempt would be one too many: the run failed again and again without a checkpoint.
+
+    `max_failures` restarts in a row are made (-1: without end), after lack of memory one. What counts is in the run's
+    folder, so a new submission does not begin anew: it has one attempt. `sequences_of` gives a step's sequences.
+    """
+    row = breakdowns_in_a_row(events)
+    decisive = [event["event"] for event in events if event["event"] in ("submit", "breakdown")]
+    if not row or decisive[-1] == "submit":
+        return
+    memory = [event for event in row if event.get("kind") == "memory"]
+    too_often = max_failures >= 0 and len(row) > max_failures
+    if not too_often and len(memory) <= MEMORY_RESTARTS:
+        return
+    steps = [event["step"] for event in row]
+    step = steps[-1]
+    where = f"step {step} failed {_times(len(row))} in a row" if len(set(steps)) == 1 else f"steps {steps} failed"
+    cause = f"last cause: {place_of(row[-1])}{row[-1]['cause']}"
+    what = (
+        "What does not fit once does not fit again: use more ranks for a sequence, keep_attention_rows = 0, smaller "
+        "tiles, or offload_optimizer = true (jobs/plan.py predicts each)"
+        if row[-1].get("kind") == "memory"
+        else "Look at that cause and, where it is the data, at those sequences"
+    )
+    raise UserError(
+        f"{where} without a checkpoint in between, on sequences {sequences_of(step)} (step {step}); {cause}. {what}; "
+        f"cluster.max_failures is {max_failures}. Submitted again the run makes one more attempt from step "
+        f"{last_committed_step(events)}"
+    )
+
+
+def place_of(account: Event) -> str:
+    """`rank 3 on n1: `, or nothing where no rank is known."""
+    if account.get("rank") is None:
+        return ""
+    return f"rank {account['rank']} on {account['node']}: "
+
+
+def lost_rank_words(ranks: list[int], nodes: list[str]) -> tuple[int | None, str | None, str]:
+    """(first rank, its node, words for all of them) of ranks that ended without a word."""
+    if not ranks:
+        return None, None, "no rank"
+    by_node: dict[str, list[int]] = {}
+    for rank in ranks:
+        by_node.setdefault(nodes[rank] if rank < len(nodes) else "an unknown node", []).append(rank)
+    words = "; ".join(f"ranks {some} of {node}" for node, some in by_node.items())
+    return ranks[0], next(iter(by_node)), words
+
+
+def memory_words(plan: dict[str, Any], peak_gib: float) -> str:
+    """Peak memory beside what the plan (the contents of plan.json) predicted."""
+    prediction = plan.get("prediction")
+    if prediction is None:
+        return f"peak {peak_gib:.1f} GiB; the plan predicted nothing for this device"
+    device, host = prediction["device_gib"], prediction["host_rank_gib"]
+    return f"peak {peak_gib:.1f} GiB; the plan has {device:.1f} GiB on the device and {host:.1f} GiB on the host a rank"
+
+
+class SpikeWatch:
+    """Compares each loss with the median of the SPIKE_STEPS before it, in this attempt."""
+
+    def __init__(self, factor: float | None) -> None:
+        self.factor = factor
+        self.losses: deque[float] = deque(maxlen=SPIKE_STEPS)
+
+    def spike(self, loss: float) -> str | None:
+        """How far a loss (nats) stands out, in words; None where it does not."""
+        usual = statistics.median(self.losses) if len(self.losses) >= SPIKE_FIRST_STEPS else None
+        self.losses.append(loss)
+        if self.factor is None or usual is None or loss <= self.factor * usual:
+            return None
+        return (
+            f"loss {loss:.4f} is {loss / usual:.1f} times the median {usual:.4f} of the steps before "
+            f"(loss_spike_factor {self.factor:g})"
+        )
+
+
+def _times(number: int) -> str:
+    return "once" if number == 1 else f"{number} times"
