@@ -3,9 +3,8 @@
 Flows in: an event by name with its facts. Flows out: {"time" (seconds since 1970), "event", ...}. Events are
 
     submit      -                                         a driver began, or began again
-    start       layout, nodes                             training begins at step 0
-    resume      step, checkpoint, passed_over, layout, nodes
-                                                          it continues; damaged checkpoints were passed over
+    start       layout, nodes, attempt                    training begins at step 0
+    resume      the same; step, checkpoint, passed_over   it continues; damaged checkpoints were passed over
     checkpoint  step, checkpoint, seconds                 one was committed; the loop was blocked so long
     failure     rank, node, step, kind, cause             a rank's account of what stops it
     breakdown   rank, node, step, kind, cause, steps_lost all ranks ended; the most telling cause, once

@@ -11,6 +11,7 @@ import logging
 import math
 import resource
 import time
+import uuid
 from collections.abc import Callable
 from typing import Any
 
@@ -36,8 +37,8 @@ from ultralong_ray.train.checkpoint import (
 )
 from ultralong_ray.train.checkpoint_files import Manifest
 from ultralong_ray.train.engine import deepspeed_config, init_distributed, initialize, make_optimizer, set_learning_rate
-from ultralong_ray.train.events import node_name, record_event
-from ultralong_ray.train.failures import SpikeWatch
+from ultralong_ray.train.events import node_name, read_events, record_event
+from ultralong_ray.train.failures import BEGINNINGS, SpikeWatch
 from ultralong_ray.train.job import TrainJob
 from ultralong_ray.train.metrics import MetricsWriter
 from ultralong_ray.train.order import cursor_after, sequences_of_step
@@ -67,12 +68,16 @@ SHAPE_KEYS = (
 )
 
 
+class Superseded(RuntimeError):
+    """Ray gave this attempt up and began another, but this process lives on."""
+
+
 class Trainer:
     """One rank's engine and data. Making it is collective over all ranks."""
 
     def __init__(self, job: TrainJob, device: torch.device) -> None:
         init_distributed(device)
-        self.job, self.train, self.device = job, job.train, device
+        self.job, self.train, self.device, self.attempt = job, job.train, device, uuid.uuid4().hex[:8]
         self.reader = PackedReader(job.packed)
         self.num_steps = job.num_steps(self.reader.manifest.num_sequences)
         self.shape: dict[str, Any] = (job.model / "config.json").read_json()
@@ -115,15 +120,17 @@ class Trainer:
         restored = load_newest(self.engine, root, self.identity, accepted)
         nodes: list[Any] = [None] * self.topology.world_size
         dist.all_gather_object(nodes, node_name())
+        about: dict[str, Any] = {"layout": self.layout, "nodes": nodes, "attempt": self.attempt}
         if self.topology.rank == 0 and restored is None:
-            record_event(self.job.stage, "start", layout=self.layout, nodes=nodes)
+            record_event(self.job.stage, "start", **about)
         elif self.topology.rank == 0 and restored is not None:
             found = {"step": restored.step, "checkpoint": restored.name, "passed_over": restored.passed_over}
-            record_event(self.job.stage, "resume", layout=self.layout, nodes=nodes, **found)
+            record_event(self.job.stage, "resume", **about, **found)
         return 0 if restored is None else restored.step
 
     def checkpoint(self, step: int) -> None:
         """Write and commit a checkpoint, forget those that need not be kept. Collective."""
+        self._refuse_superseded()
         began = time.perf_counter()
         root, train = self.job.stage / CHECKPOINTS, self.train
         cursor = cursor_after(step, train.global_batch_sequences, self.reader.manifest.num_sequences)
@@ -135,6 +142,13 @@ class Trainer:
             every_nth = train.keep_every_nth
             every_steps = None if every_nth is None else every_nth * train.checkpoint_every_steps
             forget_others(root, name, train.keep_checkpoints, every_steps)
+
+    def _refuse_superseded(self) -> None:
+        """Raise Superseded on rank 0 when another attempt has begun, as after a cut link: it owns the folder now."""
+        if self.topology.rank == 0:
+            begun = [event for event in read_events(self.job.stage) if event["event"] in BEGINNINGS]
+            if begun and begun[-1].get("attempt") != self.attempt:
+                raise Superseded(f"another attempt began {begun[-1]}; this one leaves its checkpoints alone")
 
     def preflight(self) -> None:
         """The checks of train/preflight.py for this run. Collective; UserError on every rank when one fails."""
