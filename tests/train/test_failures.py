@@ -142,6 +142,14 @@ def test_the_recorder_tells_ranks_to_leave_when_a_breakdown_was_one_too_many(tmp
     assert accounts_since_last_breakdown(read_events(stage)) == []
 
 
+def test_a_rank_that_was_cut_off_does_not_speak_for_the_next_attempt() -> None:
+    late = event("failure", rank=1, node="b", attempt="old", kind="hung", cause="hung", step=3)
+    mine = event("failure", rank=0, node="a", attempt="new", kind="error", cause="ValueError", step=5)
+    begun = [event("start", attempt="old"), event("breakdown"), event("resume", attempt="new", step=2)]
+    assert accounts_since_last_breakdown([*begun, late, mine]) == [mine]
+    assert accounts_since_last_breakdown([*begun, {**mine, "attempt": None}]) == [{**mine, "attempt": None}]
+
+
 def test_restarts_tell_cause_steps_and_nodes_that_left_and_came() -> None:
     layout = {"world_size": 2}
     lost = {**broke(9, "lost", "ranks [1] of b died"), "rank": 1, "node": "b", "steps_lost": 3}

@@ -6,7 +6,7 @@ Flows in: an event by name with its facts. Flows out: {"time" (seconds since 197
     start       layout, nodes, attempt                    training begins at step 0
     resume      the same; step, checkpoint, passed_over   it continues; damaged checkpoints were passed over
     checkpoint  step, checkpoint, seconds                 one was committed; the loop was blocked so long
-    failure     rank, node, step, kind, cause             a rank's account of what stops it
+    failure     rank, node, step, kind, cause, attempt    a rank's account of what stops it
     breakdown   rank, node, step, kind, cause, steps_lost all ranks ended; the most telling cause, once
     resize      workers, to                               a healthy run restarts on another number of workers
     spike       step, sequences, cause                    a loss stood out (on_loss_spike = "warn")

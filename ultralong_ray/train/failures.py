@@ -63,9 +63,11 @@ def most_telling(accounts: list[Event]) -> Event | None:
 
 
 def accounts_since_last_breakdown(events: list[Event]) -> list[Event]:
-    """Failures that ranks recorded in the attempt that runs, or ran last."""
+    """Failures that ranks recorded in the attempt that runs, or ran last. A rank cut off may report an older one."""
     edges = [place for place, event in enumerate(events) if event["event"] in (*BEGINNINGS, "submit", "breakdown")]
-    return [event for event in events[edges[-1] + 1 if edges else 0 :] if event["event"] == "failure"]
+    attempt = next((event.get("attempt") for event in reversed(events) if event["event"] in BEGINNINGS), None)
+    found = [event for event in events[edges[-1] + 1 if edges else 0 :] if event["event"] == "failure"]
+    return [event for event in found if event.get("attempt") in (None, attempt)]
 
 
 def last_committed_step(events: list[Event]) -> int:

@@ -77,7 +77,7 @@ class Trainer:
 
     def __init__(self, job: TrainJob, device: torch.device) -> None:
         init_distributed(device)
-        self.job, self.train, self.device, self.attempt = job, job.train, device, uuid.uuid4().hex[:8]
+        self.job, self.train, self.device = job, job.train, device
         self.reader = PackedReader(job.packed)
         self.num_steps = job.num_steps(self.reader.manifest.num_sequences)
         self.shape: dict[str, Any] = (job.model / "config.json").read_json()
@@ -118,8 +118,9 @@ class Trainer:
         accepted = self.job.resume_anyway
         root = root_to_resume(self.job.stage, self.identity, accepted)
         restored = load_newest(self.engine, root, self.identity, accepted)
-        nodes: list[Any] = [None] * self.topology.world_size
-        dist.all_gather_object(nodes, node_name())
+        everyone: list[Any] = [None] * self.topology.world_size
+        dist.all_gather_object(everyone, (node_name(), uuid.uuid4().hex[:8]))
+        nodes, self.attempt = [node for node, _ in everyone], everyone[0][1]
         about: dict[str, Any] = {"layout": self.layout, "nodes": nodes, "attempt": self.attempt}
         if self.topology.rank == 0 and restored is None:
             record_event(self.job.stage, "start", **about)
@@ -249,7 +250,7 @@ def run(job: TrainJob, device: torch.device, report: Report) -> int:
         trainer.close()
         return 0
     restored = trainer.restore()
-    with Watchdog(job.stage, restored + 1, job.train.hang_timeout_seconds) as watchdog:
+    with Watchdog(job.stage, trainer.attempt, restored + 1, job.train.hang_timeout_seconds) as watchdog:
         _train_on(trainer, restored, report, watchdog)
     trainer.close()
     return restored

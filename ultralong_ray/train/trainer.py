@@ -48,6 +48,8 @@ logger = logging.getLogger(__name__)
 
 # A rank whose collective broke waits so long before it says so: by then Ray knows which of its partners is dead.
 PARTNER_SECONDS = 2.0
+# A healthy run asks no more often than this whether there are more workers, and only just after a checkpoint.
+RESIZE_SECONDS = 30.0
 RAY_SETTINGS = {
     # The controller looks at its workers every 2 s by default, and a report waits for that look.
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
@@ -189,6 +191,7 @@ def _trainer(job: TrainJob, recorder: BreakdownRecorder) -> ElasticTrainer:
             use_gpu=bool(cluster.gpus_per_worker),
             resources_per_worker=resources,
             label_selector=cluster.node_label("train") or None,
+            elastic_resize_monitor_interval_s=RESIZE_SECONDS,
         ),
         run_config=RunConfig(
             name="preflight" if job.preflight_only else "train",
@@ -242,7 +245,9 @@ def _record_failure(job: TrainJob, error: Exception) -> None:
             cause += f" ({_memory_beside_plan(job)})"
         logger.error("rank %d on %s, step %s: %s", rank, os.environ[NODE_VARIABLE], step, cause)
         node = os.environ[NODE_VARIABLE]
-        record_event(job.stage, "failure", rank=rank, node=node, step=step, kind=kind, cause=cause)
+        attempt = getattr(error, "attempt", None)
+        facts = {"rank": rank, "node": node, "step": step, "attempt": attempt, "kind": kind, "cause": cause}
+        record_event(job.stage, "failure", **facts)
     except Exception:
         logger.exception("the failure of rank %d could not be recorded", rank)
 

@@ -23,7 +23,6 @@ import sys
 import tempfile
 import threading
 import time
-import uuid
 from dataclasses import asdict, dataclass
 from types import FrameType
 from typing import Any
@@ -80,15 +79,15 @@ class Watchdog:
     `timeout_seconds` is a recipe's hang_timeout_seconds; None: STEP_FACTOR times the median step.
     """
 
-    def __init__(self, stage: Location, first_step: int, timeout_seconds: float | None) -> None:
-        self.rank, self.stage, self.timeout_seconds = dist.get_rank(), stage, timeout_seconds
+    def __init__(self, stage: Location, attempt: str, first_step: int, timeout_seconds: float | None) -> None:
+        self.rank, self.stage, self.attempt, self.timeout_seconds = dist.get_rank(), stage, attempt, timeout_seconds
         self.thread = threading.get_ident()
         self._listener = socket.create_server(("", 0))  # the kernel answers; nothing is ever read from it
         mine = Peer(node_name(), _own_address(), self._listener.getsockname()[1], os.getpid())
         everyone: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(everyone, (mine, uuid.uuid4().hex[:8]))
-        self.peers: list[Peer] = [peer for peer, _ in everyone]
-        self.folder = stage / HANGS / everyone[0][1]
+        dist.all_gather_object(everyone, mine)
+        self.peers: list[Peer] = everyone
+        self.folder = stage / HANGS / attempt
         self._seconds: list[float] = []  # of the steps of this attempt
         self._step, self._phase, self._since = first_step, "its first step", time.monotonic()
         first = FIRST_STEP_SECONDS if timeout_seconds is None else FIRST_STEP_FACTOR * timeout_seconds
@@ -118,11 +117,11 @@ class Watchdog:
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
-        """Watch no longer; an error that ends the loop is told the step in flight, as `step_in_flight`."""
+        """Watch no longer; an error that ends the loop is told `step_in_flight` and `attempt`."""
         self._closed.set()
         self._listener.close()
         if error is not None:
-            error.__dict__["step_in_flight"] = self._step
+            error.__dict__.update(step_in_flight=self._step, attempt=self.attempt)
 
     def _watch(self) -> None:
         while not self._closed.wait(LOOK_SECONDS):
@@ -148,7 +147,7 @@ class Watchdog:
         accounts = read_accounts(self.folder)
         if self.rank == min(accounts):
             rank, node, cause = verdict([peer.node for peer in self.peers], accounts)
-            facts = {"rank": rank, "node": node, "step": self._step, "stacks": self.folder.uri}
+            facts = {"rank": rank, "node": node, "step": self._step, "attempt": self.attempt, "stacks": self.folder.uri}
             logger.error("step %d hangs: %s; stacks in %s", self._step, cause, self.folder)
             record_event(self.stage, "failure", kind="hung", cause=cause, **facts)
             (self.folder / VERDICT_FILE).write_json({"cause": cause, **facts})
