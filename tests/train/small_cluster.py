@@ -22,6 +22,8 @@ os.environ.setdefault("RAY_AUTH_MODE", "disabled")
 HERE = Path(__file__).resolve().parent
 # A node is given up after 3 s without an answer here, after 15 s by default (health_check_* of Ray 2.60).
 QUICK = {"health_check_initial_delay_ms": 1000, "health_check_period_ms": 1000, "health_check_failure_threshold": 3}
+# Workers that nobody asked for cost seconds of a small machine.
+QUICK |= {"prestart_worker_first_driver": False, "enable_worker_prestart": False}
 
 
 class SmallCluster:

@@ -78,6 +78,8 @@ class Hosts:
         self.run(number, ["ip", "addr", "add", f"{self.address(number)}/24", "dev", "eth0"])
         for device in ("lo", "eth0"):
             self.run(number, ["ip", "link", "set", device, "up"])
+        # Ray asks the default route for its own address; without one a driver joins any node
+        self.run(number, ["ip", "route", "add", "default", "dev", "eth0"])
         return number
 
     def add_node(self, cpus: int) -> int:

@@ -1,8 +1,39 @@
 """What a failure is, what is done about each kind, and when a run has failed too often. Pure: events in, words out.
 
-| Failure | Seen by, within | What happens | Lost | Shown by |
-| --- | --- | --- | --- | --- |
-TABLE
+The failure table. "Then" is without a person unless it says stop; "shown" are files below tests/. A commit is a
+checkpoint whose manifest is written (train/checkpoint_files.py), so "the steps since" are at most
+checkpoint_every_steps, and the one in flight. Times in brackets are defaults. cluster/README.md has the same table.
+
+  - worker killed. Seen: Ray Train, at its next look (0.2 s). Then: all ranks start again from the last commit. Lost:
+    the steps since. Shown: train/test_kill_schedule.py.
+  - node killed or removed. Seen: broken collective of its partners at once; Ray after 15 s without an answer. Then:
+    the same, on a node that joins or on fewer (min_workers). Lost: the steps since. Shown: train/test_nodes.py,
+    test_kill_schedule.py (raylet).
+  - link cut, nobody is told. Seen: Ray after 15 s (towards the head); else the watchdog, which tries every node.
+    Then: the node that cannot be reached is named; the same. Lost: the steps since. Shown: train/test_nodes.py,
+    test_failures.py.
+  - Ray Train's controller killed. Seen: the driver, at once. Then: the driver begins again. Lost: the steps since.
+    Shown: train/test_kill_schedule.py.
+  - driver or head lost. Seen: whoever submitted it; KubeRay with backoffLimit. Then: submitted again it goes on from
+    the last commit. Lost: the steps since. Shown: train/test_kill_schedule.py (driver).
+  - head's control service lost, GCS fault tolerance on. Seen: nobody, for up to 60 s. Then: nodes and ranks wait for
+    it and go on. Lost: nothing. Shown: train/test_head.py.
+  - rank hangs or is frozen. Seen: watchdog: hang_timeout_seconds, or 10 median steps and at least 300 s. Then: named
+    with node, step and stacks (hangs/), killed; all start again. Lost: the steps since. Shown: train/test_hang.py.
+  - NCCL or gloo error. Seen: the ranks that get it, at once. Then: recorded after 2 s, in which a dead partner is
+    found; all start again. Lost: the steps since. Shown: train/test_failures.py, test_kill_schedule.py.
+  - out of memory on a rank. Seen: that rank, or Ray's memory monitor, at once. Then: recorded beside the plan's
+    memory; one restart, then stop. Lost: the steps since. Shown: train/test_failures.py.
+  - loss or gradient not finite. Seen: the step itself, before it is saved. Then: stop, naming ranks, sequences, last
+    good checkpoint. Lost: the steps since. Shown: train/test_failures.py.
+  - loss spike. Seen: the step itself (loss_spike_factor). Then: on_loss_spike: warn (event, log) or stop. Lost:
+    nothing; with stop the steps since. Shown: train/test_failures.py.
+  - object store away. Seen: the request that fails. Then: tried again for 90 s, then the attempt fails as above.
+    Lost: time. Shown: test_storage.py.
+  - fails again and again. Seen: max_failures restarts without a new checkpoint. Then: stop, naming step and
+    sequences; a new submission has one attempt. Lost: nothing more. Shown: train/test_failures.py.
+  - disk full, other user errors. Seen: the rank that meets it. Then: stop with the message. Lost: the steps since.
+    Shown: train/test_trainer.py.
 """
 
 from __future__ import annotations
