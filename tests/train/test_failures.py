@@ -104,6 +104,7 @@ def test_lack_of_memory_is_retried_once_whatever_max_failures_says_and_preemptio
     with pytest.raises(UserError, match="keep_attention_rows = 0"):
         refuse_to_go_on([broke(1, "memory"), broke(1, "memory")], -1, SEQUENCES)
     assert breakdowns_in_a_row([broke(1, "preempted")] * 9 + [broke(2)]) == [broke(2)]
+    assert breakdowns_in_a_row([broke(1, "user")]) == []
 
 
 def test_the_peak_stands_beside_the_plan() -> None:
@@ -183,6 +184,7 @@ def test_a_hang_is_blamed_on_the_rank_that_is_silent_or_the_node_that_cannot_be_
     both = {0: account(0, "a", True, unreachable=("b",)), 1: account(1, "b", True, unreachable=("a",))}
     rank, _, cause = verdict(["a", "b"], both)
     assert "no connection from a to b; from b to a: the link is down" in cause
+    assert verdict(["a"], {0: account(0, "a", False)})[0] == 0
     alike = {r: account(r, "a", True) for r in (0, 1)}
     assert verdict(["a", "a"], alike)[0] is None
 
@@ -233,8 +235,11 @@ def test_only_sizes_that_fill_groups_and_divide_the_batch_are_legal_and_the_batc
     free = sizes(4, 1, sequence_parallel_degree="auto", global_batch_sequences=2)
     assert {workers: plan.degree for workers, plan in free.items()} == {1: 1, 2: 2, 4: 4}
     assert plans_by_size(recipe(tmp_path), "pretrain", shape) == {}
-    with pytest.raises(UserError, match=r"cluster\.min_workers 3: no number of workers below cluster\.num_workers 4"):
-        sizes(4, 3, sequence_parallel_degree=4)
+    assert list(sizes(7, 2, sequence_parallel_degree=2, global_batch_sequences=4)) == [2, 4]
+    with pytest.raises(
+        ValueError, match=r"cluster\.num_workers 7 is not a multiple of pretrain\.sequence_parallel_degree 4"
+    ):
+        sizes(7, 5, sequence_parallel_degree=4)
 
 
 def test_a_range_of_workers_is_ordered(tmp_path: Path) -> None:

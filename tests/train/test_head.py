@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
+from typing import Any
 
 from tests.train.made_jobs import write_inputs
 from tests.train.small_cluster import SmallCluster, wait_for
@@ -25,9 +26,10 @@ def test_training_goes_on_while_the_control_service_is_away(tmp_path: Path) -> N
         driver = cluster.start_driver(tmp_path, "head", changes)
         stage = Location.of(tmp_path / "head")
         wait_for(lambda: len(read_metrics(stage)) >= 2, 400, "step 2")
-        cluster.cluster.head_node.kill_gcs_server()
+        head: Any = cluster.cluster.head_node
+        head.kill_gcs_server()
         time.sleep(3)
-        cluster.cluster.head_node.start_gcs_server()
+        head.start_gcs_server()
         assert driver.wait(500) == 0, (tmp_path / "head.log").read_text()[-3000:]
         events = [event["event"] for event in read_events(stage)]
         assert events[:2] == ["submit", "start"] and events[-1] == "end" and "breakdown" not in events

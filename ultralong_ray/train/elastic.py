@@ -27,7 +27,7 @@ def plans_by_size(
 ) -> dict[int, TrainPlan]:
     """The layouts of a run whose number of workers may change; {} where it may not. Sizes without one are logged.
 
-    Raises UserError where no number of workers below the most of them has a layout, since then min_workers is in vain.
+    Raises UserError where no number of them has a layout.
     """
     least, most = recipe.cluster.min_workers, recipe.cluster.num_workers
     if least is None or least == most:
@@ -41,10 +41,10 @@ def plans_by_size(
             plans[workers] = plan_training(sized, section, hardware, shape).plan
         except (UserError, ValueError) as error:
             refused[workers] = str(error).splitlines()[0]
-    if not plans.keys() - {most}:
+    if not plans:
         raise UserError(
-            f"cluster.min_workers {least}: no number of workers below cluster.num_workers {most} will do; with "
-            f"{least}: {refused[least]}. Leave min_workers out, or change the degrees or the global batch"
+            f"no number of workers from cluster.min_workers {least} to cluster.num_workers {most} will do; with "
+            f"{most}: {refused[most]}. Change the range, the degrees or the global batch"
         )
     if refused:
         logger.info("%s can run on %s workers; others stand by", section, ", ".join(map(str, plans)))

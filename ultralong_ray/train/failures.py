@@ -108,12 +108,12 @@ def last_committed_step(events: list[Event]) -> int:
 
 
 def breakdowns_in_a_row(events: list[Event]) -> list[Event]:
-    """Breakdowns since the last committed checkpoint; a node that was taken away on purpose does not count."""
+    """Breakdowns since the last committed checkpoint, but for nodes taken away on purpose and what users mend."""
     found: list[Event] = []
     for event in events:
         if event["event"] in ("checkpoint", "end"):
             found = []
-        elif event["event"] == "breakdown" and event.get("kind") != "preempted":
+        elif event["event"] == "breakdown" and event.get("kind") not in ("preempted", "user"):
             found.append(event)
     return found
 

@@ -36,7 +36,7 @@ from ultralong_ray.planner.refuse import PlanRefused
 from ultralong_ray.planner.words import describe_plan, plan_words
 from ultralong_ray.storage import Location, StageDirectory
 from ultralong_ray.train.controller import BreakdownRecorder, ElasticTrainer
-from ultralong_ray.train.elastic import plans_by_size
+from ultralong_ray.train.elastic import plans_by_size, with_workers
 from ultralong_ray.train.events import NODE_VARIABLE, record_event
 from ultralong_ray.train.failures import in_words, kind_of, memory_words
 from ultralong_ray.train.job import ERROR_FILE, TrainJob, check_inputs
@@ -75,7 +75,9 @@ def train(
     mend, wherever it was found.
     """
     place = stage.location
-    plan, plans = _plan(recipe, section, model, place), _plans(recipe, section, model)
+    plans = _plans(recipe, section, model)
+    recipe = with_workers(recipe, max(plans)) if plans else recipe
+    plan = _plan(recipe, section, model, place)
     job = TrainJob(recipe, section, packed, model, place, stage.fingerprint, plan, preflight_only, resume_anyway, plans)
     check_inputs(job)
     if not preflight_only:
@@ -118,10 +120,12 @@ def _fit(job: TrainJob) -> ray.train.Result:
         try:
             return _trainer(job, recorder).fit()
         except (ControllerError, RayActorError) as error:
+            if job.preflight_only:
+                raise
             cause = error.controller_failure if isinstance(error, ControllerError) else error
             what = "Ray Train's controller " + ("failed" if isinstance(error, ControllerError) else "died")
             recorder.record({}, f"{what}: {in_words(cause)}")
-            if job.preflight_only or not job.recipe.cluster.max_failures or (job.stage / ERROR_FILE).exists():
+            if not job.recipe.cluster.max_failures or (job.stage / ERROR_FILE).exists():
                 raise
             logger.warning("%s; training begins again from the last checkpoint", what)
 

@@ -202,7 +202,7 @@ def verdict(nodes: list[str], accounts: dict[int, Account]) -> tuple[int | None,
         )
         return rank, nodes[rank], f"hung: {waited}; no connection {ends}: the link is down"
     busy = [account for account in accounts.values() if not account.waits]
-    if len(busy) in (0, len(nodes)):
+    if not busy or len(busy) == len(nodes) > 1:
         return None, None, f"hung: {waited}; all ranks stand alike, at {judge.place}"
     first = busy[0]
     others = f", as do ranks {[account.rank for account in busy[1:]]}" if busy[1:] else ""
