@@ -236,6 +236,8 @@ def test_only_sizes_that_fill_groups_and_divide_the_batch_are_legal_and_the_batc
     assert {workers: plan.degree for workers, plan in free.items()} == {1: 1, 2: 2, 4: 4}
     assert plans_by_size(recipe(tmp_path), "pretrain", shape) == {}
     assert list(sizes(7, 2, sequence_parallel_degree=2, global_batch_sequences=4)) == [2, 4]
+    uneven = recipe(tmp_path, cluster={"num_workers": 7, "min_workers": 2}, ulysses_degree=2, global_batch_sequences=4)
+    assert uneven.at_largest_size().cluster.num_workers == 4
     with pytest.raises(
         ValueError, match=r"cluster\.num_workers 7 is not a multiple of pretrain\.sequence_parallel_degree 4"
     ):
