@@ -18,13 +18,13 @@ from tests.train.made_jobs import ARCHITECTURE, recipe
 from ultralong_ray.flops import ModelShape
 from ultralong_ray.storage import Location
 from ultralong_ray.train import watchdog
+from ultralong_ray.train.bad_steps import SpikeWatch, refuse_broken, refuse_spike
 from ultralong_ray.train.batches import accumulation_steps
 from ultralong_ray.train.checkpoint_files import MANIFEST_FILE
 from ultralong_ray.train.controller import BreakdownRecorder, breakdown, largest_legal
 from ultralong_ray.train.elastic import plans_by_size
 from ultralong_ray.train.events import read_events, record_event
 from ultralong_ray.train.failures import (
-    SpikeWatch,
     accounts_since_last_breakdown,
     breakdowns_in_a_row,
     in_words,
@@ -33,7 +33,6 @@ from ultralong_ray.train.failures import (
     refuse_to_go_on,
 )
 from ultralong_ray.train.job import ERROR_FILE
-from ultralong_ray.train.loop import refuse_broken
 from ultralong_ray.train.order import sequences_of_step
 from ultralong_ray.train.status import restarts_of
 from ultralong_ray.train.watchdog import Account, describe_frame, verdict
@@ -207,6 +206,8 @@ def test_a_broken_number_names_the_last_good_checkpoint_from_before(tmp_path: Pa
         refuse_broken(5, sums, 1.0, [8, 9], Location.of(tmp_path))
     with pytest.raises(UserError, match="There is no checkpoint from before this step"):
         refuse_broken(3, [[1.0, 10.0, 1.0]], float("inf"), [8, 9], Location.of(tmp_path))
+    with pytest.raises(UserError, match=r"step 7: loss 9.*The last good checkpoint is step-00000006-a"):
+        refuse_spike(7, "step 7: loss 9", Location.of(tmp_path))
 
 
 def test_a_loss_stands_out_from_the_median_before_it() -> None:

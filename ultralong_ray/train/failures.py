@@ -39,8 +39,6 @@ checkpoint_every_steps, and the one in flight. Times in brackets are defaults. c
 from __future__ import annotations
 
 import re
-import statistics
-from collections import deque
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -53,8 +51,6 @@ Event = dict[str, Any]
 TELLING: tuple[Kind, ...] = ("hung", "memory", "user", "error", "preempted", "lost", "collective")
 BEGINNINGS = ("start", "resume")
 MEMORY_RESTARTS = 1
-SPIKE_STEPS = 20  # a loss is compared with the median of so many before it
-SPIKE_FIRST_STEPS = 5  # and with none where there are fewer than these
 
 _COLLECTIVE = re.compile(r"gloo|nccl|c10d|connection (was )?(closed|reset|refused)|broken pipe|process ?group", re.I)
 _MEMORY = re.compile(r"out of memory|not enough memory|can't allocate memory|running low on memory", re.I)
@@ -174,25 +170,6 @@ def memory_words(plan: dict[str, Any], peak_gib: float) -> str:
         return f"peak {peak_gib:.1f} GiB; the plan predicted nothing for this device"
     device, host = prediction["device_gib"], prediction["host_rank_gib"]
     return f"peak {peak_gib:.1f} GiB; the plan has {device:.1f} GiB on the device and {host:.1f} GiB on the host a rank"
-
-
-class SpikeWatch:
-    """Compares each loss with the median of the SPIKE_STEPS before it, in this attempt."""
-
-    def __init__(self, factor: float | None) -> None:
-        self.factor = factor
-        self.losses: deque[float] = deque(maxlen=SPIKE_STEPS)
-
-    def spike(self, loss: float) -> str | None:
-        """How far a loss (nats) stands out, in words; None where it does not."""
-        usual = statistics.median(self.losses) if len(self.losses) >= SPIKE_FIRST_STEPS else None
-        self.losses.append(loss)
-        if self.factor is None or usual is None or loss <= self.factor * usual:
-            return None
-        return (
-            f"loss {loss:.4f} is {loss / usual:.1f} times the median {usual:.4f} of the steps before "
-            f"(loss_spike_factor {self.factor:g})"
-        )
 
 
 def _times(number: int) -> str:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import gc
 import logging
-import math
 import resource
 import time
 import uuid
@@ -24,21 +23,13 @@ from ultralong_ray.parallel.kernels.choose import choose_kernel
 from ultralong_ray.parallel.mesh import create_mesh
 from ultralong_ray.parallel.topology import Topology
 from ultralong_ray.planner.hardware import peak_flops
-from ultralong_ray.storage import Location
+from ultralong_ray.train.bad_steps import SpikeWatch, refuse_broken, refuse_spike
 from ultralong_ray.train.batches import accumulation_steps, read_ahead
-from ultralong_ray.train.checkpoint import (
-    CHECKPOINTS,
-    committed,
-    forget_others,
-    load_newest,
-    root_to_resume,
-    save_checkpoint,
-    step_of,
-)
+from ultralong_ray.train.checkpoint import CHECKPOINTS, forget_others, load_newest, root_to_resume, save_checkpoint
 from ultralong_ray.train.checkpoint_files import Manifest
 from ultralong_ray.train.engine import deepspeed_config, init_distributed, initialize, make_optimizer, set_learning_rate
 from ultralong_ray.train.events import node_name, read_events, record_event
-from ultralong_ray.train.failures import BEGINNINGS, SpikeWatch
+from ultralong_ray.train.failures import BEGINNINGS
 from ultralong_ray.train.job import TrainJob
 from ultralong_ray.train.metrics import MetricsWriter
 from ultralong_ray.train.order import cursor_after, sequences_of_step
@@ -47,7 +38,7 @@ from ultralong_ray.train.schedule import learning_rate
 from ultralong_ray.train.step import StepResult, train_step
 from ultralong_ray.train.watchdog import Watchdog
 from ultralong_ray.train.weights import build_model
-from ultralong_ray.types import StepMetrics, UserError
+from ultralong_ray.types import StepMetrics
 
 logger = logging.getLogger(__name__)
 
@@ -197,44 +188,19 @@ class Trainer:
 
     def account_for_spike(self, step: int, cause: str | None) -> None:
         """Warn of a loss that stands out, or stop there, as the recipe says. Every rank knows the same loss."""
-        if cause is None:
-            return
-        words = f"step {step}: {cause}, sequences {self.sequences(step)}"
-        if self.train.on_loss_spike == "stop":
-            raise UserError(
-                f"{words}. {last_good(self.job.stage / CHECKPOINTS, step)}; lower learning_rate, or set on_loss_spike "
-                f'to "warn" to go on through it, then submit again'
-            )
-        if self.topology.rank == 0:
-            logger.warning("%s", words)
-            record_event(self.job.stage, "spike", step=step, sequences=self.sequences(step), cause=cause)
+        if cause is not None:
+            words = f"step {step}: {cause}, sequences {self.sequences(step)}"
+            if self.train.on_loss_spike == "stop":
+                refuse_spike(step, words, self.job.stage / CHECKPOINTS)
+            if self.topology.rank == 0:
+                logger.warning("%s", words)
+                record_event(self.job.stage, "spike", step=step, sequences=self.sequences(step), cause=cause)
 
     def close(self) -> None:
         """Free the engine while all ranks are alive: gloo otherwise aborts a process that leaves first."""
         del self.engine
         gc.collect()
         dist.barrier()
-
-
-def refuse_broken(
-    step: int, sums: list[list[float]], grad_norm: float, sequences: list[int], checkpoints: Location
-) -> None:
-    """Raise UserError when a step had no targets or a loss or gradient is NaN or infinite. `sums`: StepResult's."""
-    if sum(row[1] for row in sums) == 0:
-        raise UserError(f"step {step}: no token of sequences {sequences} is a target (all loss weights are 0)")
-    ranks = [rank for rank, row in enumerate(sums) if not math.isfinite(row[0])]
-    if ranks or not math.isfinite(grad_norm):
-        what = f"loss on ranks {ranks}" if ranks else f"gradient norm ({grad_norm})"
-        raise UserError(
-            f"step {step}: the {what} is not finite, sequences {sequences}. {last_good(checkpoints, step)}; "
-            f"lower learning_rate, lengthen warmup_steps or set gradient_clip, then submit again"
-        )
-
-
-def last_good(checkpoints: Location, step: int) -> str:
-    """The newest checkpoint from before `step`, in words."""
-    names = [name for name in committed(checkpoints) if step_of(name) < step]
-    return f"The last good checkpoint is {names[0]}" if names else "There is no checkpoint from before this step"
 
 
 def run(job: TrainJob, device: torch.device, report: Report) -> int:
