@@ -5,6 +5,7 @@ Ports are free ones and the session's folder is its own, so several such cluster
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -46,6 +47,10 @@ class SmallCluster:
         self.drivers: list[subprocess.Popen[str]] = []
 
     def add_node(self, cpus: int) -> Any:
+        """A new node. Ray gives a raylet 30 s to come up, which on a busy machine may not do."""
+        for _ in range(4):
+            with contextlib.suppress(Exception):
+                return self.cluster.add_node(num_cpus=cpus, object_store_memory=80 * 2**20)
         return self.cluster.add_node(num_cpus=cpus, object_store_memory=80 * 2**20)
 
     @staticmethod
