@@ -25,7 +25,7 @@ def main(address: str, folder: str, stage: str, changes: str) -> None:
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stdout)
     fields = json.loads(changes)
-    # RAY_ADDRESS: where several clusters run on a machine, what frees a dead controller's workers asks for it (Ray 2.60)
+    # RAY_ADDRESS: with several clusters on a machine, what frees a dead controller's workers asks for it (Ray 2.60)
     env = {"PYTHONPATH": f"{ROOT}{os.pathsep}{Path(__file__).parent}", "OMP_NUM_THREADS": "1", "RAY_ADDRESS": address}
     env |= fields.pop("env", {})
     ray.init(address=address, logging_level=logging.WARNING, runtime_env={"env_vars": env})
