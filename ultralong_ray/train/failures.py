@@ -29,7 +29,7 @@ checkpoint_every_steps, and the one in flight. Times in brackets are defaults. c
   - loss spike. Seen: the step itself (loss_spike_factor). Then: on_loss_spike: warn (event, log) or stop. Lost:
     nothing; with stop the steps since. Shown: train/test_failures.py.
   - object store away. Seen: the request that fails. Then: tried again for 90 s, then the attempt fails as above.
-    Lost: time. Shown: test_storage.py.
+    Lost: time. Shown: data/test_object_store.py.
   - fails again and again. Seen: max_failures restarts without a new checkpoint. Then: stop, naming step and
     sequences; a new submission has one attempt. Lost: nothing more. Shown: train/test_failures.py.
   - disk full, other user errors. Seen: the rank that meets it. Then: stop with the message. Lost: the steps since.
