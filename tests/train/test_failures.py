@@ -212,7 +212,7 @@ def test_a_broken_number_names_the_last_good_checkpoint_from_before(tmp_path: Pa
 
 def test_a_loss_stands_out_from_the_median_before_it() -> None:
     watch = SpikeWatch(2.0)
-    assert [watch.spike(loss) for loss in (9.0, 2.0, 2.0, 2.0, 2.0)] == [None] * 5
+    assert [watch.spike(loss) for loss in (1.0, 9.0, 2.0, 2.0, 2.0)] == [None] * 5
     assert watch.spike(3.9) is None
     assert "loss 4.1000 is 2.0 times the median 2.0000" in (watch.spike(4.1) or "")
     silent = SpikeWatch(None)
