@@ -15,9 +15,11 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
+import ray
 from ray.train import UserCallback
 from ray.train.torch import TorchTrainer
 from ray.train.v2._internal.execution.scaling_policy import ElasticScalingPolicy, NoopDecision, ResizeDecision
+from ray.util.placement_group import PlacementGroup, placement_group_table, remove_placement_group
 
 from ultralong_ray.storage import Location
 from ultralong_ray.train.events import read_events, record_event
@@ -128,6 +130,23 @@ class LegalSizes(ElasticScalingPolicy):
             except Exception:
                 logger.exception("a change of the number of workers could not be recorded")
         return decision
+
+
+def placement_groups_of_job() -> set[str]:
+    """Ids of the placement groups that this driver's job holds; the last four bytes of an id are the job's."""
+    job_id = ray.get_runtime_context().get_job_id()
+    table = placement_group_table()
+    return {key for key, entry in table.items() if key.endswith(job_id) and entry["state"] != "REMOVED"}
+
+
+def free_placement_groups(but: set[str]) -> None:
+    """Remove the placement groups of this job but for those given, which ends the ranks in them.
+
+    Ray keeps a group whose creator, a lost controller, is dead for as long as the job lives. Ray Train has a cleaner,
+    which asks the dashboard and so needs one.
+    """
+    for key in placement_groups_of_job() - but:
+        remove_placement_group(PlacementGroup(ray.PlacementGroupID(bytes.fromhex(key))))
 
 
 def largest_legal(sizes: tuple[int, ...], possible: int) -> int:

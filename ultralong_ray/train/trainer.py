@@ -35,7 +35,12 @@ from ultralong_ray.planner.plan import as_json, hardware_of, plan_training
 from ultralong_ray.planner.refuse import PlanRefused
 from ultralong_ray.planner.words import describe_plan, plan_words
 from ultralong_ray.storage import Location, StageDirectory
-from ultralong_ray.train.controller import BreakdownRecorder, ElasticTrainer
+from ultralong_ray.train.controller import (
+    BreakdownRecorder,
+    ElasticTrainer,
+    free_placement_groups,
+    placement_groups_of_job,
+)
 from ultralong_ray.train.elastic import plans_by_size, with_workers
 from ultralong_ray.train.events import NODE_VARIABLE, record_event
 from ultralong_ray.train.failures import in_words, kind_of, memory_words
@@ -115,7 +120,7 @@ def _fit(job: TrainJob) -> ray.train.Result:
     Ray Train restarts ranks; nobody restarts its controller (an actor on the driver's node) or retries a process group
     that broke while it was made. Raises what the last attempt raised once the recipe's max_failures are spent.
     """
-    recorder = _recorder(job)
+    recorder, others = _recorder(job), placement_groups_of_job()
     while True:
         try:
             return _trainer(job, recorder).fit()
@@ -128,6 +133,7 @@ def _fit(job: TrainJob) -> ray.train.Result:
             if not job.recipe.cluster.max_failures or (job.stage / ERROR_FILE).exists():
                 raise
             logger.warning("%s; training begins again from the last checkpoint", what)
+            free_placement_groups(but=others)
 
 
 def _recorder(job: TrainJob) -> BreakdownRecorder:
