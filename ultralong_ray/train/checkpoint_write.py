@@ -254,11 +254,15 @@ class CheckpointWriter:
     def _commit(self, pending: _Pending, written_seconds: float) -> None:
         folder = self.root / pending.name
         manifest = _joined(pending.about, self._records(folder))
-        self._patiently(self.before_commit)
         for rank in range(self.world_size):  # a checkpoint holds nothing that its manifest does not vouch for
             with suppress(FileNotFoundError):
                 self._patiently((folder / RECORD_FILE.format(rank)).delete_file)
-        self._patiently(lambda: (folder / MANIFEST_FILE).write_bytes(manifest.to_bytes()))
+
+        def seal() -> None:
+            self.before_commit()  # again after an outage, in which another attempt may have begun
+            (folder / MANIFEST_FILE).write_bytes(manifest.to_bytes())
+
+        self._patiently(seal)
         saved = Saved(
             step=pending.about.step,
             name=pending.name,
