@@ -14,12 +14,9 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from tests.train.made_jobs import job, write_inputs
-from tests.train.small_cluster import SmallCluster, wait_for
 from ultralong_ray.storage import Location
 from ultralong_ray.train import watchdog
 from ultralong_ray.train.events import read_events
-from ultralong_ray.train.metrics import read_metrics
-from ultralong_ray.train.status import describe_run
 
 
 def rank_that_may_stop(rank: int, folder: Path, port: int, how: str) -> None:
@@ -65,34 +62,6 @@ def test_a_rank_that_stands_still_is_named_and_all_processes_end(tmp_path: Path,
     assert "sleepy" in failure["cause"] and "others wait" in failure["cause"]
     stacks = (Location.of(failure["stacks"]) / "rank-00001.txt").read_bytes().decode()
     assert "sleepy" in stacks and "Thread" in stacks
-
-
-def test_a_frozen_process_on_ray_is_named_killed_and_the_run_ends(tmp_path: Path) -> None:
-    write_inputs(tmp_path)
-    cluster = SmallCluster(head_cpus=2)
-    try:
-        changes = {
-            "steps": 12,
-            "global_batch_sequences": 8,
-            "checkpoint_every_steps": 1,
-            "sequence_parallel_degree": 2,
-            "hang_timeout_seconds": 8,
-            "cluster": {"num_workers": 2},
-        }
-        driver = cluster.start_driver(tmp_path, "frozen", changes)
-        stage = Location.of(tmp_path / "frozen")
-        wait_for(lambda: len(read_metrics(stage)) >= 2, 300, "step 2")
-        os.kill(cluster.workers("RayTrainWorker")[-1].pid, signal.SIGSTOP)
-        assert driver.wait(400) == 0
-        events = read_events(stage)
-        failure = next(event for event in events if event["event"] == "failure" and event["kind"] == "hung")
-        assert "gives no sign though its host answers" in failure["cause"]
-        told = next(event for event in events if event["event"] == "breakdown")
-        assert (told["kind"], told["rank"]) == ("hung", failure["rank"])
-        assert "restarts: 1" in describe_run(stage) and "gives no sign" in describe_run(stage)
-        assert [record.step for record in read_metrics(stage)] == list(range(1, 13))
-    finally:
-        cluster.close()
 
 
 @pytest.mark.parametrize("timeout", [None, 7.0])

@@ -17,7 +17,7 @@ checkpoint_every_steps, and the one in flight. Times in brackets are defaults. c
   - driver or head lost. Seen: whoever submitted it (KubeRay too, where backoffLimit is above the 0 of base/). Then:
     submitted again it goes on from the last commit. Lost: the steps since. Shown: train/test_kill_schedule.py (driver).
   - head's control service lost, GCS fault tolerance on. Seen: nobody, for up to 60 s. Then: nodes and ranks wait for
-    it and go on. Lost: nothing. Shown: train/test_head.py.
+    it and go on. Lost: nothing. Shown: not yet.
   - rank hangs or is frozen. Seen: watchdog: hang_timeout_seconds, or 10 median steps and at least 300 s. Then: named
     with node, step and stacks (hangs/), killed; all start again. Lost: the steps since. Shown: train/test_hang.py.
   - NCCL or gloo error. Seen: the ranks that get it, at once. Then: recorded after 2 s, in which a dead partner is
