@@ -1,4 +1,4 @@
-"""A rank that stands still is named with its stack, all ranks end, and on Ray the run goes on from its checkpoint."""
+"""A rank that stands still is named with its stack, all ranks end."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A run goes on with other numbers of workers and other degrees: the same losses, and on Ray without anybody's help."""
+"""A run goes on with other numbers of workers and at other degrees, and its losses stay the same."""
 
 from __future__ import annotations
 
