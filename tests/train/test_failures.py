@@ -9,9 +9,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import ray
 import torch
 from ray.exceptions import ActorDiedError
 from ray.exceptions import OutOfMemoryError as RayOutOfMemoryError
+from ray.train import ScalingConfig
 from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
 
 from tests.train.made_jobs import ARCHITECTURE, recipe
@@ -21,7 +23,7 @@ from ultralong_ray.train import watchdog
 from ultralong_ray.train.bad_steps import SpikeWatch, refuse_broken, refuse_spike
 from ultralong_ray.train.batches import accumulation_steps
 from ultralong_ray.train.checkpoint_files import MANIFEST_FILE
-from ultralong_ray.train.controller import BreakdownRecorder, breakdown, largest_legal
+from ultralong_ray.train.controller import BreakdownRecorder, LegalSizes, breakdown, largest_legal
 from ultralong_ray.train.elastic import plans_by_size
 from ultralong_ray.train.events import read_events, record_event
 from ultralong_ray.train.failures import (
@@ -248,3 +250,20 @@ def test_only_sizes_that_fill_groups_and_divide_the_batch_are_legal_and_the_batc
 def test_a_range_of_workers_is_ordered(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"cluster\.min_workers 3 is above cluster\.num_workers 2"):
         recipe(tmp_path, cluster={"num_workers": 2, "min_workers": 3})
+
+
+def test_the_policy_of_sizes_takes_the_largest_legal_one_and_grows_only_after_a_checkpoint(tmp_path: Path) -> None:
+    stage = Location.of(tmp_path)
+    scaling = ScalingConfig(num_workers=(1, 4), resources_per_worker={"CPU": 1}, elastic_resize_monitor_interval_s=0)
+    policy: Any = ray.cloudpickle.loads(ray.cloudpickle.dumps(LegalSizes(scaling, (1, 2, 4), stage)))
+    resources = {"head": {"CPU": 1.0}, "node": {"CPU": 2.0, "memory": 9.0}}
+    assert policy._count_possible_workers(resources) == 2  # the third stands by
+    policy._get_reserved_resources = lambda: resources
+    policy._maybe_send_resource_request = lambda: None
+    assert policy.make_decision_for_non_running_worker_group().num_workers == 2
+    running: Any = SimpleNamespace(num_workers=1, start_time=0.0)
+    for report, size in ((None, None), ("a report", 2)):
+        status: Any = SimpleNamespace(worker_statuses={0: SimpleNamespace(training_report=report)})
+        decision = policy.make_decision_for_running_worker_group(running, status)
+        assert getattr(decision, "num_workers", None) == size
+    assert [(event["workers"], event["to"]) for event in read_events(stage)] == [(1, 2)]

@@ -19,7 +19,7 @@ failure cuts short, and the one in flight. Times in brackets are defaults. clust
   - driver or head lost. Seen: whoever submitted it (KubeRay too, where backoffLimit is above the 0 of base/). Then:
     submitted again it goes on from the last commit. Lost: the steps since. Shown: train/test_kill_schedule.py (driver).
   - head's control service lost, GCS fault tolerance on. Seen: nobody, for up to 60 s. Then: nodes and ranks wait for
-    it and go on. Lost: nothing. Shown: train/test_head.py.
+    it and go on. Lost: nothing. Shown: not yet.
   - rank hangs or is frozen. Seen: watchdog: hang_timeout_seconds, or 10 median steps and at least 300 s; while the
     loop waits for a checkpoint, an hour, more where it is large. Then: named with node, step and stacks (hangs/),
     killed; all start again. Lost: the steps since. Shown: train/test_hang.py, test_beside.py (a slow upload is none).
