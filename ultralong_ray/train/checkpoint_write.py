@@ -111,8 +111,10 @@ class CheckpointWriter:
         self.known_step = 0  # the newest committed one that all ranks know of
         self.pending: _Pending | None = None
         self.copy: HostCopy | None = None
+        numel = sum(part.numel for part in self._shares()) * len(KINDS)
+        self.num_bytes = numel * FLOAT32_BYTES  # of this rank's state
         if snapshot == "memory":  # now, since pinning it takes longer than copying into it
-            self.copy = HostCopy(sum(part.numel for part in self._shares()) * len(KINDS), engine.device)
+            self.copy = HostCopy(numel, engine.device)
         self._stop = threading.Event()
 
     def take(self, about: Manifest) -> float:

@@ -40,7 +40,7 @@ from ultralong_ray.train.order import cursor_after, sequences_of_step
 from ultralong_ray.train.preflight import RunShape, check_first_loss, preflight
 from ultralong_ray.train.schedule import learning_rate
 from ultralong_ray.train.step import StepResult, train_step
-from ultralong_ray.train.watchdog import Watchdog
+from ultralong_ray.train.watchdog import Watchdog, checkpoint_seconds
 from ultralong_ray.train.weights import build_model
 from ultralong_ray.types import StepMetrics
 
@@ -129,6 +129,7 @@ class Trainer:
             self._committed,
             self._before_commit,
         )
+        self.patience_seconds = checkpoint_seconds(self.saver.num_bytes)
         return 0 if restored is None else restored.step
 
     def checkpoint(self, step: int) -> float:
@@ -162,7 +163,7 @@ class Trainer:
         self.saver.known_step = max(self.saver.known_step, int(rows[0][1]))
         notices = [int(row[0]) for row in rows]
         if FAILED in notices:
-            watchdog.allow("a checkpoint that failed")  # other ranks may still be at their part of it
+            watchdog.allow("a checkpoint that failed", self.patience_seconds)  # other ranks may be at their part of it
             self.saver.wait()
         return notices
 
@@ -302,7 +303,7 @@ def _train_on(
         reported = report_new()
         due = last or any(notices) or step % train.checkpoint_every_steps == 0
         if due:
-            watchdog.allow(f"the checkpoint of step {step}")
+            watchdog.allow(f"the checkpoint of step {step}", trainer.patience_seconds)
             losses[step] = metrics.loss
             metrics = dataclasses.replace(metrics, checkpoint_seconds=trainer.checkpoint(step))
             reported = report_new()
@@ -315,7 +316,7 @@ def _train_on(
             break
         if not last:
             watchdog.beat(step)
-    watchdog.allow("the upload of the last checkpoint")
+    watchdog.allow("the upload of the last checkpoint", trainer.patience_seconds)
     saver.wait()
     report_new()
     return notices

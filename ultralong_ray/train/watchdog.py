@@ -41,7 +41,8 @@ STEP_FACTOR = 10.0  # without hang_timeout_seconds: a step may take so many time
 LEAST_STEP_SECONDS = 300.0  # and at least this long
 FIRST_STEP_FACTOR = 10.0  # with it: kernels are compiled and files opened in the first step of an attempt
 FIRST_STEP_SECONDS = 1800.0  # without it; torch's own default for a collective
-CHECKPOINT_SECONDS = 3600.0
+LEAST_CHECKPOINT_SECONDS = 3600.0  # outages that an upload outlasts included
+SLOWEST_UPLOAD = 5e6  # bytes per second of one rank, below which an upload counts as a hang
 LOOK_SECONDS = 0.5
 STEP = "the step"
 ACCOUNT_SECONDS = 4.0  # ranks have so long to write before the judge reads
@@ -104,7 +105,7 @@ class Watchdog:
             limit = max(LEAST_STEP_SECONDS, STEP_FACTOR * usual)
         self._step, self._phase, self._since, self._limit_seconds = step + 1, STEP, time.monotonic(), limit
 
-    def allow(self, phase: str, seconds: float = CHECKPOINT_SECONDS) -> None:
+    def allow(self, phase: str, seconds: float) -> None:
         """The clock starts anew, for work between two steps that may take `seconds`."""
         self._end_phase()
         self._phase, self._since, self._limit_seconds = phase, time.monotonic(), seconds
@@ -176,6 +177,11 @@ class Watchdog:
             if rank not in answered and peer.node == self.peers[self.rank].node:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(peer.pid, 9)
+
+
+def checkpoint_seconds(num_bytes: int) -> float:
+    """How long the loop may wait for checkpoints of `num_bytes` a rank: one on its way, then the next one."""
+    return max(LEAST_CHECKPOINT_SECONDS, 2 * num_bytes / SLOWEST_UPLOAD)
 
 
 def verdict(nodes: list[str], accounts: dict[int, Account]) -> tuple[int | None, str | None, str]:
