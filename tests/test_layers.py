@@ -44,7 +44,7 @@ MAY_IMPORT: dict[str, set[str] | None] = {
 # Heavy library -> patterns of the files, relative to the package, that may import it.
 HEAVY: dict[str, str] = {
     "ray": (
-        r"data/fan_out\.py|train/(trainer|loop|checkpoint|metrics|preemption|worker)\.py"
+        r"data/fan_out\.py|train/(trainer|controller|loop|checkpoint|metrics|preemption|worker)\.py"
         r"|eval/(fanout|sharded_group|vllm_engine)\.py|trials\.py|job\.py"
     ),
     "deepspeed": r"train/(engine|partition)\.py|benchmark/(alst|gradients)\.py",

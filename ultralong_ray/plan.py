@@ -68,8 +68,9 @@ def _heads(recipe: Recipe) -> Heads | None:
 def describe(recipe: Recipe) -> str:
     """The resolved plan: window, RoPE, tokens, sequences, steps, degrees, paths and what is already done."""
     lines = [f"recipe {recipe.name}", *_model_lines(recipe), *_prepare_lines(recipe)]
-    for (name, train, length), outcome in zip(recipe.train_stages(), plan_stages(recipe), strict=True):
-        lines += _train_lines(recipe, name, train, length, outcome)
+    sized = recipe.at_largest_size()
+    for (name, train, length), outcome in zip(sized.train_stages(), plan_stages(sized), strict=True):
+        lines += _train_lines(sized, name, train, length, outcome)
     return "\n".join([*lines, *_evaluate_lines(recipe), *_stage_lines(recipe)])
 
 

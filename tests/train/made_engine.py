@@ -17,6 +17,7 @@ from ultralong_ray.storage import Location
 from ultralong_ray.train.checkpoint_files import Manifest
 from ultralong_ray.train.checkpoint_write import CheckpointWriter, Saved, Snapshot
 from ultralong_ray.train.partition import KINDS, parts_of
+from ultralong_ray.train.snapshot import HostCopy
 
 
 @contextlib.contextmanager
@@ -81,6 +82,7 @@ def save_as_ranks(engine: Any, root: Location, step: int, ranks: int) -> str:
         writer, _ = writer_of(engine, root)
         attempt = attempt or writer.attempt
         writer.rank, writer.world_size, writer.attempt = rank, ranks, attempt
+        writer.copy = HostCopy(sum(part.numel for part in writer._shares()) * len(KINDS), engine.device)
         torch.rand(1)  # every rank has random states of its own
         writer.take(about(step))
         writer.start()

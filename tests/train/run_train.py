@@ -7,6 +7,7 @@ import logging
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import ray
 
@@ -27,7 +28,7 @@ def main(folder: str, name: str, steps: str) -> None:
         runtime_env={"env_vars": {"PYTHONPATH": str(ROOT)}},
     )
     where = Location.of(folder)
-    fields = {"steps": int(steps), "checkpoint_every_steps": 1000, "sequence_parallel_degree": 2}
+    fields: dict[str, Any] = {"steps": int(steps), "checkpoint_every_steps": 1000, "sequence_parallel_degree": 2}
     task = recipe(Path(folder), cluster={"num_workers": 2}, **fields)
     train(task, "pretrain", where / "packed", where / "model", StageDirectory("pretrain", name, where / name))
 

@@ -23,7 +23,7 @@ from ultralong_ray.train.checkpoint import forget_others, load_newest
 from ultralong_ray.train.checkpoint_files import Manifest
 from ultralong_ray.train.checkpoint_write import CheckpointWriter, Saved
 
-KEPT = 2  # as a recipe keeps by default
+KEPT = 1  # beside the one on its way: the disk of a lent machine is small
 
 
 @dataclass(frozen=True, slots=True)

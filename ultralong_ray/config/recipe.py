@@ -47,7 +47,7 @@ class Recipe(Section):
     def _stages_agree(self) -> Recipe:
         _check_lengths(self)
         for name, train, _ in self.train_stages():
-            _check_parallelism(self, name, train)
+            _legal_workers(self, name, train)
         return self
 
     @model_validator(mode="after")
@@ -67,14 +67,28 @@ class Recipe(Section):
             stages.append(("sft", self.sft, self.sft.sequence_length))
         return stages
 
+    def at_largest_size(self) -> Recipe:
+        """The recipe for the most workers of its range that its training sections can use."""
+        if self.cluster.min_workers is None:
+            return self
+        workers = min(_legal_workers(self, name, train) for name, train, _ in self.train_stages())
+        cluster = self.cluster.model_copy(update={"num_workers": workers, "min_workers": None})
+        return self.model_copy(update={"cluster": cluster})
+
     @property
     def heads(self) -> Heads | None:
         """(query, key-value) heads of the model, where the recipe itself describes it."""
         shape = self.model.architecture
         return None if shape is None else (shape.num_attention_heads, shape.num_key_value_heads)
 
-    def degrees(self, train: TrainConfig, heads: Heads | None = None, sequence_length: int | None = None) -> Degrees:
-        """(ulysses_degree, ring_degree) of a training section, every "auto" decided.
+    def degrees(
+        self,
+        train: TrainConfig,
+        heads: Heads | None = None,
+        sequence_length: int | None = None,
+        workers: int | None = None,
+    ) -> Degrees:
+        """(ulysses_degree, ring_degree) of a training section, every "auto" decided. `workers`: num_workers.
 
         `heads` of the model's config.json and the length of the packed sequences may be given where they are known;
         the recipe's own otherwise. Raises ValueError that says what does not fit.
@@ -85,7 +99,9 @@ class Recipe(Section):
         if "sequence_parallel_degree" not in train.model_fields_set and parts:
             total = math.prod(parts)
         request = DegreeRequest(name, total, train.ulysses_degree, train.ring_degree, train.mask_documents)
-        return resolve_degrees(request, self.cluster.num_workers, sequence_length or length, heads or self.heads)
+        return resolve_degrees(
+            request, workers or self.cluster.num_workers, sequence_length or length, heads or self.heads
+        )
 
 
 def _check_lengths(recipe: Recipe) -> None:
@@ -112,7 +128,15 @@ def _check_lengths(recipe: Recipe) -> None:
             )
 
 
-def _check_parallelism(recipe: Recipe, name: str, train: TrainConfig) -> None:
-    ulysses, ring = recipe.degrees(train)
-    groups = recipe.cluster.num_workers // (ulysses * ring)
-    refuse_batch(name, train.global_batch_sequences, train.micro_batch_sequences, groups)
+def _legal_workers(recipe: Recipe, name: str, train: TrainConfig) -> int:
+    """The most workers of the recipe's range that fill whole groups and share the batch. Raises ValueError: none do."""
+    most = recipe.cluster.num_workers
+    objections: list[ValueError] = []
+    for workers in range(most, (recipe.cluster.min_workers or most) - 1, -1):
+        try:
+            ulysses, ring = recipe.degrees(train, workers=workers)
+            refuse_batch(name, train.global_batch_sequences, train.micro_batch_sequences, workers // (ulysses * ring))
+            return workers
+        except ValueError as error:
+            objections.append(error)
+    raise objections[0]

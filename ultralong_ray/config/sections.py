@@ -232,6 +232,13 @@ class TrainConfig(Section):
     disk where there is a folder, else none."""
     local_checkpoint_folder: str | None = operational(None)
     """A folder on each node's own disk, for checkpoint_snapshot "disk"."""
+    hang_timeout_seconds: PositiveFloat | None = operational(None)
+    """A step that takes longer is a hang: the rank to blame is named and all start again from the last checkpoint. The
+    first step of an attempt may take ten times as long. Default: ten times the median step, at least 300."""
+    loss_spike_factor: Annotated[float, Field(gt=1.0)] | None = operational(2.0)
+    """A loss above this multiple of the median of the 20 steps before it stands out (see on_loss_spike)."""
+    on_loss_spike: Literal["warn", "stop"] = operational("warn")
+    """warn: an event and a line in the log. stop: the run ends, naming step, sequences and the last checkpoint."""
 
     @model_validator(mode="after")
     def _disk_has_a_folder(self) -> TrainConfig:
@@ -296,11 +303,14 @@ class ClusterConfig(Section):
     """What the training stages ask of Ray."""
 
     num_workers: Positive = 1
-    """Training processes: one per GPU, or one per CPU core on a laptop."""
+    """Training processes: one per GPU, or one per CPU core on a laptop. With min_workers: the most there may be."""
+    min_workers: Positive | None = None
+    """Training starts, and starts again after a loss, with the largest number of workers from here to num_workers that
+    is there, fills whole sequence-parallel groups and divides the batch. Default: num_workers and no other."""
     gpus_per_worker: Annotated[float, Field(ge=0.0)] = 0.0
     cpus_per_worker: PositiveFloat = 1.0
     max_failures: Annotated[int, Field(ge=-1)] = 3
-    """Restarts from the last checkpoint after a lost worker; -1: without end."""
+    """Restarts from the last checkpoint, in a row with no new checkpoint in between; -1: without end."""
     preemption_grace_seconds: PositiveFloat = 60.0
     """After SIGTERM, how long a worker or the driver may take to finish the step in flight and save it."""
     peak_tflops_per_worker: PositiveFloat | None = None
@@ -322,6 +332,15 @@ class ClusterConfig(Section):
     """CPU nodes that prepare may have at a time, where nodes come on demand."""
     evaluation_workers: Positive | None = None
     """Evaluation tasks at a time, where nodes come on demand; default: as many as the cluster holds at the start."""
+
+    @model_validator(mode="after")
+    def _range_is_ordered(self) -> ClusterConfig:
+        if self.min_workers is not None and self.min_workers > self.num_workers:
+            raise ValueError(
+                f"cluster.min_workers {self.min_workers} is above cluster.num_workers {self.num_workers}, the most "
+                f"workers there may be"
+            )
+        return self
 
     def node_label(self, group: Literal["data", "train", "eval"]) -> dict[str, str]:
         """Ray label selector of a stage's nodes; empty where any node will do."""

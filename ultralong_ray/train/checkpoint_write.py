@@ -111,6 +111,10 @@ class CheckpointWriter:
         self.known_step = 0  # the newest committed one that all ranks know of
         self.pending: _Pending | None = None
         self.copy: HostCopy | None = None
+        numel = sum(part.numel for part in self._shares()) * len(KINDS)
+        self.num_bytes = numel * FLOAT32_BYTES  # of this rank's state
+        if snapshot == "memory":  # now, since pinning it takes longer than copying into it
+            self.copy = HostCopy(numel, engine.device)
         self._stop = threading.Event()
 
     def take(self, about: Manifest) -> float:
@@ -181,18 +185,14 @@ class CheckpointWriter:
             raise UserError(words) if for_user else RuntimeError(words)
 
     def _take(self, pending: _Pending) -> None:
-        shares = [_share(part, self.rank, self.world_size) for part in parts_of(self.engine)]
-        parts = [part for part in shares if part.numel]
-        offset = 0
+        parts, offset = self._shares(), 0
         for part in parts:
             pending.parts[part.name] = PartEntry(part.start, part.numel, self._state_file, offset)
             offset += part.numel * len(KINDS) * FLOAT32_BYTES
         pending.shapes = {part.name: part.shape for part in parts}
         pending.random = random_state()
         tensors = (part.get(kind) for part in parts for kind in KINDS)
-        if self.snapshot == "memory":
-            if self.copy is None:
-                self.copy = HostCopy(offset // FLOAT32_BYTES, self.engine.device)
+        if self.copy is not None:
             self.copy.fill(tensors)
         else:
             target = self.root / pending.name if self.local is None else Location.of(self.local / pending.name)
@@ -203,6 +203,11 @@ class CheckpointWriter:
                         yield part.get(kind).cpu().numpy().data
 
             pending.state = self._patiently(lambda: write_file(target / self._state_file, pieces))
+
+    def _shares(self) -> list[Part]:
+        """What this rank writes."""
+        shares = [_share(part, self.rank, self.world_size) for part in parts_of(self.engine)]
+        return [part for part in shares if part.numel]
 
     @property
     def _state_file(self) -> str:
@@ -254,11 +259,15 @@ class CheckpointWriter:
     def _commit(self, pending: _Pending, written_seconds: float) -> None:
         folder = self.root / pending.name
         manifest = _joined(pending.about, self._records(folder))
-        self._patiently(self.before_commit)
         for rank in range(self.world_size):  # a checkpoint holds nothing that its manifest does not vouch for
             with suppress(FileNotFoundError):
                 self._patiently((folder / RECORD_FILE.format(rank)).delete_file)
-        self._patiently(lambda: (folder / MANIFEST_FILE).write_bytes(manifest.to_bytes()))
+
+        def seal() -> None:
+            self.before_commit()  # again after an outage, in which another attempt may have begun
+            (folder / MANIFEST_FILE).write_bytes(manifest.to_bytes())
+
+        self._patiently(seal)
         saved = Saved(
             step=pending.about.step,
             name=pending.name,

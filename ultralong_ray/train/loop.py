@@ -9,9 +9,9 @@ from __future__ import annotations
 import dataclasses
 import gc
 import logging
-import math
 import resource
 import time
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,12 +25,14 @@ from ultralong_ray.parallel.kernels.choose import choose_kernel
 from ultralong_ray.parallel.mesh import create_mesh
 from ultralong_ray.parallel.topology import Topology
 from ultralong_ray.planner.hardware import peak_flops
+from ultralong_ray.train.bad_steps import SpikeWatch, refuse_broken, refuse_spike
 from ultralong_ray.train.batches import accumulation_steps, read_ahead
 from ultralong_ray.train.checkpoint import CHECKPOINTS, folders, forget_others, load_newest, root_to_resume
 from ultralong_ray.train.checkpoint_files import Manifest
 from ultralong_ray.train.checkpoint_write import CheckpointWriter, Saved
 from ultralong_ray.train.engine import deepspeed_config, init_distributed, initialize, make_optimizer, set_learning_rate
-from ultralong_ray.train.events import record_event
+from ultralong_ray.train.events import node_name, read_events, record_event
+from ultralong_ray.train.failures import refuse_superseded
 from ultralong_ray.train.job import TrainJob
 from ultralong_ray.train.metrics import MetricsWriter
 from ultralong_ray.train.notices import FAILED, NONE, Interrupted, cause_of
@@ -38,8 +40,9 @@ from ultralong_ray.train.order import cursor_after, sequences_of_step
 from ultralong_ray.train.preflight import RunShape, check_first_loss, preflight
 from ultralong_ray.train.schedule import learning_rate
 from ultralong_ray.train.step import StepResult, train_step
+from ultralong_ray.train.watchdog import Watchdog, checkpoint_seconds
 from ultralong_ray.train.weights import build_model
-from ultralong_ray.types import StepMetrics, UserError
+from ultralong_ray.types import StepMetrics
 
 logger = logging.getLogger(__name__)
 
@@ -107,12 +110,16 @@ class Trainer:
         accepted = self.job.resume_anyway
         root = root_to_resume(self.job.stage, self.identity, accepted)
         restored = load_newest(self.engine, root, self.identity, accepted)
+        everyone: list[Any] = [None] * self.topology.world_size
+        dist.all_gather_object(everyone, (node_name(), uuid.uuid4().hex[:8]))
+        nodes, self.attempt = [node for node, _ in everyone], everyone[0][1]
+        about: dict[str, Any] = {"layout": self.layout, "nodes": nodes, "attempt": self.attempt}
         self.seen = folders(self.job.stage / CHECKPOINTS) if self.topology.rank == 0 else frozenset()
         if self.topology.rank == 0 and restored is None:
-            record_event(self.job.stage, "start", layout=self.layout)
+            record_event(self.job.stage, "start", **about)
         elif self.topology.rank == 0 and restored is not None:
             found = {"step": restored.step, "checkpoint": restored.name, "passed_over": restored.passed_over}
-            record_event(self.job.stage, "resume", layout=self.layout, **found)
+            record_event(self.job.stage, "resume", **about, **found)
         local = self.train.local_checkpoint_folder
         self.saver = CheckpointWriter(
             self.engine,
@@ -120,8 +127,9 @@ class Trainer:
             self.job.plan.checkpoint_snapshot,
             None if local is None else Path(local).expanduser() / self.job.stage.name,
             self._committed,
-            lambda: self.flush(),
+            self._before_commit,
         )
+        self.patience_seconds = checkpoint_seconds(self.saver.num_bytes)
         return 0 if restored is None else restored.step
 
     def checkpoint(self, step: int) -> float:
@@ -129,6 +137,11 @@ class Trainer:
         cursor = cursor_after(step, self.train.global_batch_sequences, self.reader.manifest.num_sequences)
         read = {"epoch": cursor.epoch, "sequence": cursor.sequence}
         return self.saver.take(Manifest(step, self.identity, self.layout, read))
+
+    def _before_commit(self) -> None:
+        """Raise Superseded where another attempt has begun; else metrics go first. Runs in rank 0's thread."""
+        refuse_superseded(read_events(self.job.stage), self.attempt)
+        self.flush()
 
     def _committed(self, saved: Saved) -> None:
         """Record a checkpoint and forget those that need not be kept. Runs in rank 0's thread."""
@@ -139,16 +152,18 @@ class Trainer:
         every_steps = None if every_nth is None else every_nth * train.checkpoint_every_steps
         root = self.job.stage / CHECKPOINTS
         try:
+            refuse_superseded(read_events(self.job.stage), self.attempt)  # the manifest may have waited for its storage
             forget_others(root, saved.name, train.keep_checkpoints, every_steps, self.seen)
         except OSError as error:  # the next one tries again
             logger.warning("old checkpoints below %s could not be removed: %s", root, error)
 
-    def heed(self, result: StepResult) -> list[int]:
+    def heed(self, result: StepResult, watchdog: Watchdog) -> list[int]:
         """What the ranks were asked for by now. Raises, on every rank, what a checkpoint failed with. Collective."""
         rows = result.rank_sums[:, 3:].tolist()
         self.saver.known_step = max(self.saver.known_step, int(rows[0][1]))
         notices = [int(row[0]) for row in rows]
         if FAILED in notices:
+            watchdog.allow("a checkpoint that failed", self.patience_seconds)  # other ranks may be at their part of it
             self.saver.wait()
         return notices
 
@@ -168,7 +183,7 @@ class Trainer:
         sums, grad_norm = result.rank_sums.tolist(), float(result.grad_norm)
         step_seconds = time.perf_counter() - started_seconds
         batch, manifest = self.train.global_batch_sequences, self.reader.manifest
-        refuse_broken(step, sums, grad_norm, sequences_of_step(step, batch, manifest.num_sequences, self.train.seed))
+        refuse_broken(step, sums, grad_norm, self.sequences(step), self.job.stage / CHECKPOINTS)
         shape = ModelShape.from_config(self.shape)
         flops = ledger(shape, manifest.sequence_length, self.job.plan).times(batch)
         cursor = cursor_after(step, batch, manifest.num_sequences)
@@ -191,24 +206,26 @@ class Trainer:
             sequence=cursor.sequence,
         )
 
+    def sequences(self, step: int) -> list[int]:
+        """The packed sequences of a step."""
+        train = self.train
+        return sequences_of_step(step, train.global_batch_sequences, self.reader.manifest.num_sequences, train.seed)
+
+    def account_for_spike(self, step: int, cause: str | None) -> None:
+        """Warn of a loss that stands out, or stop there, as the recipe says. Every rank knows the same loss."""
+        if cause is not None:
+            words = f"step {step}: {cause}, sequences {self.sequences(step)}"
+            if self.train.on_loss_spike == "stop":
+                refuse_spike(step, words, self.job.stage / CHECKPOINTS)
+            if self.topology.rank == 0:
+                logger.warning("%s", words)
+                record_event(self.job.stage, "spike", step=step, sequences=self.sequences(step), cause=cause)
+
     def close(self) -> None:
         """Free the engine while all ranks are alive: gloo otherwise aborts a process that leaves first."""
         del self.engine
         gc.collect()
         dist.barrier()
-
-
-def refuse_broken(step: int, sums: list[list[float]], grad_norm: float, sequences: list[int]) -> None:
-    """Raise UserError when a step had no targets or a loss or gradient is NaN or infinite. `sums`: StepResult's."""
-    if sum(row[1] for row in sums) == 0:
-        raise UserError(f"step {step}: no token of sequences {sequences} is a target (all loss weights are 0)")
-    ranks = [rank for rank, row in enumerate(sums) if not math.isfinite(row[0])]
-    if ranks or not math.isfinite(grad_norm):
-        what = f"loss on ranks {ranks}" if ranks else f"gradient norm ({grad_norm})"
-        raise UserError(
-            f"step {step}: the {what} is not finite, sequences {sequences}. The last checkpoint is from before this "
-            f"step; lower learning_rate, lengthen warmup_steps or set gradient_clip, then submit again"
-        )
 
 
 def run(job: TrainJob, device: torch.device, report: Report, asked: Callable[[], int] = lambda: NONE) -> int:
@@ -230,7 +247,8 @@ def run(job: TrainJob, device: torch.device, report: Report, asked: Callable[[],
     if writer is not None:
         trainer.flush = writer.flush
     try:
-        notices = _train(trainer, restored, writer, report, asked)
+        with Watchdog(job.stage, trainer.attempt, restored + 1, job.train.hang_timeout_seconds) as watchdog:
+            notices = _train_on(trainer, restored, writer, report, asked, watchdog)
     except BaseException:
         trainer.saver.abandon()
         raise
@@ -247,8 +265,13 @@ def run(job: TrainJob, device: torch.device, report: Report, asked: Callable[[],
     return restored
 
 
-def _train(
-    trainer: Trainer, restored: int, writer: MetricsWriter | None, report: Report, asked: Callable[[], int]
+def _train_on(
+    trainer: Trainer,
+    restored: int,
+    writer: MetricsWriter | None,
+    report: Report,
+    asked: Callable[[], int],
+    watchdog: Watchdog,
 ) -> list[int]:
     """The steps after `restored`. Returns the notices of all ranks, by which they stopped; zeros after the last step.
 
@@ -256,7 +279,7 @@ def _train(
     """
     job, train, topology, device = trainer.job, trainer.train, trainer.topology, trainer.device
     saver, losses, notices = trainer.saver, {}, [NONE]
-    reported = saver.known_step
+    reported, spikes = saver.known_step, SpikeWatch(train.loss_spike_factor)
 
     def tell() -> tuple[float, float]:
         return FAILED if saver.failed() else asked(), saver.committed_step()
@@ -274,11 +297,13 @@ def _train(
         metrics = trainer.metrics(step, result, started)
         if step == 1 and device.type == "cuda":
             check_first_loss(metrics.loss, trainer.shape["vocab_size"], pretrained=job.random_seed is None)
+        trainer.account_for_spike(step, spikes.spike(metrics.loss))
         last = step == trainer.num_steps
-        notices = trainer.heed(result) if not last else [NONE]
+        notices = trainer.heed(result, watchdog) if not last else [NONE]
         reported = report_new()
         due = last or any(notices) or step % train.checkpoint_every_steps == 0
         if due:
+            watchdog.allow(f"the checkpoint of step {step}", trainer.patience_seconds)
             losses[step] = metrics.loss
             metrics = dataclasses.replace(metrics, checkpoint_seconds=trainer.checkpoint(step))
             reported = report_new()
@@ -289,6 +314,9 @@ def _train(
             saver.start()  # after the step's line, which belongs to what is saved
         if any(notices):
             break
+        if not last:
+            watchdog.beat(step)
+    watchdog.allow("the upload of the last checkpoint", trainer.patience_seconds)
     saver.wait()
     report_new()
     return notices

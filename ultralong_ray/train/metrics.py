@@ -19,6 +19,7 @@ from ray.util.metrics import Gauge
 from tensorboardX import SummaryWriter
 
 from ultralong_ray.storage import Location, copy_files, explain_full_disk
+from ultralong_ray.train.events import read_events
 from ultralong_ray.types import StepMetrics
 
 logger = logging.getLogger(__name__)
@@ -62,6 +63,10 @@ class MetricsWriter:
             field: Gauge(f"ultralong_train_{suffix}", description, tag_keys=("stage",))
             for field, (suffix, description) in GAUGES.items()
         }
+        breakdowns = sum(event["event"] == "breakdown" for event in read_events(stage))
+        restarts = Gauge("ultralong_train_restarts", "Attempts that broke down so far", tag_keys=("stage",))
+        restarts.set(breakdowns, tags={"stage": name})
+        self._tensorboard.add_scalar(f"{name}/restarts", breakdowns, resumed_step)
         self._last_log_seconds = float("-inf")
         self._rewrite()
         self._sink = _appender(stage) if stage.is_local else None
