@@ -1,5 +1,6 @@
 """Standard tests: the numbers are those of lm-evaluation-harness with its own model class and its own data path."""
 
+# pyright: reportMissingImports=false  (an optional extra)
 from __future__ import annotations
 
 import json
