@@ -9,7 +9,8 @@ random few-shot examples of a row depend on its place.
 Read against lm_eval 0.4.13 (tasks/_yaml_loader.py, api/task.py, api/samplers.py, models/huggingface.py).
 """
 
-# pyright: reportMissingImports=false  (an optional extra)
+# The harness is an optional extra.
+# pyright: reportMissingImports=false
 from __future__ import annotations
 
 import logging
