@@ -17,6 +17,7 @@ def test_prefix_counts_the_same_answers(tiny_llama: Path, tmp_path: Path, capsys
     result = json.loads(out.read_text())
     assert result["same_answers"] and len(result["cells"]) == 6
     assert result["speedup"] == pytest.approx(result["seconds"]["unshared"] / result["seconds"]["shared"])
+    assert result["tokens_run"]["unshared"] > 1.4 * result["tokens_run"]["shared"]
     depths = [cell["depth"] for cell in result["cells"] if cell["length"] == 256]
     assert depths == [100.0, 50.0, 0.0], "each cell reads on from what the one before it holds"
     assert "the same answers" in capsys.readouterr().out

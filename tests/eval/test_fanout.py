@@ -219,6 +219,7 @@ def test_stopped_twice_it_ends_with_the_answers_of_an_undisturbed_run(
 
     monkeypatch.setattr(_Progress, "finished", interrupted)
     stage, folder = place(recipe)
+    summary: dict[str, Any] = {}
     for limit in limits:
         counted[:] = [0, limit]
         try:

@@ -1,5 +1,7 @@
 """Standard tests: the numbers are those of lm-evaluation-harness with its own model class and its own data path."""
 
+# The harness is an optional extra.
+# pyright: reportMissingImports=false
 from __future__ import annotations
 
 import json

@@ -280,7 +280,7 @@ class StandardTask(TaskSection):
     kind: Literal["standard"]
     names: Annotated[tuple[StandardName, ...], Field(min_length=1)]
     data_folder: str
-    context_lengths: tuple[Literal[0]] = (0,)
+    context_lengths: tuple[Literal[0]] = (0,)  # pyright: ignore[reportIncompatibleVariableOverride]
     limit: Positive | None = None
     """The first rows of every subject, as the harness's --limit; default: all."""
     num_fewshot: NonNegative = 5

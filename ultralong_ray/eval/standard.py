@@ -9,6 +9,8 @@ random few-shot examples of a row depend on its place.
 Read against lm_eval 0.4.13 (tasks/_yaml_loader.py, api/task.py, api/samplers.py, models/huggingface.py).
 """
 
+# The harness is an optional extra.
+# pyright: reportMissingImports=false
 from __future__ import annotations
 
 import logging
@@ -183,7 +185,7 @@ def make_task(
 def _definition(section: StandardTask, test: str, subject: str, chat_template: bool) -> dict[str, Any]:
     """The harness's own task file, with what the recipe changes of it."""
     name = DEFINITIONS[test].format(subject=subject.replace(" ", "_"))
-    file = Path(lm_eval.__file__).parent / "tasks" / name
+    file = Path(str(lm_eval.__file__)).parent / "tasks" / name
     if test == "humaneval" and chat_template:
         file = file.with_name("humaneval_instruct.yaml")
     if not file.exists():

@@ -77,7 +77,8 @@ def _column(score: Score) -> Column:
     if score.suite == "lveval":
         level = score.task.rpartition("_")[2]
         return f"{level}, window {short_tokens(score.context_length_tokens)}"
-    return score.context_length_tokens
+    # the prompts of standard tests are as long as their questions
+    return score.context_length_tokens or "score"
 
 
 def _column_order(column: Column) -> tuple[int, int, str]:

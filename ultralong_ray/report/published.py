@@ -10,7 +10,7 @@ LVEVAL_BOUNDS = {"<128K": ("16k", "32k", "64k", "128k"), "<256K": ("16k", "32k",
 STANDARD = {"mmlu": "MMLU", "mmlu_pro": "MMLU-Pro", "math": "MATH", "gsm8k": "GSM8K", "humaneval": "HumanEval"}
 
 # model -> per cent by column of the summary table
-_LONG_COLUMNS = ("<128K", "<512K", "<1M", "LV <128K", "LV <256K", "InfiniteBench")
+_LONG_COLUMNS: tuple[str, ...] = ("<128K", "<512K", "<1M", "LV <128K", "LV <256K", "InfiniteBench")
 _LONG = {
     "Llama-3.1-8B-Instruct": (88.3, 68.2, 61.3, 26.55, 23.32, 24.66),
     "Llama-3-8B-Gradient-1048k": (82.4, 79.8, 77.8, 14.14, 13.48, 28.60),

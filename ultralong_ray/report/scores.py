@@ -137,7 +137,9 @@ def _add(score: Score, stored: dict[str, Any], name: str, cell: dict[str, Any]) 
 
 def _sources(sample: dict[str, Any]) -> Iterator[str]:
     facts = sample.get("facts")
-    for name in SOURCE_FACTS if isinstance(facts, dict) else ():
+    if not isinstance(facts, dict):
+        return
+    for name in SOURCE_FACTS:
         if name in facts:
             yield f"{name.replace('_', ' ')}: {facts[name]}"
 
