@@ -27,12 +27,14 @@ from ultralong_ray.train.checkpoint import CHECKPOINTS, forget_others, load_newe
 from ultralong_ray.train.checkpoint_files import Manifest
 from ultralong_ray.train.engine import deepspeed_config, init_distributed, initialize, make_optimizer, set_learning_rate
 from ultralong_ray.train.events import record_event
+from ultralong_ray.train.gauges import TrainGauges
 from ultralong_ray.train.job import TrainJob
 from ultralong_ray.train.metrics import MetricsWriter
 from ultralong_ray.train.order import cursor_after, sequences_of_step
 from ultralong_ray.train.preflight import RunShape, check_first_loss, preflight
 from ultralong_ray.train.schedule import learning_rate
 from ultralong_ray.train.step import StepResult, train_step
+from ultralong_ray.train.step_profile import StepProfiler, spanned
 from ultralong_ray.train.weights import build_model
 from ultralong_ray.types import StepMetrics, UserError
 
@@ -53,6 +55,10 @@ SHAPE_KEYS = (
 )
 
 
+class NotFinite(UserError):
+    """A loss or gradient is NaN or infinite."""
+
+
 class Trainer:
     """One rank's engine and data. Making it is collective over all ranks."""
 
@@ -67,7 +73,7 @@ class Trainer:
         self.mesh = create_mesh(self.topology)
         dtype = self.dtype = torch.bfloat16 if self.train.precision == "bfloat16" else torch.float32
         head_dim = self.shape.get("head_dim") or self.shape["hidden_size"] // self.shape["num_attention_heads"]
-        self.kernel = choose_kernel(self.train.attention, device, dtype, head_dim)
+        self.kernel = spanned(choose_kernel(self.train.attention, device, dtype, head_dim))
         device_name = torch.cuda.get_device_name(device) if device.type == "cuda" else None
         self.peak_flops = peak_flops(device_name, job.recipe.cluster.peak_tflops_per_worker)
         accumulation = accumulation_steps(self.train, self.topology)
@@ -167,13 +173,13 @@ class Trainer:
 
 
 def refuse_broken(step: int, sums: list[list[float]], grad_norm: float, sequences: list[int]) -> None:
-    """Raise UserError when a step had no targets or a loss or gradient is NaN or infinite. `sums`: StepResult's."""
+    """Raise UserError when a step had no targets, NotFinite for a loss or gradient that is. `sums`: StepResult's."""
     if sum(row[1] for row in sums) == 0:
         raise UserError(f"step {step}: no token of sequences {sequences} is a target (all loss weights are 0)")
     ranks = [rank for rank, row in enumerate(sums) if not math.isfinite(row[0])]
     if ranks or not math.isfinite(grad_norm):
         what = f"loss on ranks {ranks}" if ranks else f"gradient norm ({grad_norm})"
-        raise UserError(
+        raise NotFinite(
             f"step {step}: the {what} is not finite, sequences {sequences}. The last checkpoint is from before this "
             f"step; lower learning_rate, lengthen warmup_steps or set gradient_clip, then submit again"
         )
@@ -194,12 +200,18 @@ def run(job: TrainJob, device: torch.device, report: Report) -> int:
         return 0
     restored = trainer.restore()
     writer = MetricsWriter(job.stage, restored, job.section) if topology.rank == 0 else None
+    batch, steps = train.global_batch_sequences, (restored, trainer.num_steps)
+    gauges = TrainGauges(job.section, job.stage, topology.rank, topology.world_size, batch, steps)
+    profiler = StepProfiler(device, active=topology.rank == 0)
     started = time.perf_counter()
     batches = read_ahead(restored + 1, trainer.num_steps, trainer.reader, train, topology, device)
     for step, micro_batches in batches:
+        waited_seconds = time.perf_counter() - started
         set_learning_rate(trainer.engine, learning_rate(train, step, trainer.num_steps))
-        result = train_step(trainer.engine, micro_batches, trainer.mesh, trainer.kernel, peak_memory_gib(device))
-        metrics = trainer.metrics(step, result, started)
+        with profiler.step():
+            result = train_step(trainer.engine, micro_batches, trainer.mesh, trainer.kernel, peak_memory_gib(device))
+            metrics = trainer.metrics(step, result, started)
+        gauges.step(metrics, waited_seconds, profiler.parts(metrics.step_seconds))
         if step == 1 and device.type == "cuda":
             check_first_loss(metrics.loss, trainer.shape["vocab_size"], pretrained=job.random_seed is None)
         started = time.perf_counter()
@@ -208,7 +220,9 @@ def run(job: TrainJob, device: torch.device, report: Report) -> int:
         if step % train.checkpoint_every_steps == 0 or step == trainer.num_steps:
             if writer is not None:
                 writer.flush()
+            began = time.perf_counter()
             trainer.checkpoint(step)
+            gauges.checkpoint(step, time.perf_counter() - began)
             report({"step": step, "loss": metrics.loss})
             started = time.perf_counter()
     if writer is not None:

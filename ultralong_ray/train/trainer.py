@@ -32,6 +32,7 @@ from ultralong_ray.planner.refuse import PlanRefused
 from ultralong_ray.planner.words import describe_plan, plan_words
 from ultralong_ray.storage import Location, StageDirectory
 from ultralong_ray.train.events import record_event
+from ultralong_ray.train.gauges import count_failure
 from ultralong_ray.train.job import TrainJob, check_inputs
 from ultralong_ray.train.metrics import read_metrics
 from ultralong_ray.types import TrainPlan, UserError
@@ -79,6 +80,7 @@ def train(
         result = _trainer(job).fit()
     except TrainingFailedError as error:
         record_event(stage.location, "failure", rank=None, node=None, cause=_in_words(error))
+        count_failure(stage.location, section)
         _raise_user_error(error_file, error)
         raise
     except SystemExit:
