@@ -5,15 +5,17 @@ Flows in: what the loop knows after a step or a checkpoint. Flows out: metrics o
 
 from __future__ import annotations
 
-import math
+import functools
 import resource
 import statistics
 import time
 
 import torch
 
+from ultralong_ray.parallel.topology import Topology
 from ultralong_ray.storage import Location
 from ultralong_ray.train.events import read_events
+from ultralong_ray.train.job import TrainJob
 from ultralong_ray.train.status import RECENT_STEPS, restarts_of
 from ultralong_ray.types import StepMetrics
 from ultralong_ray.watch.metrics import count, show
@@ -23,16 +25,19 @@ PLAN_FILE = "plan.json"
 
 
 class TrainGauges:
-    """One rank's view of stage `name`, whose directory is `stage`. Made when training begins; `steps`: (done, planned)."""
+    """One rank's view of its job. Made when training begins; `steps`: (done, planned)."""
 
-    def __init__(self, name: str, stage: Location, rank: int, world_size: int, batch: int, steps: tuple[int, int]) -> None:
-        self._name, self._rank, self._world_size, self._batch = name, rank, world_size, batch
+    def __init__(self, job: TrainJob, topology: Topology, device: torch.device, steps: tuple[int, int]) -> None:
+        self._name, self._rank, self._world_size = job.section, topology.rank, topology.world_size
+        self._batch, self._device = job.train.global_batch_sequences, device
+        self._dtype = torch.bfloat16 if job.train.precision == "bfloat16" else torch.float32
         self._seconds: list[float] = []
         self._checkpoint_step, planned_steps = steps
-        if rank != 0:
+        if self._rank != 0:
             return
+        stage = job.stage
         self._show("planned_steps", planned_steps)
-        self._show("planned_sequences", planned_steps * batch)
+        self._show("planned_sequences", planned_steps * self._batch)
         self._show("restarts", len(restarts_of(read_events(stage))))
         self._show("step_timestamp_seconds", time.time())
         self._show("checkpoint_timestamp_seconds", time.time())  # nothing older can be lost
@@ -56,14 +61,20 @@ class TrainGauges:
             "grad_norm": metrics.grad_norm,
             "learning_rate": metrics.learning_rate,
             "model_tflops_per_second": teraflops,
-            "mfu_ratio": math.nan if metrics.mfu is None else metrics.mfu,
             "step_timestamp_seconds": time.time(),
         }
         for name, value in numbers.items():
             self._show(name, value)
+        peak = "measured" if metrics.mfu is None else "nominal"
+        ratio = teraflops / self._measured_teraflops if metrics.mfu is None else metrics.mfu
+        show("ultralong_train_mfu_ratio", ratio, stage=self._name, peak=peak)
         self._part("data wait", waited_seconds)
         for part, seconds in (parts or {}).items():
             self._part(part, max(0.0, seconds - waited_seconds) if part == "other" else seconds)
+
+    @functools.cached_property
+    def _measured_teraflops(self) -> float:
+        return matrix_teraflops(self._device, self._dtype)
 
     def checkpoint(self, step: int, seconds: float) -> None:
         """After a checkpoint that took `seconds`; they are shown as a share of each step since the one before."""
@@ -97,6 +108,17 @@ class TrainGauges:
 
     def _show(self, name: str, value: float) -> None:
         show(f"ultralong_train_{name}", value, stage=self._name)
+
+
+def matrix_teraflops(device: torch.device, dtype: torch.dtype) -> float:
+    """Of one worker in square matrix products: a stand-in for the peak of a device that no table names."""
+    size, best = (8192 if device.type == "cuda" else 512), float("inf")
+    left, right = (torch.ones(size, size, dtype=dtype, device=device) for _ in range(2))
+    for _ in range(5):
+        started = time.perf_counter()
+        float((left @ right)[0, 0])  # waits for the device
+        best = min(best, time.perf_counter() - started)
+    return 2 * size**3 / best / 1e12
 
 
 def count_failure(stage: Location, name: str) -> None:

@@ -200,8 +200,7 @@ def run(job: TrainJob, device: torch.device, report: Report) -> int:
         return 0
     restored = trainer.restore()
     writer = MetricsWriter(job.stage, restored, job.section) if topology.rank == 0 else None
-    batch, steps = train.global_batch_sequences, (restored, trainer.num_steps)
-    gauges = TrainGauges(job.section, job.stage, topology.rank, topology.world_size, batch, steps)
+    gauges = TrainGauges(job, topology, device, (restored, trainer.num_steps))
     profiler = StepProfiler(device, active=topology.rank == 0)
     started = time.perf_counter()
     batches = read_ahead(restored + 1, trainer.num_steps, trainer.reader, train, topology, device)

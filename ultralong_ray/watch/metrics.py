@@ -2,13 +2,16 @@
 
 Flows in: a metric by name with its value and labels. Flows out: the sample `ray_<name>` at the metrics port of the node
 (a counter's is `ray_<name>_total`), with Ray's own labels beside ours. Ray sends values every
-RAY_metrics_report_interval_ms (10 s) and forgets a gauge two intervals after its process is gone; counters stay as long
-as the node's agent. Without a cluster a call does nothing. cluster/METRICS.md is this table as a page.
+RAY_metrics_report_interval_ms (10 s) and forgets a gauge that was not set for two intervals, so a thread sets each anew
+as long as the process lives; counters stay as long as the node's agent. NaN never arrives. Without a cluster a call
+does nothing. cluster/METRICS.md is this table as a page.
 """
 
 from __future__ import annotations
 
+import atexit
 import functools
+import threading
 from dataclasses import dataclass
 from typing import Literal
 
@@ -59,8 +62,8 @@ METRICS = (
     Metric(
         "ultralong_train_mfu_ratio",
         "1",
-        "Causal model FLOPs over the peak, 0 to 1; NaN where the peak is unknown",
-        STAGE,
+        "Causal model FLOPs over the peak, 0 to 1: nominal, or that of matrix products timed here where it is unknown",
+        ("stage", "peak"),
     ),
     Metric(
         "ultralong_train_memory_gib", "GiB", "Peak memory of a rank (place: device or host)", ("stage", "rank", "place")
@@ -97,17 +100,43 @@ METRICS = (
     Metric("ultralong_eval_time_left_seconds", "s", "Judged by the tokens of the cells left"),
 )
 BY_NAME = {metric.name: metric for metric in METRICS}
+REFRESH_SECONDS = 1.0
+
+_shown: dict[tuple[str, tuple[tuple[str, str], ...]], float] = {}  # (name, labels) -> last value
+_lock = threading.Lock()
+_ended = threading.Event()
 
 
 def show(name: str, value: float | None, **labels: str) -> None:
     """Set a gauge; None is nothing to show. Raises KeyError for a name that is not in METRICS."""
-    if value is not None:
-        _gauge(name).set(float(value), tags=labels)
+    if value is None:
+        return
+    _gauge(name).set(float(value), tags=labels)
+    with _lock:
+        if not _shown:
+            thread = threading.Thread(target=_refresh, name="metrics", daemon=True)
+            thread.start()
+            atexit.register(_stop, thread)  # before Ray's own end, which came first
+        _shown[name, tuple(sorted(labels.items()))] = float(value)
 
 
 def count(name: str, **labels: str) -> None:
     """Add one to a counter."""
     _counter(name).inc(1, tags=labels)
+
+
+def _refresh() -> None:
+    """Set every gauge again, now and then: Ray forgets what is not."""
+    while not _ended.wait(REFRESH_SECONDS):
+        with _lock:
+            shown = list(_shown.items())
+        for (name, labels), value in shown:
+            _gauge(name).set(value, tags=dict(labels))
+
+
+def _stop(thread: threading.Thread) -> None:
+    _ended.set()
+    thread.join(timeout=5)
 
 
 @functools.cache
