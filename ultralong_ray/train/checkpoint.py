@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import io
 import logging
+import pickle
 import random
 import uuid
 from collections.abc import Callable, Iterator
@@ -251,7 +252,7 @@ def _read_own(engine: Any, folder: Location, manifest: Manifest) -> None:
         random_file = f"random-{dist.get_rank():05d}.pt"
         if random_file in manifest.files:
             data = files.reader(random_file).read(0, manifest.files[random_file].num_bytes)
-            _restore_random_state(torch.load(io.BytesIO(data), weights_only=False))
+            _restore_random_state(_numbers_only(folder / random_file, data))
 
 
 class _Files:
@@ -297,10 +298,23 @@ def _from_rank0(make: Callable[[], Any]) -> Any:
     return box[0]
 
 
+def _numbers_only(file: Location, data: bytes) -> Any:
+    """What `_random_state` gave. Raises UserError for a file with anything that could run code."""
+    try:
+        return torch.load(io.BytesIO(data), weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise UserError(
+            f"{file} holds more than numbers, which could run code: it was not written by this version, or somebody "
+            f"changed it. Remove it from the manifest of that checkpoint, or the checkpoint"
+        ) from error
+
+
 def _random_state() -> dict[str, Any]:
+    """Plain numbers and tensors, so that reading them back never runs code."""
+    generator, keys, *rest = np.random.get_state()
     state: dict[str, Any] = {
         "python": random.getstate(),
-        "numpy": np.random.get_state(),
+        "numpy": (generator, np.asarray(keys).tolist(), *rest),
         "torch": torch.get_rng_state(),
     }
     if torch.cuda.is_available():
@@ -310,7 +324,8 @@ def _random_state() -> dict[str, Any]:
 
 def _restore_random_state(state: dict[str, Any]) -> None:
     random.setstate(state["python"])
-    np.random.set_state(state["numpy"])
+    generator, keys, *rest = state["numpy"]
+    np.random.set_state((generator, np.array(keys, np.uint32), *rest))
     torch.set_rng_state(state["torch"])
     if "cuda" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"])
