@@ -43,8 +43,11 @@ def stop(process: subprocess.Popen[Any]) -> None:
 
 
 @contextmanager
-def ray_head(folder: Path, num_cpus: int = 3) -> Iterator[dict[str, str]]:
-    """A head that reports its metrics every second; yields the environment that joins it. `folder` must be short."""
+def ray_head(folder: Path, num_cpus: int = 3, variables: dict[str, str] | None = None) -> Iterator[dict[str, str]]:
+    """A head that reports its metrics every second; yields the environment that joins it. `folder` must be short.
+
+    `variables`: more of the environment, of the head and of those who join.
+    """
     gcs, dashboard, agent, client, metrics = free_ports(5)
     ray = shutil.which("ray", path=os.path.dirname(sys.executable)) or "ray"
     environment = {
@@ -55,6 +58,7 @@ def ray_head(folder: Path, num_cpus: int = 3) -> Iterator[dict[str, str]]:
         "RAY_AUTH_TOKEN": "for-this-test-only-" + str(os.getpid()),
         "RAY_metrics_report_interval_ms": "1000",
         "METRICS_RECORD_INTERVAL_S": "1",
+        **(variables or {}),
     }
     ports = f"--port {gcs} --dashboard-port {dashboard} --dashboard-agent-listen-port {agent}"
     ports += f" --ray-client-server-port {client} --metrics-export-port {metrics}"
