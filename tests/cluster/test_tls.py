@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from ray.util import get_node_ip_address
 
 from tests.watch.servers import ROOT, ray_head
 
@@ -29,9 +30,8 @@ def folder() -> Iterator[Path]:
         words = "req -x509 -newkey rsa:2048 -nodes -days 2 -subj /CN=authority -keyout ca.key -out ca.crt"
         subprocess.run(["openssl", *words.split()], cwd=made / authority, check=True, capture_output=True)
         script = ROOT / "cluster" / "components" / "tls" / "certificate.sh"
-        subprocess.run(
-            ["sh", script, made / authority, made / owner], check=True, env={"NAMESPACE": "ns", "PATH": "/usr/bin:/bin"}
-        )
+        variables = {"NAMESPACE": "ns", "PATH": "/usr/bin:/bin", "POD_IP": get_node_ip_address()}
+        subprocess.run(["sh", script, made / authority, made / owner], check=True, env=variables)
     try:
         yield made
     finally:
