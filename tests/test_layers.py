@@ -19,6 +19,7 @@ MAY_IMPORT: dict[str, set[str] | None] = {
     "types": set(),
     "config": {"types"},
     "object_store": {"types"},
+    "endpoint": {"types"},
     "storage": {"types", "object_store"},
     "stages": {"types", "config", "storage"},
     "recipe": {"types", "config"},
@@ -28,13 +29,13 @@ MAY_IMPORT: dict[str, set[str] | None] = {
     "plan": {"types", "config", "storage", "stages", "flops", "planner"},
     "manifests": {"types", "config", "planner", "plan"},
     "packed": {"types", "storage"},
-    "data": {"types", "config", "object_store", "storage", "packed", "stages", "watch"},
+    "data": {"types", "config", "endpoint", "object_store", "storage", "packed", "stages", "watch"},
     "model": {"types", "config", "storage"},
     "parallel": {"types", "config", "packed"},
-    "train": {"types", "config", "storage", "packed", "model", "parallel", "flops", "planner", "watch"},
+    "train": {"types", "config", "object_store", "storage", "packed", "model", "parallel", "flops", "planner", "watch"},
     "export": {"types", "config", "storage", "model"},
-    "eval": {"types", "config", "storage", "model", "parallel", "watch"},
-    "report": {"types", "config", "storage", "stages"},
+    "eval": {"types", "config", "endpoint", "storage", "model", "parallel", "watch"},
+    "report": {"types", "config", "storage", "stages", "recipe"},
     "benchmark": {
         "types",
         "config",
@@ -48,19 +49,25 @@ MAY_IMPORT: dict[str, set[str] | None] = {
         "eval",
         "watch",
     },
+    "trials": {"types", "config", "recipe", "stages", "storage"},
     "job": None,
     "pipeline": None,
 }
 
 # Heavy library -> patterns of the files, relative to the package, that may import it.
 HEAVY: dict[str, str] = {
-    "ray": r"data/fan_out\.py|train/(trainer|loop|checkpoint|worker)\.py|eval/fanout\.py|job\.py|watch/metrics\.py",
+    "ray": (
+        r"data/fan_out\.py|train/(trainer|loop|checkpoint|preemption|worker)\.py"
+        r"|eval/(fanout|sharded_group|vllm_engine)\.py|trials\.py|job\.py|watch/metrics\.py"
+    ),
     "deepspeed": r"train/(engine|partition)\.py|benchmark/(alst|gradients)\.py",
     "torch": r"(model|parallel|train|benchmark)/.*|eval/[^/]*|export\.py|export/.*",
     "transformers": r"(data|model|parallel|train)/.*|eval/[^/]*|export(\.py|/.*)|benchmark/(alst|torch_cp|prefill)\.py",
     "pydantic": r"config/.*|recipe\.py",
     "datasketch": r"data/deduplicate\.py",
-    "aiohttp": r"data/refine_client\.py",
+    "aiohttp": r"endpoint\.py",
+    "lm_eval": r"eval/standard\.py",
+    "datasets": r"eval/standard\.py",
     "jinja2": r"report/.*|data/chat\.py",
 }
 

@@ -121,7 +121,7 @@ def _leave(status: int, message: str) -> None:
 def run_stage(recipe: Recipe, stage: str, recipe_path: str, resume_anyway: tuple[str, ...] = ()) -> StageDirectory:
     """Compute a stage unless it is done, and record its summary last."""
     directory = stage_directory(recipe, stage)
-    if directory.done:
+    if directory.settled:
         log.info("%s is done already: %s", stage, directory.location)
         return directory
     require_inputs(recipe, stage, recipe_path)

@@ -16,7 +16,6 @@ from typing import Any
 import pytest
 import yaml
 
-from ultralong_ray.storage import Location
 from ultralong_ray.types import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -248,7 +247,7 @@ def test_no_code_of_a_model_folder_is_trusted() -> None:
 
 
 def test_random_states_that_could_run_code_are_refused(tmp_path: Path) -> None:
-    from ultralong_ray.train.checkpoint import _numbers_only
+    from ultralong_ray.train.random_state import restore_random_state
 
     class Evil:
         def __reduce__(self) -> Any:
@@ -260,7 +259,7 @@ def test_random_states_that_could_run_code_are_refused(tmp_path: Path) -> None:
     torch.save({"python": Evil()}, sink)
     for data in (sink.getvalue(), pickle.dumps(Evil())):
         with pytest.raises(UserError, match="could run code"):
-            _numbers_only(Location.of(tmp_path / "random-00000.pt"), data)
+            restore_random_state(data)
     assert list(tmp_path.iterdir()) == []
 
 

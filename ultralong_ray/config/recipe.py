@@ -9,13 +9,13 @@ from pydantic import Field, model_validator
 
 from ultralong_ray.config.base import Section
 from ultralong_ray.config.degrees import DegreeRequest, Degrees, Heads, refuse_batch, resolve_degrees
+from ultralong_ray.config.evaluate import EvaluateConfig, even_lengths
 from ultralong_ray.config.model import ModelConfig
 from ultralong_ray.config.refine import RefineConfig
 from ultralong_ray.config.screening import DecontaminateConfig
 from ultralong_ray.config.sections import (
     ClusterConfig,
     CorpusConfig,
-    EvaluateConfig,
     PrepareConfig,
     PretrainConfig,
     SftConfig,
@@ -48,6 +48,16 @@ class Recipe(Section):
         _check_lengths(self)
         for name, train, _ in self.train_stages():
             _check_parallelism(self, name, train)
+        return self
+
+    @model_validator(mode="after")
+    def _passkey_grid_has_lengths(self) -> Recipe:
+        evaluate = self.evaluate
+        if evaluate is None or not evaluate.passkey or evaluate.context_lengths:
+            return self
+        lengths = even_lengths(self.model.target_context_length)
+        # frozen: this is the one place where a default needs another section
+        object.__setattr__(self, "evaluate", evaluate.model_copy(update={"context_lengths": lengths}))
         return self
 
     def train_stages(self) -> list[tuple[str, TrainConfig, int]]:
@@ -93,6 +103,12 @@ def _check_lengths(recipe: Recipe) -> None:
             raise ValueError(
                 f"sft.max_sample_tokens {recipe.sft.max_sample_tokens} does not fit into sft.sequence_length "
                 f"{recipe.sft.sequence_length}; a sample is never cut"
+            )
+    for number, task in enumerate(recipe.evaluate.tasks if recipe.evaluate is not None else ()):
+        if max(task.context_lengths) > target:
+            raise ValueError(
+                f"evaluate.tasks.{number}.context_lengths {max(task.context_lengths)} is beyond "
+                f"model.target_context_length {target}; no model of this recipe reads as far, ask for less"
             )
 
 

@@ -4,7 +4,11 @@ Flows in: an event by name with its facts. Flows out: {"time" (seconds since 197
 
     start       layout                                    training begins at step 0
     resume      step, checkpoint, passed_over, layout     it continues; damaged checkpoints were passed over
-    checkpoint  step, checkpoint, seconds                 one was committed; the loop was blocked so long
+    checkpoint  step, checkpoint, seconds, ...            one was committed; the loop was blocked so long. Then
+                                                          waited_seconds of that for the one before, and from then
+                                                          on written_seconds (rank 0's part) and uploaded_seconds (all);
+                                                          num_bytes
+    interrupted step, cause                               the run was asked to leave and has saved this step
     failure     rank, node, cause                         a rank raised an error
     end         step                                      the last step is done
 

@@ -69,6 +69,9 @@ class TrainGauges:
         ratio = teraflops / self._measured_teraflops if metrics.mfu is None else metrics.mfu
         show("ultralong_train_mfu_ratio", ratio, stage=self._name, peak=peak)
         self._part("data wait", waited_seconds)
+        if metrics.checkpoint_seconds:  # the loop stood still: a share for each step since the checkpoint before
+            self._part("checkpoint", metrics.checkpoint_seconds / max(1, metrics.step - self._checkpoint_step))
+            self._checkpoint_step = metrics.step
         for part, seconds in (parts or {}).items():
             self._part(part, max(0.0, seconds - waited_seconds) if part == "other" else seconds)
 
@@ -76,12 +79,9 @@ class TrainGauges:
     def _measured_teraflops(self) -> float:
         return matrix_teraflops(self._device, self._dtype)
 
-    def checkpoint(self, step: int, seconds: float) -> None:
-        """After a checkpoint that took `seconds`; they are shown as a share of each step since the one before."""
+    def committed(self, step: int) -> None:
+        """When the checkpoint of `step` is whole."""
         if self._rank == 0:
-            steps = max(1, step - self._checkpoint_step)
-            self._checkpoint_step = step
-            self._part("checkpoint", seconds / steps)
             self._show("checkpoint_step", step)
             self._show("checkpoint_timestamp_seconds", time.time())
 

@@ -35,6 +35,7 @@ DRAWN = (
     "step_seconds",
     "mfu",
     "memory_gib",
+    "checkpoint_seconds",
 )
 
 
@@ -73,7 +74,7 @@ class MetricsWriter:
         self._log(metrics)
 
     def flush(self) -> None:
-        """Make what was written so far visible below the stage; called at each checkpoint."""
+        """Make what was written so far visible below the stage; called before each checkpoint is committed."""
         self._tensorboard.flush()
         if not self.stage.is_local:
             self._rewrite()
@@ -88,7 +89,8 @@ class MetricsWriter:
             shutil.rmtree(self._tensorboard_folder, ignore_errors=True)
 
     def _rewrite(self) -> None:
-        (self.stage / METRICS_FILE).write_bytes("".join(map(_line, self.records)).encode())
+        # a copy: a checkpoint's thread writes while the loop adds
+        (self.stage / METRICS_FILE).write_bytes("".join(map(_line, list(self.records))).encode())
 
     def _log(self, metrics: StepMetrics) -> None:
         """A line per step, but at most one per second of steps faster than that; the first and last always."""

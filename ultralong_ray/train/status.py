@@ -18,6 +18,7 @@ from ultralong_ray.types import StepMetrics, UserError
 
 RECENT_STEPS = 20
 BEGINNINGS = ("start", "resume")
+ENDINGS = ("failure", "interrupted")
 LOST = "no account of it (killed, or its node was lost)"
 
 
@@ -70,7 +71,7 @@ def restarts_of(events: list[dict[str, Any]]) -> list[str]:
                 passed = "".join(f"; passed over {words}" for words in event.get("passed_over", []))
                 lines.append(f"{_clock(event)} from step {step}{lost}: {_cause(failures)}{passed}")
             began, failures = True, []
-        elif event["event"] == "failure":
+        elif event["event"] in ENDINGS:
             failures.append(event)
         elif event["event"] == "checkpoint":
             reached = event["step"]
@@ -95,9 +96,9 @@ def _state(events: list[dict[str, Any]], now_seconds: float) -> str:
     ago = f"{_duration(now_seconds - last['time'])} ago"
     if last["event"] == "end":
         return f"done, {ago}"
-    if last["event"] == "failure":
+    if last["event"] in ENDINGS:
         begun = max((i for i, event in enumerate(events) if event["event"] in BEGINNINGS), default=-1)
-        failures = [event for event in events[begun + 1 :] if event["event"] == "failure"]
+        failures = [event for event in events[begun + 1 :] if event["event"] in ENDINGS]
         return f"stopped {ago}: {_cause(failures)}"
     return f"running, or ended without an account; its last event, {last['event']}, was {ago}"
 

@@ -35,6 +35,8 @@ from ultralong_ray.train.events import record_event
 from ultralong_ray.train.gauges import count_failure
 from ultralong_ray.train.job import TrainJob, check_inputs
 from ultralong_ray.train.metrics import read_metrics
+from ultralong_ray.train.notices import PREEMPTED, STOPPED, Interrupted
+from ultralong_ray.train.preemption import Notices, stopped_by_sigterm, wait_for_the_end
 from ultralong_ray.types import TrainPlan, UserError
 
 logger = logging.getLogger(__name__)
@@ -45,6 +47,8 @@ ERROR_FILE = "train_error.txt"
 RAY_SETTINGS = {
     # The controller looks at its workers every 2 s by default, and a report waits for that look.
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
+    # Every 5 s by default; a node that is taken away may have 30 s left.
+    "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "1",
 }
 
 
@@ -77,7 +81,8 @@ def train(
         os.environ.setdefault(name, value)
     handler = signal.getsignal(signal.SIGINT)
     try:
-        result = _trainer(job).fit()
+        with stopped_by_sigterm(stage.location, recipe.cluster.preemption_grace_seconds):
+            result = _trainer(job).fit()
     except TrainingFailedError as error:
         record_event(stage.location, "failure", rank=None, node=None, cause=_in_words(error))
         count_failure(stage.location, section)
@@ -91,6 +96,8 @@ def train(
     _raise_user_error(error_file, None)
     if preflight_only:
         return {}
+    if result.return_value is None:
+        raise SystemExit(128 + signal.SIGTERM)
     needs: dict[str, Any] = {"num_cpus": 1, "label_selector": recipe.cluster.node_label("train") or None}
     ray.get(ray.remote(**needs)(_consolidate).remote(job))
     return _summary(job, result.return_value)
@@ -156,7 +163,8 @@ def _trainer(job: TrainJob) -> TorchTrainer:
 
 
 def _worker(config: dict[str, Any]) -> int | None:
-    """One rank. Returns the step that it started from, or None where an earlier attempt met a user's error."""
+    """One rank. Returns the step that it started from; None where an earlier attempt met a user's error, and where the
+    driver asked for a stop."""
     job: TrainJob = config["job"]
     if (job.stage / ERROR_FILE).exists():
         return None
@@ -166,8 +174,16 @@ def _worker(config: dict[str, Any]) -> int | None:
     # deepspeed looks for its accelerator when it is imported, so not before the line above
     from ultralong_ray.train.loop import run
 
+    rank = ray.train.get_context().get_world_rank()
+    notices = Notices(job.stage, rank, job.recipe.cluster.preemption_grace_seconds)
     try:
-        return run(job, ray.train.torch.get_device(), ray.train.report)
+        return run(job, ray.train.torch.get_device(), ray.train.report, notices)
+    except Interrupted as interrupted:
+        if interrupted.notice == STOPPED:
+            return None
+        if interrupted.notice == PREEMPTED:
+            wait_for_the_end()
+        raise
     except UserError as error:
         _record_failure(job, error)
         (job.stage / ERROR_FILE).write_bytes(str(error).encode())
