@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import socket
 import ssl
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -53,6 +55,17 @@ def refused(port: int, trusted: Path, certificate: Path | None) -> bool:
         return True
 
 
+def answers(port: int, trusted: Path, certificate: Path) -> bool:
+    """The server, once it has started."""
+    ends = time.monotonic() + 120
+    while time.monotonic() < ends:
+        with contextlib.suppress(TimeoutError):
+            if not refused(port, trusted, certificate):
+                return True
+        time.sleep(0.5)
+    return False
+
+
 def test_a_certificate_names_the_pod_and_its_services_and_hides_its_key(folder: Path) -> None:
     shown = subprocess.run(
         ["openssl", "x509", "-in", folder / "ours" / "tls.crt", "-noout", "-text"], capture_output=True, text=True
@@ -69,15 +82,16 @@ def test_only_who_has_a_certificate_gets_in(folder: Path) -> None:
         "RAY_TLS_SERVER_CERT": str(ours / "tls.crt"),
         "RAY_TLS_SERVER_KEY": str(ours / "tls.key"),
         "RAY_TLS_CA_CERT": str(ours / "ca.crt"),
+        "RAY_raylet_start_wait_time_s": "200",  # TLS makes a start slower
     }
     with ray_head(folder, 1, variables) as environment:
+        port = int(environment["RAY_ADDRESS"].rsplit(":", 1)[1])
+        trusted = ours / "ca.crt"
+        assert answers(port, trusted, ours)
+        assert refused(port, trusted, None)
+        assert refused(port, trusted, folder / "theirs")
+        assert refused(port, folder / "theirs" / "ca.crt", ours)  # and who expects another authority leaves by itself
         done = subprocess.run(
             [sys.executable, "-c", TASK], env=environment, capture_output=True, text=True, timeout=300
         )
         assert done.stdout.strip() == "computed", done.stderr
-        port = int(environment["RAY_ADDRESS"].rsplit(":", 1)[1])
-        trusted = ours / "ca.crt"
-        assert not refused(port, trusted, ours)
-        assert refused(port, trusted, None)
-        assert refused(port, trusted, folder / "theirs")
-        assert refused(port, folder / "theirs" / "ca.crt", ours)  # and who expects another authority leaves by itself
