@@ -1,4 +1,4 @@
-# Two commands do everything: `make quickstart` and `make test`. `make check` lints, formats and types.
+# Two commands do everything: `make quickstart` and `make test`. `make check` lints, formats, types and audits.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -12,7 +12,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 help:
 	@echo "make quickstart   install, start a local Ray cluster, run the whole recipe, print where the report is"
 	@echo "make test         install and run the tests"
-	@echo "make check        lint, format check, types"
+	@echo "make check        lint, format check, types, known holes of pinned packages"
 	@echo "make format       format the code"
 	@echo "make lock         write constraints.txt anew from pyproject.toml"
 	@echo "make clean        remove the virtual environment and the quickstart's results"
@@ -35,6 +35,7 @@ check: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
+	$(BIN)/python .ci/audit
 
 format: $(INSTALLED)
 	$(BIN)/ruff check --fix .

@@ -23,19 +23,32 @@ MAY_IMPORT: dict[str, set[str] | None] = {
     "storage": {"types", "object_store"},
     "stages": {"types", "config", "storage"},
     "recipe": {"types", "config"},
+    "watch": set(),
     "flops": {"types", "config"},
     "planner": {"types", "config", "flops"},
     "plan": {"types", "config", "storage", "stages", "flops", "planner"},
     "manifests": {"types", "config", "planner", "plan"},
     "packed": {"types", "storage"},
-    "data": {"types", "config", "endpoint", "object_store", "storage", "packed", "stages"},
+    "data": {"types", "config", "endpoint", "object_store", "storage", "packed", "stages", "watch"},
     "model": {"types", "config", "storage"},
     "parallel": {"types", "config", "packed"},
-    "train": {"types", "config", "object_store", "storage", "packed", "model", "parallel", "flops", "planner"},
+    "train": {"types", "config", "object_store", "storage", "packed", "model", "parallel", "flops", "planner", "watch"},
     "export": {"types", "config", "storage", "model"},
-    "eval": {"types", "config", "endpoint", "storage", "model", "parallel"},
+    "eval": {"types", "config", "endpoint", "storage", "model", "parallel", "watch"},
     "report": {"types", "config", "storage", "stages", "recipe"},
-    "benchmark": {"types", "config", "storage", "data", "flops", "planner", "model", "parallel", "train", "eval"},
+    "benchmark": {
+        "types",
+        "config",
+        "storage",
+        "data",
+        "flops",
+        "planner",
+        "model",
+        "parallel",
+        "train",
+        "eval",
+        "watch",
+    },
     "trials": {"types", "config", "recipe", "stages", "storage"},
     "job": None,
     "pipeline": None,
@@ -44,8 +57,8 @@ MAY_IMPORT: dict[str, set[str] | None] = {
 # Heavy library -> patterns of the files, relative to the package, that may import it.
 HEAVY: dict[str, str] = {
     "ray": (
-        r"data/fan_out\.py|train/(trainer|controller|loop|checkpoint|metrics|preemption|worker)\.py"
-        r"|eval/(fanout|sharded_group|vllm_engine)\.py|trials\.py|job\.py"
+        r"data/fan_out\.py|train/(trainer|controller|loop|checkpoint|preemption|worker)\.py"
+        r"|eval/(fanout|sharded_group|vllm_engine)\.py|trials\.py|job\.py|watch/metrics\.py"
     ),
     "deepspeed": r"train/(engine|partition)\.py|benchmark/(alst|gradients)\.py",
     "torch": r"(model|parallel|train|benchmark)/.*|eval/[^/]*|export\.py|export/.*",

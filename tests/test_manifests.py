@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import yaml
 
+from ultralong_ray.config import Recipe
 from ultralong_ray.manifests import PLATFORMS, hardware_overrides, render, train_nodes
 from ultralong_ray.plan import plan_stages
 from ultralong_ray.planner.hardware import parse_cluster
@@ -27,6 +28,7 @@ RECIPES = ROOT / "jobs" / "recipes"
 IMAGE = ["--cluster.image", "registry.example/ultralong:1"]
 BATCH_OF_12 = ["--pretrain.global_batch_sequences", "12", "--sft.global_batch_sequences", "12"]
 OTHER_KINDS = {"ConfigMap", "PriorityClass", "PodDisruptionBudget", "PersistentVolumeClaim", "Service", "StatefulSet"}
+OTHER_KINDS |= {"NetworkPolicy", "Role", "PodMonitor", "PrometheusRule"}  # tests/cluster/test_safety.py looks at these
 
 needs_kubectl = pytest.mark.skipif(shutil.which("kubectl") is None, reason="kubectl, which builds kustomize folders")
 
@@ -116,7 +118,7 @@ def test_every_overlay_is_sound(platform: str) -> None:
 
 
 @needs_kubectl
-@pytest.mark.parametrize("platform", PLATFORMS)
+@pytest.mark.parametrize("platform", [*PLATFORMS, "gpu-generic-guarded"])
 def test_every_overlay_passes_kuberays_schemas(platform: str, crds: tuple[Any, Any]) -> None:
     assert schema_errors(built(ROOT / "cluster" / "overlays" / platform), crds) == []
 
@@ -136,6 +138,53 @@ def test_the_training_group_is_the_plan(tmp_path: Path) -> None:
         assert group["maxReplicas"] * int(limits["nvidia.com/gpu"]) == 128
         assert needed + 16 < int(limits["memory"].removesuffix("Gi")) < 2048
     assert faults(documents) == []
+
+
+def below_plan(documents: list[dict[str, Any]], recipe: Recipe) -> list[str]:
+    """Training pods that are smaller than the recipe's plan: memory, with /dev/shm in it, GPUs and nodes."""
+    planned = [p.prediction for p in plan_stages(recipe) if isinstance(p, Planned) and p.prediction]
+    needed = max(prediction.memory.host_node_gib for prediction in planned)
+    found = []
+    for spec in clusters(documents):
+        group = spec["workerGroupSpecs"][1]
+        pod = group["template"]["spec"]
+        limits = pod["containers"][0]["resources"]["limits"]
+        shm = next(v for v in pod["volumes"] if v["name"] == "shm")["emptyDir"]["sizeLimit"]
+        if int(limits["memory"].removesuffix("Gi")) - int(shm.removesuffix("Gi")) < needed:
+            found.append(f"memory {limits['memory']} for a plan of {needed:.0f} GiB and {shm} of /dev/shm")
+        if group["maxReplicas"] * int(limits.get("nvidia.com/gpu", 0)) != recipe.cluster.num_workers:
+            found.append("GPUs are not the plan's")
+    return found
+
+
+@needs_kubectl
+def test_memory_or_gpus_below_the_plan_are_found(tmp_path: Path) -> None:
+    words = hardware_overrides(parse_cluster("16x8xH100"))
+    recipe = load_recipe(str(RECIPES / "llama31_8b_4m.toml"), words)
+    documents = rendered(tmp_path, "llama31_8b_4m.toml", "gpu-generic", words)
+    assert below_plan(documents, recipe) == []
+    group = clusters(documents)[0]["workerGroupSpecs"][1]
+    resources = group["template"]["spec"]["containers"][0]["resources"]
+    resources["limits"]["memory"] = resources["requests"]["memory"] = "24Gi"
+    assert [fault for fault in below_plan(documents, recipe) if fault.startswith("memory 24Gi")]
+    group["maxReplicas"] = 15
+    assert "GPUs are not the plan's" in below_plan(documents, recipe)
+
+
+@needs_kubectl
+def test_extras_are_put_into_the_folder(tmp_path: Path, crds: tuple[Any, Any]) -> None:
+    recipe, text = load_recipe(str(RECIPES / "llama31_8b_1m.toml"), IMAGE), "x"
+    base = os.path.relpath(ROOT / "cluster", tmp_path.resolve())
+    for file, content in render(recipe, text, IMAGE, "aws-p5", base, None, ("tls", "watching")).items():
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / file).write_text(content)
+    documents = built(tmp_path)
+    assert faults(documents) == [] and schema_errors(documents, crds) == []
+    assert {"PodMonitor", "PrometheusRule"} <= {document["kind"] for document in documents}
+    inits = [
+        g["template"]["spec"]["initContainers"][0] for spec in clusters(documents) for g in spec["workerGroupSpecs"]
+    ]
+    assert {init["image"] for init in inits} == {"registry.example/ultralong:1"}
 
 
 @needs_kubectl

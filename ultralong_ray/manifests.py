@@ -20,6 +20,7 @@ from ultralong_ray.types import UserError
 
 PLATFORMS = ("cpu-small", "gpu-generic", "aws-p5", "gke-a3")
 QUEUES = ("kueue", "volcano")
+EXTRAS = ("watching", "tls")
 SHM_GIB = 16  # /dev/shm of a training pod: Ray's object store (8 GiB in the base) and NCCL's buffers [chosen]
 RAY_GIB = 8  # Ray's own processes, and the 4 GiB that the preflight check wants free [chosen]
 NODE_SHARE = 0.95  # of a node's memory that pods can have: the rest is the system's [chosen]
@@ -141,12 +142,18 @@ def _cpu_nodes(recipe: Recipe) -> TrainNodes:
 
 
 def render(
-    recipe: Recipe, recipe_text: str, overrides: list[str], platform: str, base: str, queue: str | None = None
+    recipe: Recipe,
+    recipe_text: str,
+    overrides: list[str],
+    platform: str,
+    base: str,
+    queue: str | None = None,
+    extras: tuple[str, ...] = (),
 ) -> dict[str, str]:
     """File name -> text of a kustomize folder for `recipe`, whose file is `recipe_text` under `overrides`.
 
-    `base`: the relative path from that folder to cluster/. The same arguments give the same text. Raises UserError for
-    what a cluster could not run.
+    `base`: the relative path from that folder to cluster/; `extras`: components to add, of EXTRAS. The same arguments
+    give the same text. Raises UserError for what a cluster could not run.
     """
     on_cpu = not recipe.cluster.gpus_per_worker
     if on_cpu != (platform == "cpu-small"):
@@ -158,7 +165,9 @@ def render(
         raise UserError("cluster.image is not given; name the image that cluster/Dockerfile built, with its tag")
     nodes = train_nodes(recipe)
     return {
-        "kustomization.yaml": _kustomization(recipe.cluster.image, platform, base, queue, _replicas(recipe, nodes)),
+        "kustomization.yaml": _kustomization(
+            recipe.cluster.image, platform, base, queue, _replicas(recipe, nodes), extras
+        ),
         "plan/kustomization.yaml": PLAN_COMPONENT,
         "plan/numbers.yaml": _plan_patch(recipe, nodes),
         "plan/settings.yaml": _settings([*overrides, *_pinned(recipe)]),
@@ -203,7 +212,12 @@ def _evaluation_gpus(recipe: Recipe) -> int:
 
 
 def _kustomization(
-    image: str, platform: str, base: str, queue: str | None, replicas: dict[str, tuple[int, int]]
+    image: str,
+    platform: str,
+    base: str,
+    queue: str | None,
+    replicas: dict[str, tuple[int, int]],
+    extras: tuple[str, ...],
 ) -> str:
     name, _, digest = image.partition("@")
     tag = ""
@@ -213,6 +227,7 @@ def _kustomization(
     if not (digest or tag):
         raise UserError(f"cluster.image {image!r} has neither tag nor digest; name one, so that runs can be repeated")
     parts = [f"platforms/{platform}", *([] if platform == "cpu-small" else ["components/redis"])]
+    parts += [f"components/{extra}" for extra in EXTRAS if extra in extras]
     lines = [
         "# Written by jobs/render.py; change the recipe and write it anew.",
         "apiVersion: kustomize.config.k8s.io/v1beta1",

@@ -1,5 +1,4 @@
-"""`python jobs/benchmark.py train|prefill|prefix|parity|checkpoint|data ...`: words to a measurement, its end to a
-status."""
+"""`python jobs/benchmark.py train|prefill|prefix|parity|checkpoint|data ...`: words to a measurement and a status."""
 
 from __future__ import annotations
 

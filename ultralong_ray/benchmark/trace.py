@@ -7,7 +7,6 @@ An overlap is the length of the intersection of two unions of intervals, over al
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -15,57 +14,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-Interval = tuple[float, float]
+from ultralong_ray.watch.trace_events import Interval, intersection, kind_of, length, union
 
-# The first pattern that matches decides: flash-attn-4's kernels are called cutlass as well.
-KINDS = (
-    ("nccl", re.compile(r"nccl", re.IGNORECASE)),
-    ("attention", re.compile(r"flash|fmha|sdpa|attn|attention", re.IGNORECASE)),
-    ("gemm", re.compile(r"gemm|cutlass|nvjet|xmma|wgmma|cublas|matmul|s\d+16816", re.IGNORECASE)),
-)
 COMPUTE = ("attention", "gemm", "elementwise and other")
 TRANSFERS = ("nccl", "memcpy HtoD", "memcpy DtoH")
 LARGEST_SHOWN, NAME_CHARACTERS = 16, 100
-
-
-def union(intervals: Iterable[Interval]) -> list[Interval]:
-    """Disjoint intervals in ascending order that cover the same points."""
-    merged: list[Interval] = []
-    for start, end in sorted(intervals):
-        if merged and start <= merged[-1][1]:
-            merged[-1] = (merged[-1][0], max(merged[-1][1], end))
-        elif end > start:
-            merged.append((start, end))
-    return merged
-
-
-def length(disjoint: Iterable[Interval]) -> float:
-    return sum(end - start for start, end in disjoint)
-
-
-def intersection(first: list[Interval], second: list[Interval]) -> list[Interval]:
-    """What two unions have in common; both disjoint and ascending."""
-    common: list[Interval] = []
-    i = j = 0
-    while i < len(first) and j < len(second):
-        start, end = max(first[i][0], second[j][0]), min(first[i][1], second[j][1])
-        if start < end:
-            common.append((start, end))
-        if first[i][1] <= second[j][1]:
-            i += 1
-        else:
-            j += 1
-    return common
-
-
-def kind_of(category: str, name: str) -> str | None:
-    """What a trace event did on the GPU; None for one that did not run there."""
-    if category == "gpu_memcpy":
-        direction = re.search(r"HtoD|DtoH", name)
-        return f"memcpy {direction.group()}" if direction else "memcpy on the device"
-    if category != "kernel":
-        return None
-    return next((kind for kind, pattern in KINDS if pattern.search(name)), "elementwise and other")
 
 
 def summarise(events: Iterable[dict[str, Any]]) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 
 from ultralong_ray.object_store import explained, meaning_of, retried
 from ultralong_ray.types import UserError
+from ultralong_ray.watch.metrics import show
 
 log = logging.getLogger(__name__)
 
@@ -82,13 +83,15 @@ def _collect(rows: Any, total: int, verb: str, unit: str) -> Iterator[dict[str, 
     started = reported = time.monotonic()
     counts: Counter[str] = Counter()
     spent: Counter[str] = Counter()
+    _show(verb, counts, total, 0.0)
     for row in rows:
         if row["error"]:
             raise UserError(row["error"])
         result = pickle.loads(row["result"])
-        counts.update(done=1, tokens=result["tokens"])
+        counts.update(done=1, tokens=result["tokens"], rows=result.get("rows", result.get("sequences", 0)))
         spent.update(result["seconds"])
         now = time.monotonic()
+        _show(verb, counts, total, now - started)
         if now - reported >= PROGRESS_SECONDS or counts["done"] == total:
             reported, seconds = now, max(now - started, 1e-9)
             left = seconds / counts["done"] * (total - counts["done"])
@@ -103,3 +106,14 @@ def _collect(rows: Any, total: int, verb: str, unit: str) -> Iterator[dict[str, 
         {"verb": verb, "wall_seconds": wall, "task_seconds": dict(spent)},
     )
     log.info(line, verb, wall, shares or "nothing to do", extra=extra)
+
+
+def _show(verb: str, counts: Counter[str], total: int, seconds: float) -> None:
+    """The pass so far as metrics; `seconds` since it began."""
+    show("ultralong_data_items", counts["done"], work=verb)
+    show("ultralong_data_planned_items", total, work=verb)
+    show("ultralong_data_rows", counts["rows"], work=verb)
+    show("ultralong_data_tokens", counts["tokens"], work=verb)
+    if counts["done"]:
+        show("ultralong_data_tokens_per_second", counts["tokens"] / max(seconds, 1e-9), work=verb)
+        show("ultralong_data_time_left_seconds", seconds / counts["done"] * (total - counts["done"]), work=verb)

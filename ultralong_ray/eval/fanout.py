@@ -28,6 +28,7 @@ from ultralong_ray.eval.tasks.score import mean_percent
 from ultralong_ray.model.folder import cached_folder
 from ultralong_ray.storage import Location, StageDirectory
 from ultralong_ray.types import UserError
+from ultralong_ray.watch.metrics import show
 
 logger = logging.getLogger(__name__)
 
@@ -118,7 +119,7 @@ def evaluate(
     logger.info("evaluate: %d work items, %d of them already stored", len(cells), len(scores))
     failures: dict[Cell, str] = {}
     if todo:
-        pool = _Pool(inputs, deque(todo), recipe.cluster.node_label("eval"))
+        pool = _Pool(inputs, deque(todo), recipe.cluster.node_label("eval"), len(scores))
         limit = recipe.cluster.evaluation_workers
         scores |= pool.run(min(limit, len(todo)) if limit else _num_workers(config, len(todo)))
         failures = pool.failures
@@ -233,6 +234,7 @@ class _Pool:
     inputs: _Inputs
     todo: deque[Cell]
     node_label: dict[str, str] = field(default_factory=dict)  # of the workers' nodes; empty: any
+    num_stored: int = 0  # cells of earlier runs
     failures: dict[Cell, str] = field(default_factory=dict)
     _attempts: dict[Cell, int] = field(default_factory=dict)
     _running: dict[Any, tuple[Any, Cell]] = field(default_factory=dict)
@@ -240,7 +242,8 @@ class _Pool:
     def run(self, num_workers: int) -> dict[Cell, float]:
         """Scores of the cells that could be computed; the rest is in `failures`."""
         scores: dict[Cell, float] = {}
-        progress = _Progress(sum(cell.tokens for cell in self.todo), len(self.todo))
+        progress = _Progress(sum(cell.tokens for cell in self.todo), len(self.todo), self.num_stored)
+        progress.show(0, num_workers)
         try:
             workers = [self._new_worker() for _ in range(num_workers)]
             self._check(workers[0])
@@ -253,6 +256,7 @@ class _Pool:
                     self._collect(reference, worker, cell, scores)
                     if cell in scores or cell in self.failures:
                         progress.finished(cell)
+                progress.show(len(self.failures), len(self._running))
         finally:
             for worker, _ in self._running.values():
                 ray.kill(worker)
@@ -314,6 +318,7 @@ class _Progress:
 
     total_tokens: int
     total_cells: int
+    stored_cells: int = 0
     done_tokens: int = 0
     done_cells: int = 0
     started: float = field(default_factory=time.monotonic)
@@ -326,7 +331,7 @@ class _Progress:
         if now - self.last_line < PROGRESS_SECONDS and self.done_cells < self.total_cells:
             return
         self.last_line = now
-        left = (now - self.started) * (self.total_tokens - self.done_tokens) / max(self.done_tokens, 1)
+        left = self.seconds_left(now)
         logger.info(
             "evaluate: %d of %d work items, about %d:%02d left (last: %s)",
             self.done_cells,
@@ -335,3 +340,15 @@ class _Progress:
             int(left) % 60,
             cell.name,
         )
+
+    def seconds_left(self, now: float) -> float:
+        return (now - self.started) * (self.total_tokens - self.done_tokens) / max(self.done_tokens, 1)
+
+    def show(self, failed: int, workers: int) -> None:
+        """The evaluation so far as metrics."""
+        show("ultralong_eval_cells", self.stored_cells + self.done_cells - failed)
+        show("ultralong_eval_planned_cells", self.stored_cells + self.total_cells)
+        show("ultralong_eval_failed_cells", failed)
+        show("ultralong_eval_workers", workers)
+        if self.done_cells:
+            show("ultralong_eval_time_left_seconds", self.seconds_left(time.monotonic()))

@@ -19,16 +19,20 @@ SPIKE_STEPS = 20  # a loss is compared with the median of so many before it
 SPIKE_FIRST_STEPS = 5  # and with none where there are fewer than these
 
 
+class NotFinite(UserError):
+    """A loss or a gradient is NaN or infinite. Alerts know it by this name."""
+
+
 def refuse_broken(
     step: int, sums: list[list[float]], grad_norm: float, sequences: list[int], checkpoints: Location
 ) -> None:
-    """Raise UserError when a step had no targets or a loss or gradient is NaN or infinite. `sums`: StepResult's."""
+    """Raise UserError when a step had no targets, NotFinite for a loss or gradient that is. `sums`: StepResult's."""
     if sum(row[1] for row in sums) == 0:
         raise UserError(f"step {step}: no token of sequences {sequences} is a target (all loss weights are 0)")
     ranks = [rank for rank, row in enumerate(sums) if not math.isfinite(row[0])]
     if ranks or not math.isfinite(grad_norm):
         what = f"loss on ranks {ranks}" if ranks else f"gradient norm ({grad_norm})"
-        raise UserError(
+        raise NotFinite(
             f"step {step}: the {what} is not finite, sequences {sequences}. {last_good(checkpoints, step)}; "
             f"lower learning_rate, lengthen warmup_steps or set gradient_clip, then submit again"
         )

@@ -33,6 +33,7 @@ from ultralong_ray.train.checkpoint_write import CheckpointWriter, Saved
 from ultralong_ray.train.engine import deepspeed_config, init_distributed, initialize, make_optimizer, set_learning_rate
 from ultralong_ray.train.events import node_name, read_events, record_event
 from ultralong_ray.train.failures import refuse_superseded
+from ultralong_ray.train.gauges import TrainGauges
 from ultralong_ray.train.job import TrainJob
 from ultralong_ray.train.metrics import MetricsWriter
 from ultralong_ray.train.notices import FAILED, NONE, Interrupted, cause_of
@@ -40,6 +41,7 @@ from ultralong_ray.train.order import cursor_after, sequences_of_step
 from ultralong_ray.train.preflight import RunShape, check_first_loss, preflight
 from ultralong_ray.train.schedule import learning_rate
 from ultralong_ray.train.step import StepResult, train_step
+from ultralong_ray.train.step_profile import StepProfiler, spanned
 from ultralong_ray.train.watchdog import Watchdog, checkpoint_seconds
 from ultralong_ray.train.weights import build_model
 from ultralong_ray.types import StepMetrics
@@ -77,7 +79,7 @@ class Trainer:
         self.mesh = create_mesh(self.topology)
         dtype = self.dtype = torch.bfloat16 if self.train.precision == "bfloat16" else torch.float32
         head_dim = self.shape.get("head_dim") or self.shape["hidden_size"] // self.shape["num_attention_heads"]
-        self.kernel = choose_kernel(self.train.attention, device, dtype, head_dim)
+        self.kernel = spanned(choose_kernel(self.train.attention, device, dtype, head_dim))
         device_name = torch.cuda.get_device_name(device) if device.type == "cuda" else None
         self.peak_flops = peak_flops(device_name, job.recipe.cluster.peak_tflops_per_worker)
         accumulation = accumulation_steps(self.train, self.topology)
@@ -280,6 +282,8 @@ def _train_on(
     job, train, topology, device = trainer.job, trainer.train, trainer.topology, trainer.device
     saver, losses, notices = trainer.saver, {}, [NONE]
     reported, spikes = saver.known_step, SpikeWatch(train.loss_spike_factor)
+    gauges = TrainGauges(job, topology, device, (restored, trainer.num_steps))
+    profiler = StepProfiler(device, active=topology.rank == 0)
 
     def tell() -> tuple[float, float]:
         return FAILED if saver.failed() else asked(), saver.committed_step()
@@ -287,14 +291,18 @@ def _train_on(
     def report_new() -> int:
         if saver.known_step > reported:
             report({"step": saver.known_step, "loss": losses.pop(saver.known_step)})
+            gauges.committed(saver.known_step)
         return saver.known_step
 
     started = time.perf_counter()
     batches = read_ahead(restored + 1, trainer.num_steps, trainer.reader, train, topology, device)
     for step, micro_batches in batches:
+        waited_seconds = time.perf_counter() - started
         set_learning_rate(trainer.engine, learning_rate(train, step, trainer.num_steps))
-        result = train_step(trainer.engine, micro_batches, trainer.mesh, trainer.kernel, peak_memory_gib(device), tell)
-        metrics = trainer.metrics(step, result, started)
+        with profiler.step():
+            kernel, memory = trainer.kernel, peak_memory_gib(device)
+            result = train_step(trainer.engine, micro_batches, trainer.mesh, kernel, memory, tell)
+            metrics = trainer.metrics(step, result, started)
         if step == 1 and device.type == "cuda":
             check_first_loss(metrics.loss, trainer.shape["vocab_size"], pretrained=job.random_seed is None)
         trainer.account_for_spike(step, spikes.spike(metrics.loss))
@@ -308,6 +316,7 @@ def _train_on(
             metrics = dataclasses.replace(metrics, checkpoint_seconds=trainer.checkpoint(step))
             reported = report_new()
         started = time.perf_counter()
+        gauges.step(metrics, waited_seconds, profiler.parts(metrics.step_seconds))
         if writer is not None:
             writer.write(metrics)
         if due:

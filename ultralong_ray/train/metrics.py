@@ -1,4 +1,4 @@
-"""Where the numbers of a step go: metrics.jsonl, TensorBoard, Ray's dashboard, the log. Rank 0 only.
+"""Where the numbers of a step go: metrics.jsonl, TensorBoard, the log. Rank 0 only. (Prometheus: train/gauges.py.)
 
 Flows in: StepMetrics. Flows out, below the stage's directory: `metrics.jsonl`, one line per step and in order even
 after a resume, and `tensorboard/`. An object store cannot append, so there both are rewritten at each checkpoint.
@@ -15,7 +15,6 @@ import time
 from pathlib import Path
 from typing import TextIO
 
-from ray.util.metrics import Gauge
 from tensorboardX import SummaryWriter
 
 from ultralong_ray.storage import Location, copy_files, explain_full_disk
@@ -26,19 +25,19 @@ logger = logging.getLogger(__name__)
 
 METRICS_FILE = "metrics.jsonl"
 SECONDS_BETWEEN_LOG_LINES = 1.0
-# StepMetrics field -> (suffix of the gauge `ultralong_train_*`, what it means)
-GAUGES = {
-    "loss": ("loss_nats", "Weighted mean loss over the global batch, nats per token"),
-    "grad_norm": ("grad_norm", "Norm of the whole gradient before clipping"),
-    "learning_rate": ("learning_rate", "Learning rate of the step"),
-    "step": ("step", "Optimizer steps taken"),
-    "tokens": ("tokens", "Tokens consumed over all ranks"),
-    "tokens_per_second": ("tokens_per_second", "Tokens per second over all ranks"),
-    "step_seconds": ("step_seconds", "Wall-clock seconds of the step"),
-    "mfu": ("mfu_ratio", "Causal model FLOP utilisation, 0 to 1"),
-    "memory_gib": ("memory_gib", "Peak memory of the fullest rank, GiB"),
-    "checkpoint_seconds": ("checkpoint_seconds", "Seconds that the loop stood still for a checkpoint"),
-}
+# Fields of StepMetrics that TensorBoard draws
+DRAWN = (
+    "loss",
+    "grad_norm",
+    "learning_rate",
+    "step",
+    "tokens",
+    "tokens_per_second",
+    "step_seconds",
+    "mfu",
+    "memory_gib",
+    "checkpoint_seconds",
+)
 
 
 def read_metrics(stage: Location) -> list[StepMetrics]:
@@ -59,13 +58,7 @@ class MetricsWriter:
         self.records = [record for record in read_metrics(stage) if record.step <= resumed_step]
         self._tensorboard_folder = stage.path + "/tensorboard" if stage.is_local else tempfile.mkdtemp()
         self._tensorboard = SummaryWriter(self._tensorboard_folder, purge_step=resumed_step + 1)
-        self._gauges = {
-            field: Gauge(f"ultralong_train_{suffix}", description, tag_keys=("stage",))
-            for field, (suffix, description) in GAUGES.items()
-        }
         breakdowns = sum(event["event"] == "breakdown" for event in read_events(stage))
-        restarts = Gauge("ultralong_train_restarts", "Attempts that broke down so far", tag_keys=("stage",))
-        restarts.set(breakdowns, tags={"stage": name})
         self._tensorboard.add_scalar(f"{name}/restarts", breakdowns, resumed_step)
         self._last_log_seconds = float("-inf")
         self._rewrite()
@@ -77,10 +70,9 @@ class MetricsWriter:
             with explain_full_disk(self.stage.uri):
                 self._sink.write(_line(metrics))
                 self._sink.flush()
-        for field, gauge in self._gauges.items():
+        for field in DRAWN:
             value = getattr(metrics, field)
             if value is not None:
-                gauge.set(float(value), tags={"stage": self.name})
                 self._tensorboard.add_scalar(f"{self.name}/{field}", value, metrics.step)
         self._log(metrics)
 

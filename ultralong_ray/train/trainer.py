@@ -44,6 +44,7 @@ from ultralong_ray.train.controller import (
 from ultralong_ray.train.elastic import plans_by_size, with_workers
 from ultralong_ray.train.events import NODE_VARIABLE, record_event
 from ultralong_ray.train.failures import in_words, kind_of, memory_words
+from ultralong_ray.train.gauges import count_failure
 from ultralong_ray.train.job import ERROR_FILE, TrainJob, check_inputs
 from ultralong_ray.train.metrics import read_metrics
 from ultralong_ray.train.notices import PREEMPTED, STOPPED, Interrupted
@@ -102,6 +103,7 @@ def train(
             result = _fit(job)
     except (TrainingFailedError, RayActorError) as error:
         record_event(place, "stop", cause=in_words(error))
+        count_failure(place, section)
         _raise_user_error(error_file, error)
         raise
     except SystemExit:
