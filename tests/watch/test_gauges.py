@@ -38,11 +38,12 @@ def test_rank_0_shows_all_and_others_their_memory(tmp_path: Path, shown: dict[tu
     made = job(tmp_path, "stage")
     other = gauges.TrainGauges(made, Topology(2, 1, 2, 1), CPU, (0, 6))
     other.step(STEP, 0.1, None)
-    other.checkpoint(2, 1.0)
+    other.committed(2)
     assert {key[0] for key in shown} == {"memory_gib"} and ("memory_gib", "pretrain", "1", "host") in shown
     rank0 = gauges.TrainGauges(made, Topology(2, 0, 2, 1), CPU, (0, 6))
-    rank0.step(STEP, 0.1, {"gemm": 1.0, "other": 0.5})
-    rank0.checkpoint(2, 1.0)
+    rank0.step(dataclasses.replace(STEP, checkpoint_seconds=1.0), 0.1, {"gemm": 1.0, "other": 0.5})
+    rank0.committed(2)
+    assert shown["checkpoint_step", "pretrain"] == 2
     assert shown["sequences", "pretrain"] == 4 and shown["planned_sequences", "pretrain"] == 12
     assert shown["time_left_seconds", "pretrain"] == 8.0
     assert shown["model_tflops_per_second", "pretrain"] == pytest.approx(1.0)
