@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from ultralong_ray.train import activation_store
-from ultralong_ray.train.activation_store import MAX_LEAVING, ActivationStore, HostTensor, page_locked
+from ultralong_ray.train import activation_store, host_memory
+from ultralong_ray.train.activation_store import MAX_LEAVING, ActivationStore, HostTensor
+from ultralong_ray.train.host_memory import page_locked
 from ultralong_ray.types import UserError
 
 
@@ -139,6 +140,6 @@ def test_every_copy_waits_for_what_it_reads_and_for_what_it_overwrites(store: Ac
 
 
 def test_host_memory_that_is_not_there_is_refused_in_words(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(activation_store, "available_bytes", lambda: 2**20)
+    monkeypatch.setattr(host_memory, "available_bytes", lambda: 2**20)
     with pytest.raises(UserError, match=r"2\.00 GiB more .* 3\.00 GiB are.*keep_attention_rows"):
-        page_locked(2 * 2**30, 3 * 2**30)
+        page_locked(2 * 2**30, "kept activations, 3.00 GiB are", activation_store.REMEDY)

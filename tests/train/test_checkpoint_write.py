@@ -189,14 +189,14 @@ def test_an_attempt_that_was_replaced_removes_nothing_of_its_successor(tmp_path:
 
 
 @pytest.mark.parametrize("numel", [[30], [1, 6, 7, 8, 2], [7, 7], [3, 4, 14]])
-def test_numbers_run_over_the_borders_of_chunks(monkeypatch: pytest.MonkeyPatch, numel: list[int]) -> None:
-    monkeypatch.setattr(snapshot, "CHUNK_ELEMENTS", 7)
+def test_numbers_run_over_the_borders_of_pieces(monkeypatch: pytest.MonkeyPatch, numel: list[int]) -> None:
+    monkeypatch.setattr(snapshot, "PIECE_ELEMENTS", 7)
     tensors = [torch.rand(size) for size in numel]
     copy = HostCopy(sum(numel), torch.device("cpu"))
     for _ in range(2):
         copy.fill(tensors)
         assert b"".join(copy.pieces()) == torch.cat(tensors).numpy().tobytes()
-    with pytest.raises(ValueError, match="the tensors fill"):
+    with pytest.raises(ValueError, match="the tensors have"):
         copy.fill(tensors[:-1])
 
 

@@ -8,16 +8,17 @@ kernels. Read against torch 2.13 (torch.cpu has the names of torch.cuda's stream
 
 from __future__ import annotations
 
-import contextlib
-import mmap
-import weakref
 from collections import defaultdict, deque
 from typing import Any, Literal
 
 import torch
 
-from ultralong_ray.types import UserError
+from ultralong_ray.train.host_memory import HostBuffer
 
+REMEDY = (
+    'Lower keep_attention_rows, set keep_attention or keep_inputs to "device", or raise the memory limit of the worker '
+    "(and its limit of locked memory, ulimit -l)"
+)
 # Tensors that may still be leaving. A layer makes three (input, attention output, log-sum-exp), so a tensor holds
 # device memory until the next layer makes its like, which leaves a whole layer's time for the copy.
 MAX_LEAVING = 3
@@ -76,7 +77,8 @@ class ActivationStore:
         """A host buffer of exactly this size, an old one where one is free."""
         if self._free[num_bytes]:
             return self._free[num_bytes].pop()
-        buffer = HostBuffer(num_bytes, self.device, self.host_bytes)
+        held = f"kept activations, {self.host_bytes / 2**30:.2f} GiB are"
+        buffer = HostBuffer(num_bytes, self.device, held, REMEDY)
         self.host_bytes += num_bytes
         return buffer
 
@@ -167,56 +169,3 @@ def wait(stream: Any, event: Any) -> None:
     """Let `stream` wait for `event`, where there is one: on CPU nothing is ever pending."""
     if event is not None:
         stream.wait_event(event)
-
-
-class HostBuffer:
-    """`num_bytes` of host memory, page-locked for a CUDA device. `free`: the event after which it may be written."""
-
-    def __init__(self, num_bytes: int, device: torch.device, held_bytes: int) -> None:
-        self.num_bytes = num_bytes
-        self.free: Any = None
-        if device.type != "cuda":
-            self._bytes = torch.empty(num_bytes, dtype=torch.uint8)
-            return
-        self._bytes, address = page_locked(num_bytes, held_bytes)
-        runtime: Any = torch.cuda.cudart()
-        weakref.finalize(self, runtime.cudaHostUnregister, address)
-
-    def viewed(self, like: torch.Tensor) -> torch.Tensor:
-        """The buffer with the type and shape of `like`."""
-        return self._bytes.view(like.dtype).view(like.shape)
-
-
-def page_locked(num_bytes: int, held_bytes: int) -> tuple[torch.Tensor, int]:
-    """Page-locked memory of exactly this size, and its address. torch's own allocator rounds up to a power of two.
-
-    Raises UserError where the host has no more; `held_bytes` is what this process holds already.
-    """
-    words = (
-        f"host memory is full: {num_bytes / 2**30:.2f} GiB more could not be page-locked for kept activations, "
-        f"{held_bytes / 2**30:.2f} GiB are. Lower keep_attention_rows, set keep_attention or keep_inputs to "
-        f'"device", or raise the memory limit of the worker (and its limit of locked memory, ulimit -l)'
-    )
-    if available_bytes() < num_bytes:
-        raise UserError(words)
-    try:
-        mapped = mmap.mmap(-1, num_bytes)
-    except OSError as error:
-        raise UserError(f"{words} ({error})") from error
-    with contextlib.suppress(OSError):  # a kernel without them
-        mapped.madvise(mmap.MADV_HUGEPAGE)  # 512 times fewer pages to lock
-    memory = torch.frombuffer(mapped, dtype=torch.uint8)
-    runtime: Any = torch.cuda.cudart()
-    status = runtime.cudaHostRegister(memory.data_ptr(), num_bytes, 0)
-    if int(status) != 0:
-        raise UserError(f"{words} (CUDA error {int(status)})")
-    return memory, memory.data_ptr()
-
-
-def available_bytes() -> int:
-    """Memory that the host can still give, by Linux's own estimate."""
-    with open("/proc/meminfo") as lines:
-        for line in lines:
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    raise RuntimeError("/proc/meminfo names no MemAvailable")

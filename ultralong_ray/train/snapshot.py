@@ -1,7 +1,7 @@
 """A rank's training state copied into host memory, so that training goes on while the copy is written.
 
 Flows in: tensors, on the GPU or not. Flows out: the same numbers as a few long runs of bytes. The memory is asked for
-once and used for every checkpoint; on a GPU it is pinned, which makes the copy as fast as the link.
+once and used for every checkpoint; on a GPU it is page-locked, which makes the copy as fast as the link.
 """
 
 from __future__ import annotations
@@ -10,11 +10,14 @@ from collections.abc import Iterable, Iterator
 
 import torch
 
-from ultralong_ray.types import UserError
+from ultralong_ray.train.host_memory import HostBuffer
 
-# Pinned memory is handed out in powers of two: one block for everything could waste nearly half of it.
-CHUNK_ELEMENTS = 2**26
+PIECE_ELEMENTS = 2**26  # written at a time
 FLOAT32_BYTES = 4
+REMEDY = (
+    'Set checkpoint_snapshot to "disk" or "none", or raise the memory limit of the worker (and its limit of locked '
+    "memory, ulimit -l)"
+)
 
 
 class HostCopy:
@@ -25,36 +28,24 @@ class HostCopy:
 
     def __init__(self, numel: int, device: torch.device) -> None:
         self.device = device
-        sizes = [min(CHUNK_ELEMENTS, numel - start) for start in range(0, numel, CHUNK_ELEMENTS)]
-        pinned = device.type == "cuda"
-        try:
-            if pinned:
-                torch.cuda.set_device(device)  # of this thread; pinning would otherwise open a context on the first GPU
-            self.chunks = [torch.empty(size, dtype=torch.float32, pin_memory=pinned) for size in sizes]
-        except RuntimeError as error:
-            raise UserError(
-                f'checkpoint_snapshot = "memory" needs {numel * FLOAT32_BYTES / 2**30:.1f} GiB of host memory per '
-                f'worker beside the training itself, which is not to be had; set it to "disk" or "none" ({error})'
-            ) from error
+        if device.type == "cuda":
+            torch.cuda.set_device(device)  # of this thread; page-locking would otherwise be done for the first GPU
+        buffer = HostBuffer(numel * FLOAT32_BYTES, device, "the snapshot of a checkpoint", REMEDY)
+        self.numbers = buffer.viewed(torch.empty(numel, dtype=torch.float32, device="meta"))
+        self._buffer = buffer  # what is page-locked is let go with it
 
     def fill(self, tensors: Iterable[torch.Tensor]) -> None:
         """Copy float32 tensors [n]; together they must fill the room. Returns when all is on the host."""
-        index = begin = 0  # where the next number goes: chunk and place in it
+        done = 0
         for tensor in tensors:
-            done = 0
-            while done < tensor.numel():
-                chunk = self.chunks[index]
-                size = min(tensor.numel() - done, chunk.numel() - begin)
-                chunk[begin : begin + size].copy_(tensor[done : done + size], non_blocking=True)
-                done, begin = done + size, begin + size
-                if begin == chunk.numel():
-                    index, begin = index + 1, 0
-        if index != len(self.chunks):
-            raise ValueError(f"the tensors fill {index} of {len(self.chunks)} chunks")
+            self.numbers[done : done + tensor.numel()].copy_(tensor, non_blocking=True)
+            done += tensor.numel()
+        if done != self.numbers.numel():
+            raise ValueError(f"the tensors have {done} numbers, there is room for {self.numbers.numel()}")
         if self.device.type == "cuda":
             torch.cuda.current_stream(self.device).synchronize()
 
     def pieces(self) -> Iterator[memoryview]:
         """All numbers in order, little-endian."""
-        for chunk in self.chunks:
-            yield chunk.numpy().data
+        for piece in self.numbers.split(PIECE_ELEMENTS):
+            yield piece.numpy().data
