@@ -255,8 +255,8 @@ def test_a_range_of_workers_is_ordered(tmp_path: Path) -> None:
 def test_the_policy_of_sizes_takes_the_largest_legal_one_and_grows_only_after_a_checkpoint(tmp_path: Path) -> None:
     stage = Location.of(tmp_path)
     scaling = ScalingConfig(num_workers=(1, 4), resources_per_worker={"CPU": 1}, elastic_resize_monitor_interval_s=0)
-    pickled: Any = cloudpickle  # as Ray sends it to its controller
-    policy: Any = pickled.loads(pickled.dumps(LegalSizes(scaling, (1, 2, 4), stage)))
+    pickler: Any = cloudpickle
+    policy: Any = pickler.loads(pickler.dumps(LegalSizes(scaling, (1, 2, 4), stage)))
     resources = {"head": {"CPU": 1.0}, "node": {"CPU": 2.0, "memory": 9.0}}
     assert policy._count_possible_workers(resources) == 2  # the third stands by
     policy._get_reserved_resources = lambda: resources
