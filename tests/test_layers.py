@@ -23,6 +23,7 @@ MAY_IMPORT: dict[str, set[str] | None] = {
     "stages": {"types", "config", "storage"},
     "recipe": {"types", "config"},
     "flops": {"types", "config"},
+    "nodes": {"types", "config"},
     "planner": {"types", "config", "flops"},
     "plan": {"types", "config", "storage", "stages", "flops", "planner"},
     "manifests": {"types", "config", "planner", "plan"},
@@ -41,7 +42,7 @@ MAY_IMPORT: dict[str, set[str] | None] = {
 
 # Heavy library -> patterns of the files, relative to the package, that may import it.
 HEAVY: dict[str, str] = {
-    "ray": r"data/fan_out\.py|train/(trainer|loop|checkpoint|metrics|worker)\.py|eval/fanout\.py|job\.py",
+    "ray": r"data/fan_out\.py|train/(trainer|loop|checkpoint|metrics|worker)\.py|eval/fanout\.py|(job|nodes)\.py",
     "deepspeed": r"train/(engine|partition)\.py|benchmark/(alst|gradients)\.py",
     "torch": r"(model|parallel|train|benchmark)/.*|eval/[^/]*|export\.py|export/.*",
     "transformers": r"(data|model|parallel|train)/.*|eval/[^/]*|export(\.py|/.*)|benchmark/(alst|torch_cp|prefill)\.py",

@@ -67,6 +67,7 @@ def plan_prepare(recipe: Recipe) -> None:
 
     directory = stage_directory(recipe, "prepare")
     connect_to_ray()
+    await_nodes(recipe, "prepare")
     print(f"{plan_only(recipe, directory)}\nplan: {directory.location}/plan.json")
 
 
@@ -126,6 +127,7 @@ def run_stage(recipe: Recipe, stage: str, recipe_path: str, resume_anyway: tuple
         return directory
     require_inputs(recipe, stage, recipe_path)
     connect_to_ray()
+    await_nodes(recipe, stage)
     log.info("%s starts: %s", stage, directory.location)
     began = time.monotonic()
     summary = compute(recipe, stage, directory, resume_anyway)
@@ -139,6 +141,7 @@ def preflight_stage(recipe: Recipe, stage: str, recipe_path: str) -> None:
     """Check the machine for a training stage; nothing is trained and nothing is recorded."""
     require_inputs(recipe, stage, recipe_path)
     connect_to_ray()
+    await_nodes(recipe, stage)
     _train(recipe, stage, stage_directory(recipe, stage), preflight_only=True)
     log.info("preflight of %s: all checks passed", stage)
 
@@ -155,6 +158,13 @@ def connect_to_ray() -> None:
     python_path = os.pathsep.join(filter(None, [package_root, os.environ.get("PYTHONPATH")]))
     ray.init(log_to_driver=True, logging_level=logging.WARNING, runtime_env={"env_vars": {"PYTHONPATH": python_path}})
     signal.signal(signal.SIGTERM, _stop)  # ray.init has put its own handler there
+
+
+def await_nodes(recipe: Recipe, stage: str) -> None:
+    """Return when the cluster has what `stage` cannot start without; UserError when that takes too long."""
+    from ultralong_ray.nodes import wait_for_nodes
+
+    wait_for_nodes(recipe, stage)
 
 
 def compute(
