@@ -41,10 +41,12 @@ class Group:
 
 @dataclass(frozen=True, slots=True)
 class Head:
+    """A running head, as a client sees it."""
+
     gcs: str  # host:port
     dashboard: str  # URL
     folder: Path
-    environment: dict[str, str]  # of a client that may talk to it
+    environment: dict[str, str] = field(repr=False)  # of a client that may talk to it, token included
 
     def run(self, *command: str, **options: Any) -> subprocess.CompletedProcess[str]:
         """`command` as a client of this head."""
@@ -140,6 +142,9 @@ def _scaling(gcs: str, head_cpus: int, groups: tuple[Group, ...]) -> dict[str, A
         "available_node_types": kinds,
         "head_node_type": "ray.head.default",
         "auth": {},
+        **{f"{where}setup_commands": [] for where in ("", "head_", "worker_")},
+        **{f"{where}_start_ray_commands": [] for where in ("head", "worker")},
+        **{"initialization_commands": [], "file_mounts": {}, "cluster_synced_files": [], "rsync_exclude": []},
     }
 
 
