@@ -93,7 +93,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Stages computed, in order; computing is replaced by noting the name."""
     computed: list[str] = []
 
-    def compute(recipe: Any, stage: str, directory: Any, resume_anyway: Any) -> dict[str, Any]:
+    def compute(recipe: Any, stage: str, *_: Any) -> dict[str, Any]:
         computed.append(stage)
         return {"number": len(computed)}
 

@@ -36,13 +36,14 @@ MAY_IMPORT: dict[str, set[str] | None] = {
     "eval": {"types", "config", "storage", "model", "parallel"},
     "report": {"types", "config", "storage", "stages"},
     "benchmark": {"types", "config", "storage", "data", "flops", "planner", "model", "parallel", "train", "eval"},
+    "tune": None,
     "job": None,
     "pipeline": None,
 }
 
 # Heavy library -> patterns of the files, relative to the package, that may import it.
 HEAVY: dict[str, str] = {
-    "ray": r"data/fan_out\.py|train/(trainer|loop|checkpoint|metrics|worker)\.py|eval/fanout\.py|(job|nodes)\.py",
+    "ray": r"data/fan_out\.py|train/(trainer|loop|checkpoint|metrics)\.py|eval/fanout\.py|tune/run\.py|(job|nodes)\.py",
     "deepspeed": r"train/(engine|partition)\.py|benchmark/(alst|gradients)\.py",
     "torch": r"(model|parallel|train|benchmark)/.*|eval/[^/]*|export\.py|export/.*",
     "transformers": r"(data|model|parallel|train)/.*|eval/[^/]*|export(\.py|/.*)|benchmark/(alst|torch_cp|prefill)\.py",

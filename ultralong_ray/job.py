@@ -119,8 +119,14 @@ def _leave(status: int, message: str) -> None:
     sys.exit(status)
 
 
-def run_stage(recipe: Recipe, stage: str, recipe_path: str, resume_anyway: tuple[str, ...] = ()) -> StageDirectory:
-    """Compute a stage unless it is done, and record its summary last."""
+def run_stage(
+    recipe: Recipe,
+    stage: str,
+    recipe_path: str,
+    resume_anyway: tuple[str, ...] = (),
+    callbacks: tuple[Any, ...] = (),
+) -> StageDirectory:
+    """Compute a stage unless it is done, and record its summary last. `callbacks`: of Ray Train, see `train`."""
     directory = stage_directory(recipe, stage)
     if directory.done:
         log.info("%s is done already: %s", stage, directory.location)
@@ -130,7 +136,7 @@ def run_stage(recipe: Recipe, stage: str, recipe_path: str, resume_anyway: tuple
     await_nodes(recipe, stage)
     log.info("%s starts: %s", stage, directory.location)
     began = time.monotonic()
-    summary = compute(recipe, stage, directory, resume_anyway)
+    summary = compute(recipe, stage, directory, resume_anyway, callbacks)
     (directory.location / "recipe.json").write_json(recipe.model_dump(mode="json"))
     directory.mark_done({**summary, "seconds": round(time.monotonic() - began, 1)})
     log.info("%s is done in %.0f s: %s", stage, time.monotonic() - began, directory.location)
@@ -168,7 +174,11 @@ def await_nodes(recipe: Recipe, stage: str) -> None:
 
 
 def compute(
-    recipe: Recipe, stage: str, directory: StageDirectory, resume_anyway: tuple[str, ...] = ()
+    recipe: Recipe,
+    stage: str,
+    directory: StageDirectory,
+    resume_anyway: tuple[str, ...] = (),
+    callbacks: tuple[Any, ...] = (),
 ) -> dict[str, Any]:
     """Call the room that computes `stage`. Imports are local: a stage loads only what it needs."""
     if stage == "prepare":
@@ -184,7 +194,7 @@ def compute(
 
         return extend(recipe, directory)
     if stage in ("pretrain", "sft"):
-        return _train(recipe, stage, directory, resume_anyway=resume_anyway)
+        return _train(recipe, stage, directory, resume_anyway=resume_anyway, callbacks=callbacks)
     if stage == "export":
         from ultralong_ray.export import export
 
@@ -207,14 +217,15 @@ def _train(
     directory: StageDirectory,
     preflight_only: bool = False,
     resume_anyway: tuple[str, ...] = (),
+    callbacks: tuple[Any, ...] = (),
 ) -> dict[str, Any]:
     from ultralong_ray.train.trainer import train
 
     if stage == "pretrain":
         packed, model = _output(recipe, "prepare"), _output(recipe, "extend") / "model"
-        return train(recipe, "pretrain", packed, model, directory, preflight_only, resume_anyway)
+        return train(recipe, "pretrain", packed, model, directory, preflight_only, resume_anyway, callbacks)
     packed, model = _output(recipe, "prepare_sft"), _output(recipe, "pretrain") / "model"
-    return train(recipe, "sft", packed, model, directory, preflight_only, resume_anyway)
+    return train(recipe, "sft", packed, model, directory, preflight_only, resume_anyway, callbacks)
 
 
 def _trained_model(recipe: Recipe) -> Location:

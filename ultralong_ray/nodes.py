@@ -18,14 +18,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray
-from ray._raylet import GcsClient
-from ray.core.generated.autoscaler_pb2 import GetClusterStatusReply, NodeStatus
+from ray._raylet import GcsClient  # pyright: ignore[reportAttributeAccessIssue]
+from ray.core.generated import autoscaler_pb2
 from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table, remove_placement_group
 
 from ultralong_ray.config import Recipe
 from ultralong_ray.types import UserError
 
 log = logging.getLogger(__name__)
+_PROTOCOL: Any = autoscaler_pb2  # its names are made when it is imported
 
 NEVER_SECONDS = 30.0  # what looks impossible for so long is: an autoscaler has answered several times by then
 QUIET_SECONDS = 2.0  # a wait shorter than this is not worth a line
@@ -44,8 +45,8 @@ class Demand:
     label: Mapping[str, str]
 
     def __str__(self) -> str:
-        where = "".join(f", on nodes labelled {key}={value}" for key, value in self.label.items())
-        return f"{self.count} x {_resources(self.bundle)}{where}"
+        labels = ", ".join(f"{key}={value}" for key, value in self.label.items())
+        return f"{self.count} x {_resources(self.bundle)}" + (f" on nodes labelled {labels}" if labels else "")
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,7 +136,7 @@ def wait_for_nodes(recipe: Recipe, stage: str) -> None:
     demand = demand_of(recipe, stage)
     if demand is None:
         return
-    selectors = [dict(demand.label)] * demand.count if demand.label else None
+    selectors = [dict(demand.label)] * demand.count if demand.label else []
     group = placement_group([dict(demand.bundle)] * demand.count, bundle_label_selector=selectors)
     try:
         _wait(group, demand, recipe.cluster.wait_minutes)
@@ -151,7 +152,8 @@ def _wait(group: PlacementGroup, demand: Demand, limit_minutes: float) -> None:
         never = why_never(demand, view)
         possible = now if never is None else possible
         if never is not None and now - possible >= NEVER_SECONDS:
-            raise UserError(_refusal(demand, view, f"and never will have it: {never}"))
+            why = f"and never will have it, seen after {now - began:.0f} s: {never}"
+            raise UserError(_refusal(demand, view, why))
         if now - began >= 60 * limit_minutes:
             limit = f"after {limit_minutes:g} minutes (cluster.wait_minutes); submit again to wait on"
             raise UserError(_refusal(demand, view, limit))
@@ -171,9 +173,18 @@ def _refusal(demand: Demand, view: View, why: str) -> str:
     )
 
 
-def look(group: PlacementGroup) -> View:
+def room_for(recipe: Recipe, stage: str) -> int:
+    """How many times the nodes that are there now could hold `stage` at once."""
+    demand = demand_of(recipe, stage)
+    if demand is None:
+        return 1
+    return sum(node.room(demand.bundle) for node in look().nodes if node.carries(demand.label)) // demand.count
+
+
+def look(group: PlacementGroup | None = None) -> View:
     """Nodes, what is starting, and whether the autoscaler has given up on `group`."""
-    reply = GetClusterStatusReply()
+    name = "no group" if group is None else group.id.hex()
+    reply = _PROTOCOL.GetClusterStatusReply()
     reply.ParseFromString(GcsClient(ray.get_runtime_context().gcs_address).get_cluster_status(timeout_s=10))
     scaling: Any = reply.autoscaling_state
     starting = Counter[str]()
@@ -181,7 +192,7 @@ def look(group: PlacementGroup) -> View:
         starting[request.ray_node_type_name] += request.count
     starting.update(instance.ray_node_type_name for instance in scaling.pending_instances)
     failed = [(launch.ray_node_type_name, launch.reason) for launch in scaling.failed_instance_requests]
-    alive = [node for node in reply.cluster_resource_state.node_states if node.status != NodeStatus.DEAD]
+    alive = [node for node in reply.cluster_resource_state.node_states if node.status != _PROTOCOL.DEAD]
     return View(
         tuple(
             Node(node.ray_node_type_name, dict(node.labels), dict(node.total_resources), dict(node.available_resources))
@@ -189,5 +200,5 @@ def look(group: PlacementGroup) -> View:
         ),
         starting,
         tuple(f"{kind} could not be started: {reason}" for kind, reason in failed),
-        any(group.id.hex() in request.details for request in scaling.infeasible_gang_resource_requests),
+        any(name in request.details for request in scaling.infeasible_gang_resource_requests),
     )

@@ -1,7 +1,7 @@
 """Ray heads for tests, with free ports, a token and a folder of their own, and all their processes stopped again.
 
-A head may have Ray's autoscaler v2, whose "cloud" are processes on this machine: FakeMultiNodeProvider of Ray 2.60,
-named as an external provider, since the wheel lacks the defaults of its own kind.
+A head may have Ray's autoscaler v2, whose nodes are processes of this machine (local_nodes.py, named as an external
+provider: Ray's wheel lacks the defaults of its own fake one).
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import secrets
+import shutil
 import signal
 import socket
 import subprocess
@@ -23,7 +24,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 HEAD_ID = "fffffffffffffffffffffffffffffffffffffffffffffffffff00000"  # as the provider expects it
-PROVIDER = "ray.autoscaler._private.fake_multi_node.node_provider.FakeMultiNodeProvider"
+PROVIDER = "tests.cluster.local_nodes.LocalNodes"
 OBJECT_STORE_BYTES = 100 * 2**20
 SLOW = "ULTRALONG_CLUSTER_TESTS"  # environment variable that switches on tests of minutes
 
@@ -77,9 +78,16 @@ def clean_environment(**more: str) -> dict[str, str]:
 
 @contextmanager
 def head(
-    num_cpus: int, groups: tuple[Group, ...] = (), prefix: tuple[str, ...] = (), ip: str | None = None, **env: str
+    num_cpus: int,
+    groups: tuple[Group, ...] = (),
+    prefix: tuple[str, ...] = (),
+    ip: str | None = None,
+    options: tuple[str, ...] = (),
+    **env: str,
 ) -> Iterator[Head]:
-    """A head that asks for a token. `prefix`: a command to run it by; `groups`: what its autoscaler may start."""
+    """A head that asks for a token. `groups`: what its autoscaler may start; `prefix`: a command to run it by;
+    `options` of ray start.
+    """
     from ray.util import get_node_ip_address
 
     folder = Path(tempfile.mkdtemp(prefix="ulr"))  # short: Ray's socket paths are limited
@@ -91,7 +99,7 @@ def head(
     command += ["--dashboard-host=0.0.0.0", f"--dashboard-port={dashboard}", f"--dashboard-agent-listen-port={agent}"]
     command += [f"--ray-client-server-port={client}", f"--temp-dir={folder}", f"--num-cpus={num_cpus}"]
     command += ["--min-worker-port=0", "--max-worker-port=0", "--disable-usage-stats"]
-    command += [f"--object-store-memory={OBJECT_STORE_BYTES}"]
+    command += [f"--object-store-memory={OBJECT_STORE_BYTES}", *options]
     if groups:
         (folder / "scaling.json").write_text(json.dumps(_scaling(f"{address}:{gcs}", num_cpus, groups)))
         command.append(f"--autoscaling-config={folder / 'scaling.json'}")
@@ -103,12 +111,13 @@ def head(
         yield made
     finally:
         stop_processes(str(folder))
-        process.wait(timeout=20)
+        process.wait(timeout=60)
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _autoscaler_environment() -> dict[str, str]:
     return {
-        "AUTOSCALER_UPDATE_INTERVAL_S": "1",
+        "AUTOSCALER_UPDATE_INTERVAL_S": "2",
         "RAY_FAKE_CLUSTER": "1",
         "RAY_enable_autoscaler_v2": "1",
         "RAY_CLOUD_INSTANCE_ID": HEAD_ID,
@@ -149,14 +158,14 @@ def _scaling(gcs: str, head_cpus: int, groups: tuple[Group, ...]) -> dict[str, A
 
 
 def _await_jobs_api(made: Head, process: subprocess.Popen[bytes], prefix: tuple[str, ...]) -> None:
-    for _ in range(120):
+    for _ in range(240):
         if process.poll() is not None:
             break
         listed = made.run(*prefix, tool("ray"), "job", "list", "--address", made.dashboard)
         if listed.returncode == 0:
             return
         time.sleep(0.5)
-    raise RuntimeError("the head did not start:\n" + (made.folder / "head.log").read_text())
+    raise RuntimeError("the head did not start in minutes:\n" + (made.folder / "head.log").read_text())
 
 
 def stop_processes(marker: str) -> None:

@@ -74,7 +74,7 @@ def test_without_an_autoscaler_what_is_there_is_all() -> None:
 @pytest.mark.parametrize(
     ("shown", "words"),
     [
-        (str(DEMAND), "4 x {CPU 1, GPU 1}, on nodes labelled ultralong-group=train"),
+        (str(DEMAND), "4 x {CPU 1, GPU 1} on nodes labelled ultralong-group=train"),
         (
             str(view(HEAD, node(used=1), node(), node(), starting=2)),
             "1 x head {}, 1 x train {CPU 16, GPU 2} in use, 2 x train {CPU 16, GPU 2}, 2 x train starting",

@@ -15,6 +15,7 @@ import os
 import signal
 import socket
 import sys
+import threading
 import warnings
 from typing import Any, Literal
 
@@ -23,6 +24,8 @@ import ray.train
 import ray.train.torch
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.v2._internal.constants import WORKER_GROUP_START_TIMEOUT_S_ENV_VAR
+from ray.train.v2.api.callback import UserCallback
 from ray.train.v2.api.exceptions import TrainingFailedError, WorkerGroupError
 
 from ultralong_ray.config import Recipe
@@ -55,6 +58,7 @@ def train(
     stage: StageDirectory,
     preflight_only: bool = False,
     resume_anyway: tuple[str, ...] = (),
+    callbacks: tuple[UserCallback, ...] = (),
 ) -> dict[str, Any]:
     """Train `model` on `packed` as `recipe.<section>` says, into `<stage>/model`; Ray must be initialised.
 
@@ -62,6 +66,7 @@ def train(
 
     Continues from the last checkpoint below `stage` where there is one, whatever the layout of its workers was. With
     `resume_anyway`, fields named as a refusal names them, that of another recipe's stage will do where there is none.
+    `callbacks` of Ray Train hear what the workers report: the step and its loss at every checkpoint.
     Returns {steps, tokens, first_loss, last_loss, seconds, resumed_from_step}. Raises UserError for what the user can
     mend, wherever it was found.
     """
@@ -74,9 +79,11 @@ def train(
         error_file.filesystem.delete_file(error_file.path)
     for name, value in RAY_SETTINGS.items():
         os.environ.setdefault(name, value)
+    # After a lost node Ray Train waits for another one for 60 s unless told otherwise, then asks anew.
+    os.environ.setdefault(WORKER_GROUP_START_TIMEOUT_S_ENV_VAR, f"{60 * recipe.cluster.wait_minutes:.0f}")
     handler = signal.getsignal(signal.SIGINT)
     try:
-        result = _trainer(job).fit()
+        result = _trainer(job, callbacks).fit()
     except TrainingFailedError as error:
         record_event(stage.location, "failure", rank=None, node=None, cause=_in_words(error))
         _raise_user_error(error_file, error)
@@ -85,7 +92,8 @@ def train(
         # Ray Train answers Ctrl-C with a handler of its own, which stops the workers and leaves the process.
         raise KeyboardInterrupt from None
     finally:
-        signal.signal(signal.SIGINT, handler)
+        if threading.current_thread() is threading.main_thread():  # a trial of Ray Tune is another one
+            signal.signal(signal.SIGINT, handler)
     _raise_user_error(error_file, None)
     if preflight_only:
         return {}
@@ -128,7 +136,7 @@ def _found_on_cluster() -> tuple[str | None, float | None]:
     return names.pop() if len(names) == 1 else None, min(sizes, default=0) / 2**30 or None
 
 
-def _trainer(job: TrainJob) -> TorchTrainer:
+def _trainer(job: TrainJob, callbacks: tuple[UserCallback, ...]) -> TorchTrainer:
     cluster = job.recipe.cluster
     resources = {"CPU": cluster.cpus_per_worker}
     if cluster.gpus_per_worker:
@@ -149,6 +157,7 @@ def _trainer(job: TrainJob) -> TorchTrainer:
             storage_path=storage.path,
             storage_filesystem=None if storage.is_local else storage.filesystem,
             failure_config=FailureConfig(max_failures=cluster.max_failures),
+            callbacks=list(callbacks),
         ),
     )
 
