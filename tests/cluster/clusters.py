@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -83,17 +83,17 @@ def head(
     prefix: tuple[str, ...] = (),
     ip: str | None = None,
     options: tuple[str, ...] = (),
-    **env: str,
+    more: Mapping[str, str] | None = None,
 ) -> Iterator[Head]:
     """A head that asks for a token. `groups`: what its autoscaler may start; `prefix`: a command to run it by;
-    `options` of ray start.
+    `options` of ray start; `more`: of its environment.
     """
     from ray.util import get_node_ip_address
 
     folder = Path(tempfile.mkdtemp(prefix="ulr"))  # short: Ray's socket paths are limited
     address = ip or get_node_ip_address()
     gcs, dashboard, agent, client = free_ports(4)
-    environment = clean_environment(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(16), **env)
+    environment = clean_environment(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(16), **(more or {}))
     started = {**environment, **(_autoscaler_environment() if groups else {})}
     command = [*prefix, tool("ray"), "start", "--head", "--block", f"--node-ip-address={address}", f"--port={gcs}"]
     command += ["--dashboard-host=0.0.0.0", f"--dashboard-port={dashboard}", f"--dashboard-agent-listen-port={agent}"]

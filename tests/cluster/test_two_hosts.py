@@ -134,7 +134,7 @@ def site() -> Iterator[Site]:
         spilling = {"type": "smart_open", "params": {"uri": f"s3://{BUCKET}/spill"}}
         settings = {"object_spilling_config": json.dumps(spilling), "min_spilling_size": 2**20}
         options = (f"--system-config={json.dumps(settings)}",)
-        started = stack.enter_context(head(1, prefix=first.inside, ip=first.ip, options=options, **environment))
+        started = stack.enter_context(head(1, prefix=first.inside, ip=first.ip, options=options, more=environment))
         create = f"import boto3; boto3.client('s3').create_bucket(Bucket='{BUCKET}')"
         made = started.run(*first.inside, sys.executable, "-c", create)
         assert made.returncode == 0, made.stderr
