@@ -44,6 +44,21 @@ CLIENT_PACKAGES = (
     ),
     *("annotated-types", "aiohappyeyeballs", "wrapt", "virtualenv", "grpcio"),
 )
+TOO_MUCH = """
+import ray, sys
+from ultralong_ray import nodes
+from ultralong_ray.recipe import load_recipe
+ray.init(logging_level="ERROR")
+nodes.NEVER_SECONDS = 2.0
+recipe = load_recipe("jobs/recipes/quickstart.toml")
+nodes.wait_for_nodes(recipe, "prepare")
+print("prepare may start")
+try:
+    nodes.wait_for_nodes(recipe, "pretrain")
+except nodes.UserError as refusal:
+    print(refusal)
+print("placement groups left:", [g for g in ray.util.placement_group_table().values() if g["state"] != "REMOVED"])
+"""
 SCRIPT = "import torch, ultralong_ray; print('the job ran with torch and', ultralong_ray.__file__)"
 
 
@@ -104,3 +119,12 @@ def test_the_token_decides(cluster: Head, client: Path, tmp_path: Path) -> None:
     line = next(line for line in accepted.stdout.splitlines() if line.startswith("the job ran with torch and"))
     assert "_ray_pkg_" in line  # the submitted working directory, not a package that the nodes have installed
     assert token not in accepted.stdout + accepted.stderr
+
+
+def test_a_cluster_without_autoscaler_says_what_it_lacks_and_holds_nothing(cluster: Head) -> None:
+    environment = {**cluster.environment, "RAY_ADDRESS": cluster.gcs}
+    done = cluster.run(sys.executable, "-c", TOO_MUCH, env=environment)
+    assert "prepare may start" in done.stdout, done.stderr
+    assert "pretrain needs 2 x {CPU 1}. The cluster does not have it and never will have it" in done.stdout
+    assert "no autoscaler runs. It has 1 x node {CPU 1}." in done.stdout
+    assert "placement groups left: []" in done.stdout

@@ -10,6 +10,7 @@ Read against Ray 2.60: a Tune trial is a driver of Ray Train V2, TuneReportCallb
 from __future__ import annotations
 
 import logging
+import os
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -70,6 +71,8 @@ def _run(recipe: Recipe, todo: list[Trial], folder: Location, recipe_path: str) 
     work = ray_tune.with_parameters(_run_trial, trials=todo, folder=folder, recipe_path=recipe_path)
     # A trial's own process only waits for its training, so it sits on the head and takes nothing from the nodes.
     work = ray_tune.with_resources(work, {"node:__internal_head__": 0.001})
+    # Trials read the recipe's relative paths as the driver does, not from a folder of Tune's.
+    os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")
     storage = folder / "ray"
     ray_tune.Tuner(
         work,

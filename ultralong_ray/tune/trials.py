@@ -42,7 +42,9 @@ class Trial:
 
 def section(recipe: Recipe) -> TuneConfig:
     if recipe.tune is None:
-        raise UserError("the recipe has no [tune] section; see [tune] in README.md for what it holds")
+        raise UserError(
+            "the recipe has no [tune] section, which says what to try; its fields: ultralong_ray/config/tune.py"
+        )
     return recipe.tune
 
 
