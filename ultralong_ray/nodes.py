@@ -136,8 +136,8 @@ def wait_for_nodes(recipe: Recipe, stage: str) -> None:
     demand = demand_of(recipe, stage)
     if demand is None:
         return
-    selectors = [dict(demand.label)] * demand.count if demand.label else []
-    group = placement_group([dict(demand.bundle)] * demand.count, bundle_label_selector=selectors)
+    bundles, selectors = [dict(demand.bundle)] * demand.count, [dict(demand.label)] * demand.count
+    group = placement_group(bundles, bundle_label_selector=selectors)
     try:
         _wait(group, demand, recipe.cluster.wait_minutes)
     finally:
