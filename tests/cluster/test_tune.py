@@ -33,6 +33,7 @@ trials_at_once = 4
 "pretrain.mask_documents" = [false, true]
 """
 SMALL = [
+    *("--model.base", str(ROOT / "jobs/models/tiny-512")),  # the driver is no job with a working directory
     *("--evaluate", "null", "--cluster.num_workers", "1", "--cluster.max_failures", "0"),
     *("--prepare.sequence_length", "512", "--prepare.token_budget", "8192", "--prepare.holdout_sequences", "0"),
     *("--model.target_context_length", "512", "--corpus.sources.0.max_megabytes", "1", "--pretrain.steps", "120"),
