@@ -198,6 +198,7 @@ class _Pool:
 
     def _new_worker(self) -> Any:
         needs: dict[str, Any] = {"num_cpus": self.config.cpus_per_task, "num_gpus": self.config.gpus_per_task}
+        needs["scheduling_strategy"] = "DEFAULT"  # not inside the placement group of a trial of Ray Tune
         if self.node_label:
             needs["label_selector"] = self.node_label
         return _REMOTE_WORKER.options(**needs).remote(self.config, self.models, self.stage)

@@ -98,6 +98,7 @@ def train(
     if preflight_only:
         return {}
     needs: dict[str, Any] = {"num_cpus": 1, "label_selector": recipe.cluster.node_label("train") or None}
+    needs["scheduling_strategy"] = "DEFAULT"  # not inside the placement group of a trial of Ray Tune
     ray.get(ray.remote(**needs)(_consolidate).remote(job))
     return _summary(job, result.return_value)
 
