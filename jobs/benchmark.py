@@ -1,4 +1,4 @@
-"""Time training steps (`train`), long prompts (`prefill`) or the prepare stage (`data`), and peers: a JSON file."""
+"""Time training steps (`train`), checkpoints, long prompts (`prefill`), data preparation, and peers: a JSON file."""
 
 import sys
 

@@ -19,6 +19,7 @@ MAY_IMPORT: dict[str, set[str] | None] = {
     "types": set(),
     "config": {"types"},
     "object_store": {"types"},
+    "endpoint": {"types"},
     "storage": {"types", "object_store"},
     "stages": {"types", "config", "storage"},
     "recipe": {"types", "config"},
@@ -28,28 +29,34 @@ MAY_IMPORT: dict[str, set[str] | None] = {
     "plan": {"types", "config", "storage", "stages", "flops", "planner"},
     "manifests": {"types", "config", "planner", "plan"},
     "packed": {"types", "storage"},
-    "data": {"types", "config", "object_store", "storage", "packed", "stages"},
+    "data": {"types", "config", "endpoint", "object_store", "storage", "packed", "stages"},
     "model": {"types", "config", "storage"},
     "parallel": {"types", "config", "packed"},
-    "train": {"types", "config", "storage", "packed", "model", "parallel", "flops", "planner"},
+    "train": {"types", "config", "object_store", "storage", "packed", "model", "parallel", "flops", "planner"},
     "export": {"types", "config", "storage", "model"},
-    "eval": {"types", "config", "storage", "model", "parallel"},
-    "report": {"types", "config", "storage", "stages"},
+    "eval": {"types", "config", "endpoint", "storage", "model", "parallel"},
+    "report": {"types", "config", "storage", "stages", "recipe"},
     "benchmark": {"types", "config", "storage", "data", "flops", "planner", "model", "parallel", "train", "eval"},
     "tune": None,
+    "trials": {"types", "config", "recipe", "stages", "storage"},
     "job": None,
     "pipeline": None,
 }
 
 # Heavy library -> patterns of the files, relative to the package, that may import it.
 HEAVY: dict[str, str] = {
-    "ray": r"data/fan_out\.py|train/(trainer|loop|checkpoint|metrics)\.py|eval/fanout\.py|tune/run\.py|(job|nodes)\.py",
+    "ray": (
+        r"data/fan_out\.py|train/(trainer|controller|loop|checkpoint|metrics|preemption|worker)\.py"
+        r"|eval/(fanout|sharded_group|vllm_engine)\.py|trials\.py|tune/run\.py|(job|nodes)\.py"
+    ),
     "deepspeed": r"train/(engine|partition)\.py|benchmark/(alst|gradients)\.py",
     "torch": r"(model|parallel|train|benchmark)/.*|eval/[^/]*|export\.py|export/.*",
     "transformers": r"(data|model|parallel|train)/.*|eval/[^/]*|export(\.py|/.*)|benchmark/(alst|torch_cp|prefill)\.py",
     "pydantic": r"config/.*|recipe\.py",
     "datasketch": r"data/deduplicate\.py",
-    "aiohttp": r"data/refine_client\.py",
+    "aiohttp": r"endpoint\.py",
+    "lm_eval": r"eval/standard\.py",
+    "datasets": r"eval/standard\.py",
     "jinja2": r"report/.*|data/chat\.py",
 }
 

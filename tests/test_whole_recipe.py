@@ -35,6 +35,8 @@ SMALL = [
     "evaluate.depths_percent=[0, 50]",
     "evaluate.samples_per_cell=2",
     "evaluate.perplexity_buckets=4",
+    "evaluate.tasks.0.context_lengths=[512]",
+    'evaluate.tasks.0.names=["vt", "qa_1"]',
 ]
 
 

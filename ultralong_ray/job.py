@@ -128,7 +128,7 @@ def run_stage(
 ) -> StageDirectory:
     """Compute a stage unless it is done, and record its summary last. `callbacks`: of Ray Train, see `train`."""
     directory = stage_directory(recipe, stage)
-    if directory.done:
+    if directory.settled:
         log.info("%s is done already: %s", stage, directory.location)
         return directory
     require_inputs(recipe, stage, recipe_path)

@@ -98,14 +98,15 @@ def _resources(amounts: Mapping[str, float]) -> str:
 def demand_of(recipe: Recipe, stage: str) -> Demand | None:
     """What `stage` must have before it starts; None where it runs in the driver alone.
 
-    Training needs all of its workers at once. Prepare and evaluate start with one worker and take more as they come.
+    Training needs all of its workers at once, or the fewest that the recipe allows. Prepare and evaluate start with one
+    worker and take more as they come.
     """
     cluster = recipe.cluster
     if stage in ("prepare", "prepare_sft"):
         return Demand(stage, 1, {"CPU": 1.0}, cluster.node_label("data"))
     if stage in ("pretrain", "sft"):
         bundle = {"CPU": cluster.cpus_per_worker, "GPU": cluster.gpus_per_worker}
-        return Demand(stage, cluster.num_workers, _asked(bundle), cluster.node_label("train"))
+        return Demand(stage, cluster.min_workers or cluster.num_workers, _asked(bundle), cluster.node_label("train"))
     if stage == "evaluate" and recipe.evaluate is not None:
         bundle = {"CPU": recipe.evaluate.cpus_per_task, "GPU": recipe.evaluate.gpus_per_task}
         return Demand(stage, 1, asked, cluster.node_label("eval")) if (asked := _asked(bundle)) else None

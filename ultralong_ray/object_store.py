@@ -105,6 +105,11 @@ def meaning_of(error: Exception) -> str | None:
     return next((meaning for pattern, meaning in _MEANINGS if re.search(pattern, text)), None)
 
 
+def is_transient(error: Exception) -> bool:
+    """Does the error say that the store does not answer for now?"""
+    return isinstance(error, StoreUnavailable) or meaning_of(error) == _TRANSIENT
+
+
 def retried(operation: Callable[[], Value], attempts: int) -> Value:
     """The operation's value; it is tried again, after growing waits, while the store does not answer."""
     began = time.monotonic()
@@ -113,7 +118,7 @@ def retried(operation: Callable[[], Value], attempts: int) -> Value:
             return operation()
         except (OSError, StoreUnavailable) as error:
             late = attempt + 1 >= attempts or time.monotonic() - began > PATIENCE_SECONDS
-            if late or not (isinstance(error, StoreUnavailable) or meaning_of(error) == _TRANSIENT):
+            if late or not is_transient(error):
                 raise
             time.sleep(min(0.5 * 2**attempt, LONGEST_WAIT_SECONDS) * random.uniform(0.5, 1.0))
     raise AssertionError("attempts is at least 1")

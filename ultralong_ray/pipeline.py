@@ -27,8 +27,8 @@ def run_pipeline(recipe: Recipe, recipe_path: str, overrides: list[str], jobs_fo
     names = stages(recipe)
     for number, stage in enumerate(names, start=1):
         directory = stage_directory(recipe, stage)
-        log.info("[%d/%d] %s: %s", number, len(names), stage, "done already" if directory.done else "starting")
-        if directory.done:
+        log.info("[%d/%d] %s: %s", number, len(names), stage, "done already" if directory.settled else "starting")
+        if directory.settled:
             continue
         script = jobs_folder / f"{JOB_OF_STAGE.get(stage, stage)}.py"
         status = _run([sys.executable, str(script), recipe_path, *overrides])

@@ -68,8 +68,9 @@ def _heads(recipe: Recipe) -> Heads | None:
 def describe(recipe: Recipe) -> str:
     """The resolved plan: window, RoPE, tokens, sequences, steps, degrees, paths and what is already done."""
     lines = [f"recipe {recipe.name}", *_model_lines(recipe), *_prepare_lines(recipe)]
-    for (name, train, length), outcome in zip(recipe.train_stages(), plan_stages(recipe), strict=True):
-        lines += _train_lines(recipe, name, train, length, outcome)
+    sized = recipe.at_largest_size()
+    for (name, train, length), outcome in zip(sized.train_stages(), plan_stages(sized), strict=True):
+        lines += _train_lines(sized, name, train, length, outcome)
     return "\n".join([*lines, *_evaluate_lines(recipe), *_stage_lines(recipe)])
 
 
@@ -173,10 +174,17 @@ def _evaluate_lines(recipe: Recipe) -> list[str]:
     evaluate = recipe.evaluate
     if evaluate is None:
         return []
-    cells = len(evaluate.context_lengths) * len(evaluate.depths_percent)
-    return [
-        "",
-        f"evaluate    passkey, {len(evaluate.context_lengths)} lengths to {max(evaluate.context_lengths):,} tokens x "
-        f"{len(evaluate.depths_percent)} depths x {evaluate.samples_per_cell} samples = {cells} cells, for "
-        f"{', '.join(evaluate.models)}",
-    ]
+    lines = ["", f"evaluate    models {', '.join(evaluate.models)}"]
+    if evaluate.passkey:
+        cells = len(evaluate.context_lengths) * len(evaluate.depths_percent)
+        lines.append(
+            f"  passkey   {len(evaluate.context_lengths)} lengths to {max(evaluate.context_lengths):,} tokens x "
+            f"{len(evaluate.depths_percent)} depths x {evaluate.samples_per_cell} samples = {cells} cells"
+        )
+    for task in evaluate.tasks:
+        samples = f"{task.samples_per_cell} samples" if task.samples_per_cell else "all rows"
+        lines.append(
+            f"  {task.kind:<9} {len(task.names_of_tasks())} tasks x {len(task.context_lengths)} lengths to "
+            f"{max(task.context_lengths):,} tokens x {len(task.depths())} depths x {samples}"
+        )
+    return lines

@@ -27,8 +27,8 @@ FORMAT_VERSIONS = {
     "pretrain": 2,
     "sft": 2,
     "export": 1,
-    "evaluate": 1,
-    "report": 1,
+    "evaluate": 2,
+    "report": 2,
     "refine": 1,  # a job beside the pipeline, see data/refine.py
     "tune": 1,  # another one, see tune/run.py
 }

@@ -239,6 +239,11 @@ class StageDirectory:
     def done(self) -> bool:
         return (self.location / SUCCESS_FILE).exists()
 
+    @property
+    def settled(self) -> bool:
+        """Done, and no cell of an evaluation failed: those are tried again, and their report is written anew."""
+        return self.done and not self.summary().get("num_failed")
+
     def summary(self) -> dict[str, Any]:
         """What the stage recorded when it finished."""
         return (self.location / SUCCESS_FILE).read_json()

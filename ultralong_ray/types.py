@@ -144,6 +144,7 @@ class TrainPlan:
     mlp_tile_tokens: int
     loss_tile_tokens: int
     offload_optimizer: bool
+    checkpoint_snapshot: Literal["memory", "disk", "none"] = "none"  # where the loop leaves the state at a checkpoint
 
     @property
     def degree(self) -> int:
@@ -172,6 +173,7 @@ class StepMetrics:
     memory_gib: float  # peak of the fullest rank: GPU memory, or resident memory on CPU
     epoch: int
     sequence: int  # sequences of the current epoch consumed so far
+    checkpoint_seconds: float = 0.0  # that the loop then stood still for a checkpoint; not in step_seconds
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,15 +186,23 @@ class PasskeyPrompt:
     prompt: str
     expected: str
     prompt_tokens: int
+    message: str = ""  # what the chat template rendered; empty without one
+    answer_prefix: str = ""  # with which `prompt` ends
 
 
 @dataclass(frozen=True, slots=True)
 class CellResult:
-    """One cell of a passkey grid for one model, with every answer kept so that a reader can look."""
+    """One evaluated cell: a model, a task, a length, a depth and a shard of its samples, with every answer kept.
+
+    `samples` hold at least answer, expected, right (all of it), score (0 to 1), prompt_end and prompt_tokens.
+    """
 
     model: str
     context_length_tokens: int
-    depth_percent: float
-    score: float  # share of samples answered right, 0 to 1
+    depth_percent: float | None  # None: the task has no depth
+    score: float  # mean of the samples' scores, 0 to 1
     samples: list[dict[str, Any]] = field(default_factory=list)
     seconds: float = 0.0
+    task: str = "passkey"  # else as `Sample.task`: "ruler/vt"
+    shard: int = 0
+    settings: dict[str, Any] = field(default_factory=dict)  # what the answers depend on, for a reader

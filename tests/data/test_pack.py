@@ -11,7 +11,7 @@ import pytest
 
 from tests.data.columns import copies_from, copies_of, place_rows, table_of
 from ultralong_ray.data.fill import FilePlan, fill
-from ultralong_ray.data.pack import PackPlan, Separators, copies_apart, plan_concatenated, plan_whole, split
+from ultralong_ray.data.pack import PackPlan, Separators, copies_apart, plan_concatenated, plan_whole, shuffled, split
 from ultralong_ray.data.sample import Copies
 from ultralong_ray.data.token_shards import TokenReader, write_token_shard
 from ultralong_ray.storage import Location
@@ -200,3 +200,11 @@ def test_reads_are_joined_and_a_short_shard_is_noticed(tokens: Location, tmp_pat
         (Location.of(tmp_path) / f"{name}.ids").write_bytes(b"1234")
     with pytest.raises(OSError, match=r"ends at byte"):
         fill(FilePlan.of(plan, Separators(), table), TokenReader(Location.of(tmp_path)), weights=False)
+
+
+def test_shuffling_moves_whole_sequences(tokens: Location) -> None:
+    none = Separators(pad=99)
+    plan = plan_whole(copies_of(3, 20, 4, 2, 4), none, 4)
+    before = filled(plan, tokens, none)[0]
+    after = filled(shuffled(plan, 3), tokens, none)[0]
+    assert after != before and sorted(after) == sorted(before)

@@ -225,3 +225,14 @@ def test_equal_weights_are_no_weights() -> None:
     rows = corpus()
     doubled = lengths_of(rows, {row.id: 2.0 for row in rows})
     assert named(rows, sample(doubled, config())) == sampled(rows, config())
+
+
+def test_named_documents_are_held_out_before_others() -> None:
+    rows = corpus()
+    names = [rows[7].id, rows[500].id]
+    chosen = held(rows, config(holdout_ids=names, holdout_sequences=3))
+    assert [row.id for row in chosen[:2]] == names
+    assert len({row.id for row in chosen}) == 5
+    assert held(rows, config(holdout_ids=names)) == chosen[:2]
+    with pytest.raises(UserError, match="'absent': the corpus has no such document"):
+        held(rows, config(holdout_ids=["absent"]))

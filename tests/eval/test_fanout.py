@@ -18,7 +18,7 @@ import ray
 
 from ultralong_ray.config import Recipe
 from ultralong_ray.eval.cells import Cell
-from ultralong_ray.eval.fanout import evaluate, summarise
+from ultralong_ray.eval.fanout import _Progress, evaluate, summarise, summarise_tasks
 from ultralong_ray.stages import stage_directory
 from ultralong_ray.storage import Location, StageDirectory
 from ultralong_ray.types import UserError
@@ -28,7 +28,7 @@ Make = Callable[..., Recipe]
 
 @pytest.fixture(scope="module")
 def local_ray() -> Iterator[None]:
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
     yield
     ray.shutdown()
 
@@ -55,10 +55,9 @@ def test_whole_grid_then_only_what_is_missing(
     holdout = write_holdout(tmp_path / "holdout.parquet")
     summary = evaluate(recipe, models, holdout, stage)
     files = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*.json"))
-    assert files == [
+    assert files[8:] == ["failed.json", "perplexity/base.json", "perplexity/final.json", "plan.json"]
+    assert files[:8] == [
         *(f"cells/{m}/{n}-{d}.json" for m in ("base", "final") for n in (192, 256) for d in (0, 100)),
-        "perplexity/base.json",
-        "perplexity/final.json",
     ]
     assert summary["num_cells"] == 8 and summary["num_computed"] == 10
     assert summary["models"]["base"]["mean_within_base_window"] is None, "both lengths are beyond the 64-token window"
@@ -87,13 +86,91 @@ def test_failing_cells_are_named_and_the_others_kept(
     shutil.copytree(tiny_llama, broken)
     (broken / "model.safetensors").write_bytes(b"not weights")
     models = {"base": Location.of(tiny_llama), "final": Location.of(broken)}
-    with pytest.raises(UserError) as error:
-        evaluate(recipe, models, None, stage)
-    message = str(error.value)
-    assert "3 of 4 work items failed" in message
-    assert "base at 20 tokens, depth 50 %: evaluate.context_lengths: 20 tokens are too few" in message
-    assert "final at 256 tokens, depth 50 %: SafetensorError" in message
-    assert [path.name for path in folder.rglob("*.json")] == ["256-50.json"]
+    summary = evaluate(recipe, models, None, stage)
+    assert (summary["num_cells"], summary["num_computed"], summary["num_failed"]) == (4, 1, 3)
+    failed = json.loads((folder / "failed.json").read_text())
+    assert set(failed) == {"cells/base/20-50.json", "cells/final/20-50.json", "cells/final/256-50.json"}
+    assert "evaluate.context_lengths: 20 tokens are too few" in failed["cells/base/20-50.json"]
+    assert "SafetensorError" in failed["cells/final/256-50.json"]
+    assert [path.name for path in (folder / "cells").rglob("*.json")] == ["256-50.json"]
+    assert summary["models"]["final"]["mean"] == 0.0, "a failed cell counts 0, it is not dropped"
+    stage.mark_done(summary)
+    assert stage.done and not stage.settled, "the next submission tries the failed cells again"
+
+    shutil.copy(tiny_llama / "model.safetensors", broken)
+    whole = tiny_recipe(evaluate={"context_lengths": [256], "depths_percent": [50]})
+    mended = evaluate(whole, models, None, stage)
+    assert (mended["num_computed"], mended["num_failed"]) == (1, 0) and json.loads(
+        (folder / "failed.json").read_text()
+    ) == {}
+
+
+def test_without_any_result_the_evaluation_is_refused(local_ray: None, tiny_recipe: Make, tiny_llama: Path) -> None:
+    recipe = tiny_recipe(evaluate={"context_lengths": [20], "depths_percent": [50]})
+    with pytest.raises(UserError, match=r"all 1 work items failed:\n  base at 20 tokens, depth 50 %: evaluate.context"):
+        evaluate(recipe, {"base": Location.of(tiny_llama)}, None, place(recipe)[0])
+
+
+RULER = {"kind": "ruler", "names": ["vt", "qa_1"], "context_lengths": [512], "samples_per_cell": 3}
+
+
+def test_tasks_run_in_shards_beside_the_grid_and_are_summed_up(
+    local_ray: None, tiny_recipe: Make, tiny_llama: Path, tmp_path: Path
+) -> None:
+    rows = [{"input": "Who?", "context": "text " * n, "answers": ["Al"], "answer_keywords": "Al"} for n in (5, 900)]
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/loogle_SD_mixup_16k.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    lveval = {"kind": "lveval", "names": ["loogle_SD_mixup"], "levels": ["16k"], "context_lengths": [512]}
+    tasks = [RULER, {**lveval, "data_folder": str(tmp_path / "data")}]
+    recipe = tiny_recipe(evaluate={"passkey": False, "tasks": tasks, "samples_per_shard": 2})
+    stage, folder = place(recipe)
+    summary = evaluate(recipe, {"base": Location.of(tiny_llama)}, None, stage)
+    assert summary["num_cells"] == 5 and summary["num_failed"] == 0
+    assert set(summary["tasks"]["base"]) == {"ruler/vt", "ruler/qa_1", "lveval/loogle_SD_mixup_16k"}
+    files = {path.relative_to(folder / "cells/base").as_posix() for path in (folder / "cells").rglob("*.json")}
+    assert files == {
+        *(f"ruler/{name}/512-shard{shard}.json" for name in ("vt", "qa_1") for shard in (0, 1)),
+        "lveval/loogle_SD_mixup_16k/512-shard0.json",
+    }
+    cut = json.loads((folder / "cells/base/lveval/loogle_SD_mixup_16k/512-shard0.json").read_text())["samples"]
+    assert [row["facts"]["cut"] for row in cut] == [False, True] and cut[1]["prompt_tokens"] <= 512 - 64
+    plan = json.loads((folder / "plan.json").read_text())["cells"]
+    assert {f"cells/base/{name}" for name in files} == {cell["file"] for cell in plan}
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (
+            {"context_lengths": [192, 512]},
+            r"evaluate.tasks.0 \(ruler/vt at 192 tokens\): ruler/vt: 192 tokens are too few",
+        ),
+        ({"squad": "/nowhere/dev.json"}, r"evaluate.tasks.0.squad: there is no /nowhere/dev.json"),
+    ],
+)
+def test_what_no_worker_could_do_is_refused_at_once(
+    local_ray: None, tiny_recipe: Make, tiny_llama: Path, change: dict[str, Any], words: str
+) -> None:
+    recipe = tiny_recipe(evaluate={"passkey": False, "tasks": [{**RULER, **change}]})
+    stage, folder = place(recipe)
+    with pytest.raises(UserError, match=words):
+        evaluate(recipe, {"base": Location.of(tiny_llama)}, None, stage)
+    assert not (folder / "cells").exists()
+
+
+def test_a_benchmark_file_with_a_bad_line_names_the_line(
+    local_ray: None, tiny_recipe: Make, tiny_llama: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "factrecall_en_16k.jsonl").write_text('{"input": "a", "context": "b", "answers": ["c"]}\n{"input": \n')
+    lveval = {"kind": "lveval", "names": ["factrecall_en"], "levels": ["16k"], "context_lengths": [512]}
+    recipe = tiny_recipe(evaluate={"tasks": [{**lveval, "data_folder": str(tmp_path)}]})
+    stage, folder = place(recipe)
+    stored = folder / "cells/base/192-0.json"
+    stored.parent.mkdir(parents=True)
+    stored.write_text("{}")
+    with pytest.raises(UserError, match=r"factrecall_en_16k.jsonl:2: not JSON .*; mend or remove the line"):
+        evaluate(recipe, {"base": Location.of(tiny_llama)}, None, stage)
+    assert stored.exists()
 
 
 def test_a_killed_worker_costs_its_cell_only(local_ray: None, tiny_recipe: Make, tiny_llama: Path) -> None:
@@ -106,16 +183,55 @@ def test_a_killed_worker_costs_its_cell_only(local_ray: None, tiny_recipe: Make,
 
     thread = threading.Thread(target=run)
     thread.start()
-    while not list(folder.rglob("*.json")):
+    while not list((folder / "cells").rglob("*.json")):
         assert thread.is_alive()
         time.sleep(0.05)
-    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*.json")}
+    before = {path: path.stat().st_mtime_ns for path in (folder / "cells").rglob("*.json")}
     mine = [p for p in psutil.Process().children(recursive=True) if "EvaluationWorker.run" in " ".join(p.cmdline())]
     assert mine and thread.is_alive(), "a worker is killed in mid-run"
     mine[0].kill()
     thread.join(timeout=120)
-    assert result["num_computed"] == 6 and len(list(folder.rglob("*.json"))) == 6
+    assert result["num_computed"] == 6 and len(list((folder / "cells").rglob("*.json"))) == 6
     assert {path: path.stat().st_mtime_ns for path in before} == before, "stored cells stay as they are"
+
+
+def _answers(folder: Path) -> dict[str, Any]:
+    """Every stored cell without its time."""
+    files = sorted((folder / "cells").rglob("*.json"))
+    return {path.relative_to(folder).as_posix(): {**json.loads(path.read_text()), "seconds": 0} for path in files}
+
+
+def test_stopped_twice_it_ends_with_the_answers_of_an_undisturbed_run(
+    local_ray: None, tiny_recipe: Make, tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SIGTERM and Ctrl-C reach the driver as KeyboardInterrupt (ultralong_ray.job)."""
+    sections = {"tasks": [{**RULER, "names": ["vt", "fwe"]}], "samples_per_shard": 1}
+    recipe = tiny_recipe(evaluate=sections)
+    models = {"base": Location.of(tiny_llama)}
+    finished, limits = _Progress.finished, iter([2, 3, 99])
+    counted = [0, 0]
+
+    def interrupted(self: _Progress, cell: Cell) -> None:
+        finished(self, cell)
+        counted[0] += 1
+        if counted[0] == counted[1]:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(_Progress, "finished", interrupted)
+    stage, folder = place(recipe)
+    summary: dict[str, Any] = {}
+    for limit in limits:
+        counted[:] = [0, limit]
+        try:
+            summary = evaluate(recipe, models, None, stage)
+        except KeyboardInterrupt:
+            assert 0 < len(_answers(folder)) < 10
+    assert summary["num_computed"] <= 5, "what was stored before is not computed again"
+    monkeypatch.undo()
+    undisturbed = StageDirectory("evaluate", "undisturbed", Location.of(tmp_path / "undisturbed"))
+    once = evaluate(recipe, models, None, undisturbed)
+    assert _answers(folder) == _answers(tmp_path / "undisturbed") and len(_answers(folder)) == 10
+    assert (summary["models"], summary["tasks"]) == (once["models"], once["tasks"])
 
 
 def test_a_cluster_too_small_for_one_worker_is_refused(local_ray: None, tiny_recipe: Make, tiny_llama: Path) -> None:
@@ -135,3 +251,16 @@ def test_summary_splits_at_the_base_window() -> None:
         "mean_within_base_window": 0.9,
         "mean_beyond_base_window": 0.1,
     }
+
+
+def test_task_summary_weighs_shards_by_their_samples() -> None:
+    def cell(task: str, length: int, shard: int, samples: int) -> Cell:
+        return Cell("base", length, None, 1, task, 0, shard, 2 * shard, samples)
+
+    scores = {cell("ruler/vt", 512, 0, 2): 0.5, cell("ruler/vt", 512, 1, 1): 0.0, cell("ruler/vt", 1024, 0, 2): 1.0}
+    scores |= {cell("infinitebench/passkey", 512, 0, 3): 1 / 3, Cell("base", 64, 0.0, 0): 1.0}
+    assert summarise_tasks(scores, "base") == {
+        "infinitebench/passkey": {"512": pytest.approx(100 / 3)},
+        "ruler/vt": {"512": 33.33, "1024": 100.0},
+    }
+    assert summarise_tasks(scores, "final") == {}

@@ -77,7 +77,7 @@ def ask_all(ulysses: int) -> tuple[list[str], np.ndarray, dict[str, Any]]:
     return answers, np.stack(logits), held
 
 
-@pytest.mark.parametrize(("world", "index"), [(2, 0), (2, 1), (4, 0)])
+@pytest.mark.parametrize(("world", "index"), [(2, 0), (2, 1), (4, 0), (4, 1), (4, 2)])
 def test_fifty_answers_are_those_of_the_in_process_engine(world: int, index: int, expected: Any, solved: Any) -> None:
     by_rank = [rank[0][index] for rank in solved(world)]
     answers, logits = expected
@@ -158,7 +158,7 @@ def refusals() -> list[str]:
 # World size -> Ulysses degrees of the fifty prompts; Ulysses degree and chunk tokens of the model families.
 WORLDS: dict[int, tuple[list[int], list[tuple[int, int]]]] = {
     2: ([2, 1], [(2, 1), (1, 7)]),
-    4: ([2], [(4, 1000), (2, 10), (1, 13)]),
+    4: ([2, 4, 1], [(4, 1000), (2, 10), (1, 13)]),
 }
 
 

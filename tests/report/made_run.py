@@ -170,3 +170,30 @@ def write_run(recipe: Recipe) -> dict[str, StageDirectory]:
     for name in ("prepare", "prepare_sft", "pretrain", "sft", "export", "evaluate"):
         directories[name].mark_done({"seconds": 1.0})
     return directories
+
+
+RULER_SECTION = {"kind": "ruler", "names": ["vt", "qa_1"], "context_lengths": [512, 4096], "samples_per_cell": 4}
+
+
+def made_sample(points: float, answer: str = "an answer") -> dict[str, Any]:
+    sample = {"index": 0, "prompt_end": "the end", "prompt_tokens": 500, "expected": ["x"], "metric": "m", "facts": {}}
+    return {**sample, "answer": answer, "score": points, "right": points >= 1}
+
+
+def write_tasks(directory: StageDirectory, points: dict[tuple[str, str, int], list[float] | str | None]) -> None:
+    """plan.json, cells and failed.json of {(model, task, length): sample scores, why it failed, or None: missing}."""
+    plan, failed = [], {}
+    for (model, task, length), scores in points.items():
+        file = f"cells/{model}/{task}/{length}-shard0.json"
+        place = {"model": model, "task": task, "context_length_tokens": length, "depth_percent": None, "shard": 0}
+        plan.append({**place, "section": 0, "first_sample": 0, "num_samples": 4, "tokens": 1, "file": file})
+        if isinstance(scores, str):
+            failed[file] = scores
+        elif scores is not None:
+            samples = [made_sample(score) for score in scores]
+            mean = sum(scores) / len(scores)
+            write_json(
+                directory, file, {**place, "score": mean, "samples": samples, "seconds": 1, "settings": {"a": 1}}
+            )
+    write_json(directory, "plan.json", {"cells": plan})
+    write_json(directory, "failed.json", failed)

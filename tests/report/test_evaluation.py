@@ -64,6 +64,21 @@ def test_missing_and_damaged_cells_are_none_and_leave_the_mean_alone(tmp_path: P
         assert any(name in note for note in reader.notes), (name, reader.notes)
 
 
+def test_a_failed_cell_counts_0_and_says_why(tmp_path: Path) -> None:
+    recipe, stage = _facts(tmp_path)
+    file = "cells/final/4096-50.json"
+    (tmp_path / stage.location.name / file).unlink()
+    place = {"model": "final", "task": "passkey", "context_length_tokens": 4096, "depth_percent": 50, "section": -1}
+    write_json(stage, "plan.json", {"cells": [{**place, "file": file}]})
+    write_json(stage, "failed.json", {file: "its worker was lost 3 times"})
+    facts = evaluation_facts(recipe, StageReader(stage))
+    final = facts["passkey"]["models"][1]
+    cell = final["cells"][1][3]
+    assert (cell["score"], cell["failed"]) == (0.0, "its worker was lost 3 times")
+    assert (final["num_failed"], final["num_missing"], final["mean"]) == (1, 0, pytest.approx(11 / 12))
+    assert facts["benchmarks"] is None and "1 cell failed and counted as 0." in verdict(facts["passkey"])
+
+
 def test_a_model_without_cells_is_a_grid_of_missing_cells(tmp_path: Path) -> None:
     recipe, stage = _facts(tmp_path, models=["base", "extended", "final"])
     extended = evaluation_facts(recipe, StageReader(stage))["passkey"]["models"][1]

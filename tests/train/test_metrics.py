@@ -8,9 +8,11 @@ from pathlib import Path
 import pytest
 
 from ultralong_ray.storage import Location
-from ultralong_ray.train.loop import refuse_broken
+from ultralong_ray.train.bad_steps import refuse_broken
 from ultralong_ray.train.metrics import METRICS_FILE, MetricsWriter, log_line, read_metrics
 from ultralong_ray.types import StepMetrics, UserError
+
+NO_CHECKPOINTS = Location("/nowhere")
 
 
 def record(step: int, loss: float = 2.0) -> StepMetrics:
@@ -57,5 +59,5 @@ def test_log_line_tells_the_time_left_from_the_median_step() -> None:
 )
 def test_a_broken_step_is_named(sums: list[list[float]], norm: float, words: str) -> None:
     with pytest.raises(UserError, match=words):
-        refuse_broken(7, sums, norm, [4, 9])
-    refuse_broken(7, [[1.0, 2.0, 0.1], [0.0, 0.0, 0.1]], 1.0, [4, 9])
+        refuse_broken(7, sums, norm, [4, 9], NO_CHECKPOINTS)
+    refuse_broken(7, [[1.0, 2.0, 0.1], [0.0, 0.0, 0.1]], 1.0, [4, 9], NO_CHECKPOINTS)

@@ -88,7 +88,8 @@ def test_an_interrupted_run_continues_and_a_finished_one_loads(cluster: None, tm
     assert [record.step for record in read_metrics(stage.location)] == [1, 2, 3, 4, 5, 6]
     events = read_events(stage.location)
     assert [event["event"] for event in events if event["event"] != "failure"] == [
-        *("start", "checkpoint", "checkpoint", "resume", "checkpoint", "end")
+        *("submit", "start", "checkpoint", "checkpoint", "breakdown", "stop"),
+        *("submit", "resume", "checkpoint", "end"),
     ]
     first_failure = next(event for event in events if event["event"] == "failure")
     assert first_failure["rank"] in (0, 1) and "names no file for sequence 8" in first_failure["cause"]

@@ -1,4 +1,5 @@
-"""`python jobs/benchmark.py train|prefill|data ...`: words to a measurement, and its end as an exit status."""
+"""`python jobs/benchmark.py train|prefill|prefix|parity|checkpoint|data ...`: words to a measurement, its end to a
+status."""
 
 from __future__ import annotations
 
@@ -7,8 +8,13 @@ import sys
 import time
 from typing import Any
 
+from ultralong_ray.benchmark.checkpoint import Checkpoints
+from ultralong_ray.benchmark.checkpoint_record import checkpoint_table, run_checkpoints
+from ultralong_ray.benchmark.launch import RunFailed
+from ultralong_ray.benchmark.parity import add_parity, parity_table, run_parity
 from ultralong_ray.benchmark.prefill import Prefill
 from ultralong_ray.benchmark.prefill_record import prefill_table, run_prefill
+from ultralong_ray.benchmark.prefix import add_prefix, prefix_table, run_prefix
 from ultralong_ray.benchmark.presets import arguments as preset_arguments
 from ultralong_ray.benchmark.run import run_benchmark, table
 from ultralong_ray.benchmark.setups import SHAPES, Benchmark, Setup, parse_degrees
@@ -29,6 +35,12 @@ def main(argv: list[str]) -> int:
         options = parse(argv)
         if options.verb == "prefill":
             return _run_prefill(options, argv)
+        if options.verb == "prefix":
+            return _run_prefix(options, argv)
+        if options.verb == "parity":
+            return _run_parity(options, argv)
+        if options.verb == "checkpoint":
+            return _run_checkpoints(options, argv)
         result = run_benchmark(benchmark_of(options), ["python", "jobs/benchmark.py", *argv], Location.of(options.out))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -46,11 +58,37 @@ def _run_prefill(options: argparse.Namespace, argv: list[str]) -> int:
     return int(result["status"] != "ok")
 
 
+def _run_prefix(options: argparse.Namespace, argv: list[str]) -> int:
+    result = run_prefix(options, ["python", "jobs/benchmark.py", *argv])
+    print(prefix_table(result))
+    print(f"written: {options.out}")
+    return int(not result["same_answers"])
+
+
+def _run_parity(options: argparse.Namespace, argv: list[str]) -> int:
+    try:
+        result = run_parity(options, ["python", "jobs/benchmark.py", *argv])
+    except RunFailed as error:
+        print(f"failed: {error}", file=sys.stderr)
+        return 1
+    print(parity_table(result))
+    print(f"written: {options.out}")
+    return int(not result["passed"])
+
+
+def _run_checkpoints(options: argparse.Namespace, argv: list[str]) -> int:
+    command = ["python", "jobs/benchmark.py", *argv]
+    result = run_checkpoints(checkpoints_of(options), command, Location.of(options.out))
+    print(checkpoint_table(result))
+    print(f"written: {options.out}")
+    return int(result["status"] != "ok")
+
+
 def parse(argv: list[str]) -> argparse.Namespace:
     """Arguments, those of a preset first so that the command line overrules them."""
     parser = _parser()
     options = parser.parse_args(argv)
-    if options.preset:
+    if getattr(options, "preset", None):
         return parser.parse_args([argv[0], *preset_arguments(options.preset, options.gpus, argv[0]), *argv[1:]])
     return options
 
@@ -62,6 +100,10 @@ def _parser() -> argparse.ArgumentParser:
     _add_train(verbs.add_parser("train", help="training steps, ours and peers'", allow_abbrev=False).add_argument)
     prefill = verbs.add_parser("prefill", help="one long prompt over all GPUs, then decoding", allow_abbrev=False)
     _add_prefill(prefill.add_argument)
+    add_prefix(verbs.add_parser("prefix", help="a passkey grid with and without reuse of prompts").add_argument)
+    add_parity(verbs.add_parser("parity", help="answers of the in-process and the sharded engine").add_argument)
+    checkpoint = verbs.add_parser("checkpoint", help="what checkpoints cost a training loop", allow_abbrev=False)
+    _add_checkpoint(checkpoint.add_argument)
     return parser
 
 
@@ -87,12 +129,26 @@ def _add_prefill(add: Any) -> None:
     add("--prefill-chunk", type=int, help="tokens of the prompt at a time; default: all")
 
 
-def _add_train(add: Any) -> None:
+def _add_layout(add: Any) -> None:
     _add_common(add)
     add("--keep", choices=("device", "host", "none"), default="device", help="none: no recomputation at all")
     add("--rows", type=float, default=1.0, help="share of rows whose attention output is kept")
     add("--loss-tile", type=int, default=2048, help="rows of logits at a time")
     add("--offload-optimizer", action="store_true")
+
+
+def _add_checkpoint(add: Any) -> None:
+    _add_layout(add)
+    add("--target", required=True, help="folder of the checkpoints, local or s3://")
+    add("--snapshot", choices=("memory", "disk", "none"), default="memory", help="what the loop waits for")
+    add("--local", help="folder on the own disk, for --snapshot disk")
+    add("--every", type=int, default=1, help="steps between checkpoints")
+    add("--steps", type=int, default=4, help="steps with checkpoints; as many before and after without")
+    add("--warmup", type=int, default=1)
+
+
+def _add_train(add: Any) -> None:
+    _add_layout(add)
     add("--also", action="append", default=[], metavar="FIELD=VALUE,...", help="one more run of ours, so changed")
     add("--steps", type=int, default=3)
     add("--warmup", type=int, default=1)
@@ -126,12 +182,30 @@ def prefill_of(options: argparse.Namespace) -> Prefill:
     )
 
 
-def benchmark_of(options: argparse.Namespace) -> Benchmark:
-    """Raises UserError for a shape, a field or degrees that there are not."""
+def checkpoints_of(options: argparse.Namespace) -> Checkpoints:
+    """Raises UserError for a shape or degrees that there are not, or a snapshot without its folder."""
+    if options.snapshot == "disk" and options.local is None:
+        raise UserError("--snapshot disk needs --local, a folder on the own disk")
+    layers = options.layers or SHAPES[options.shape]["num_hidden_layers"]
+    benchmark = Benchmark(
+        shape=options.shape,
+        num_gpus=options.gpus,
+        device=options.device,
+        setups=(_setup(options, options.length, layers),),
+        steps=options.steps,
+        warmup=options.warmup,
+        seed=options.seed,
+        limit_seconds=options.limit_seconds,
+    )
+    target = Location.of(options.target)
+    return Checkpoints(benchmark, target, options.local, options.snapshot, options.every, "", time.time())
+
+
+def _setup(options: argparse.Namespace, length: int, layers: int) -> Setup:
     ulysses, ring = _degrees(options)
-    base = Setup(
-        length=options.long or options.length,
-        layers=options.layers or (1 if options.long else SHAPES[options.shape]["num_hidden_layers"]),
+    return Setup(
+        length=length,
+        layers=layers,
         ulysses=ulysses,
         ring=ring,
         keep=options.keep,
@@ -141,6 +215,12 @@ def benchmark_of(options: argparse.Namespace) -> Benchmark:
         loss_tile=options.loss_tile,
         offload_optimizer=options.offload_optimizer,
     )
+
+
+def benchmark_of(options: argparse.Namespace) -> Benchmark:
+    """Raises UserError for a shape, a field or degrees that there are not."""
+    layers = options.layers or (1 if options.long else SHAPES[options.shape]["num_hidden_layers"])
+    base = _setup(options, options.long or options.length, layers)
     setups = (base, *(base.changed(text) for text in options.also))
     if options.compare_degrees:
         setups = tuple(base.changed(f"degrees={degrees}") for degrees in options.compare_degrees.split(","))

@@ -37,6 +37,26 @@ SHAPES: dict[str, dict[str, Any]] = {
         "rope_parameters": _LLAMA3_ROPE,
         "rotary_angles": "exact",
     },
+    # The quickstart's model (jobs/models/tiny-512) with its window of 4096.
+    "quickstart": {
+        "model_type": "llama",
+        "hidden_size": 256,
+        "intermediate_size": 512,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 64,
+        "vocab_size": 2048,
+        "rms_norm_eps": 1e-6,
+        "max_position_embeddings": 4096,
+        "tie_word_embeddings": True,
+        "rope_parameters": {
+            **_LLAMA3_ROPE,
+            "rope_theta": 10000.0,
+            "factor": 8.0,
+            "original_max_position_embeddings": 512,
+        },
+    },
     "tiny": {
         "model_type": "llama",
         "hidden_size": 32,

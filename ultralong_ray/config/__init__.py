@@ -5,6 +5,7 @@ contradiction costs a second on a laptop and not an hour of a cluster. Fields ma
 how many workers) do not change what a stage computes and are left out of its fingerprint.
 """
 
+from ultralong_ray.config.evaluate import EvaluateConfig
 from ultralong_ray.config.model import ArchitectureConfig, ModelConfig, RopeConfig
 from ultralong_ray.config.recipe import Recipe
 from ultralong_ray.config.refine import RefineConfig
@@ -12,7 +13,6 @@ from ultralong_ray.config.screening import BenchmarkConfig, DecontaminateConfig,
 from ultralong_ray.config.sections import (
     ClusterConfig,
     CorpusConfig,
-    EvaluateConfig,
     PrepareConfig,
     PretrainConfig,
     SftConfig,

@@ -9,13 +9,13 @@ from pydantic import Field, model_validator
 
 from ultralong_ray.config.base import Section
 from ultralong_ray.config.degrees import DegreeRequest, Degrees, Heads, refuse_batch, resolve_degrees
+from ultralong_ray.config.evaluate import EvaluateConfig, even_lengths
 from ultralong_ray.config.model import ModelConfig
 from ultralong_ray.config.refine import RefineConfig
 from ultralong_ray.config.screening import DecontaminateConfig
 from ultralong_ray.config.sections import (
     ClusterConfig,
     CorpusConfig,
-    EvaluateConfig,
     PrepareConfig,
     PretrainConfig,
     SftConfig,
@@ -50,7 +50,17 @@ class Recipe(Section):
     def _stages_agree(self) -> Recipe:
         _check_lengths(self)
         for name, train, _ in self.train_stages():
-            _check_parallelism(self, name, train)
+            _legal_workers(self, name, train)
+        return self
+
+    @model_validator(mode="after")
+    def _passkey_grid_has_lengths(self) -> Recipe:
+        evaluate = self.evaluate
+        if evaluate is None or not evaluate.passkey or evaluate.context_lengths:
+            return self
+        lengths = even_lengths(self.model.target_context_length)
+        # frozen: this is the one place where a default needs another section
+        object.__setattr__(self, "evaluate", evaluate.model_copy(update={"context_lengths": lengths}))
         return self
 
     def train_stages(self) -> list[tuple[str, TrainConfig, int]]:
@@ -60,14 +70,28 @@ class Recipe(Section):
             stages.append(("sft", self.sft, self.sft.sequence_length))
         return stages
 
+    def at_largest_size(self) -> Recipe:
+        """The recipe for the most workers of its range that its training sections can use."""
+        if self.cluster.min_workers is None:
+            return self
+        workers = min(_legal_workers(self, name, train) for name, train, _ in self.train_stages())
+        cluster = self.cluster.model_copy(update={"num_workers": workers, "min_workers": None})
+        return self.model_copy(update={"cluster": cluster})
+
     @property
     def heads(self) -> Heads | None:
         """(query, key-value) heads of the model, where the recipe itself describes it."""
         shape = self.model.architecture
         return None if shape is None else (shape.num_attention_heads, shape.num_key_value_heads)
 
-    def degrees(self, train: TrainConfig, heads: Heads | None = None, sequence_length: int | None = None) -> Degrees:
-        """(ulysses_degree, ring_degree) of a training section, every "auto" decided.
+    def degrees(
+        self,
+        train: TrainConfig,
+        heads: Heads | None = None,
+        sequence_length: int | None = None,
+        workers: int | None = None,
+    ) -> Degrees:
+        """(ulysses_degree, ring_degree) of a training section, every "auto" decided. `workers`: num_workers.
 
         `heads` of the model's config.json and the length of the packed sequences may be given where they are known;
         the recipe's own otherwise. Raises ValueError that says what does not fit.
@@ -78,7 +102,9 @@ class Recipe(Section):
         if "sequence_parallel_degree" not in train.model_fields_set and parts:
             total = math.prod(parts)
         request = DegreeRequest(name, total, train.ulysses_degree, train.ring_degree, train.mask_documents)
-        return resolve_degrees(request, self.cluster.num_workers, sequence_length or length, heads or self.heads)
+        return resolve_degrees(
+            request, workers or self.cluster.num_workers, sequence_length or length, heads or self.heads
+        )
 
 
 def _check_lengths(recipe: Recipe) -> None:
@@ -97,9 +123,23 @@ def _check_lengths(recipe: Recipe) -> None:
                 f"sft.max_sample_tokens {recipe.sft.max_sample_tokens} does not fit into sft.sequence_length "
                 f"{recipe.sft.sequence_length}; a sample is never cut"
             )
+    for number, task in enumerate(recipe.evaluate.tasks if recipe.evaluate is not None else ()):
+        if max(task.context_lengths) > target:
+            raise ValueError(
+                f"evaluate.tasks.{number}.context_lengths {max(task.context_lengths)} is beyond "
+                f"model.target_context_length {target}; no model of this recipe reads as far, ask for less"
+            )
 
 
-def _check_parallelism(recipe: Recipe, name: str, train: TrainConfig) -> None:
-    ulysses, ring = recipe.degrees(train)
-    groups = recipe.cluster.num_workers // (ulysses * ring)
-    refuse_batch(name, train.global_batch_sequences, train.micro_batch_sequences, groups)
+def _legal_workers(recipe: Recipe, name: str, train: TrainConfig) -> int:
+    """The most workers of the recipe's range that fill whole groups and share the batch. Raises ValueError: none do."""
+    most = recipe.cluster.num_workers
+    objections: list[ValueError] = []
+    for workers in range(most, (recipe.cluster.min_workers or most) - 1, -1):
+        try:
+            ulysses, ring = recipe.degrees(train, workers=workers)
+            refuse_batch(name, train.global_batch_sequences, train.micro_batch_sequences, workers // (ulysses * ring))
+            return workers
+        except ValueError as error:
+            objections.append(error)
+    raise objections[0]

@@ -1,4 +1,4 @@
-"""[storage], [corpus], [prepare], [pretrain], [sft], [evaluate] and [cluster]."""
+"""[storage], [corpus], [prepare], [pretrain], [sft] and [cluster]."""
 
 from __future__ import annotations
 
@@ -33,12 +33,26 @@ class StorageConfig(Section):
         return StorageOptions(**self.model_dump())
 
 
+TaskKind = Literal[
+    "passkey",
+    "key_value",
+    "repetition",
+    "needles",
+    "variables",
+    "common_words",
+    "frequent_words",
+    "questions",
+    "copying",
+    "arithmetic",
+]
+
+
 class SourceConfig(Section):
     """One source of documents."""
 
     kind: Literal["files", "installed", "tasks"] = "files"
     """files: Parquet, JSONL or Arrow shards. installed: the text on this machine (code, documentation, licences).
-    tasks: synthetic retrieval documents, for training a base model from nothing."""
+    tasks: synthetic documents that ask something, for training a base model from nothing; in [sft], conversations."""
     uri: str | None = None
     """files: a file, a folder (prefix) or a glob; local path or any pyarrow / fsspec URI."""
     storage: StorageConfig | None = operational(None)
@@ -68,6 +82,8 @@ class SourceConfig(Section):
     """tasks: how many documents to make."""
     max_tokens_per_document: Positive | None = None
     """tasks: length of the longest document, in tokens."""
+    task_mix: dict[TaskKind, PositiveFloat] | None = None
+    """tasks: share of documents of each kind (normalised to 1); default: passkey 0.4, key_value 0.3, repetition 0.3."""
 
     @model_validator(mode="after")
     def _fields_fit_kind(self) -> SourceConfig:
@@ -77,6 +93,8 @@ class SourceConfig(Section):
             raise ValueError(f'a source of kind "{self.kind}" takes no uri')
         if self.kind == "tasks" and not (self.num_documents and self.max_tokens_per_document):
             raise ValueError('a source of kind "tasks" needs num_documents and max_tokens_per_document')
+        if self.kind != "tasks" and self.task_mix is not None:
+            raise ValueError(f'task_mix is of sources of kind "tasks"; remove it from this one of kind "{self.kind}"')
         if self.domain is not None and self.domain_pattern is not None:
             raise ValueError("a source takes domain or domain_pattern, not both")
         return self
@@ -125,6 +143,8 @@ class PrepareConfig(Section):
     """Share of tokens per domain (normalised to 1); default: the corpus's own shares before sampling."""
     holdout_sequences: NonNegative = 0
     """Sequences of one long document each, kept out of training for the perplexity-by-position curve."""
+    holdout_ids: tuple[str, ...] = ()
+    """Ids of documents held out besides, whatever their length: the same ones in every recipe of a series."""
     seed: int = 42
     num_workers: Positive | None = operational(None)
     """Parallel tasks; default: all CPUs of the cluster."""
@@ -206,6 +226,28 @@ class TrainConfig(Section):
     """The newest checkpoints that stay; older ones go when a newer one is committed."""
     keep_every_nth: Positive | None = operational(None)
     """Every n-th checkpoint stays for good; default: none."""
+    checkpoint_snapshot: Literal["auto", "memory", "disk", "none"] = operational("auto")
+    """What the loop waits for at a checkpoint. memory: a copy of the state in host memory, 12 bytes per parameter over
+    all workers. disk: a file in local_checkpoint_folder. none: the upload itself. auto: memory where it fits, else
+    disk where there is a folder, else none."""
+    local_checkpoint_folder: str | None = operational(None)
+    """A folder on each node's own disk, for checkpoint_snapshot "disk"."""
+    hang_timeout_seconds: PositiveFloat | None = operational(None)
+    """A step that takes longer is a hang: the rank to blame is named and all start again from the last checkpoint. The
+    first step of an attempt may take ten times as long. Default: ten times the median step, at least 300."""
+    loss_spike_factor: Annotated[float, Field(gt=1.0)] | None = operational(2.0)
+    """A loss above this multiple of the median of the 20 steps before it stands out (see on_loss_spike)."""
+    on_loss_spike: Literal["warn", "stop"] = operational("warn")
+    """warn: an event and a line in the log. stop: the run ends, naming step, sequences and the last checkpoint."""
+
+    @model_validator(mode="after")
+    def _disk_has_a_folder(self) -> TrainConfig:
+        if self.checkpoint_snapshot == "disk" and self.local_checkpoint_folder is None:
+            raise ValueError(
+                'checkpoint_snapshot = "disk" needs local_checkpoint_folder, a folder on every node; give it, '
+                'or choose "memory", "none" or "auto"'
+            )
+        return self
 
 
 class PretrainConfig(TrainConfig):
@@ -233,6 +275,21 @@ class SftConfig(TrainConfig):
     mask_documents: bool = True
 
     @model_validator(mode="after")
+    def _tasks_ask_something(self) -> SftConfig:
+        for source in self.sources:
+            if source.kind == "tasks" and "repetition" in (source.task_mix or ("repetition",)):
+                raise ValueError(
+                    'a source of kind "tasks" makes conversations here, and "repetition" asks nothing; give task_mix '
+                    "without it"
+                )
+            if (source.max_tokens_per_document or 0) > self.max_sample_tokens:
+                raise ValueError(
+                    f"max_tokens_per_document {source.max_tokens_per_document} of a source exceeds "
+                    f"sft.max_sample_tokens {self.max_sample_tokens}; a sample is never cut"
+                )
+        return self
+
+    @model_validator(mode="after")
     def _one_way_to_mix(self) -> SftConfig:
         if self.domain_samples is not None and (self.domain_mix is not None or self.num_samples is not None):
             raise ValueError(
@@ -242,40 +299,20 @@ class SftConfig(TrainConfig):
         return self
 
 
-class EvaluateConfig(Section):
-    """NIAH passkey over lengths x depths."""
-
-    models: Annotated[tuple[Literal["base", "extended", "pretrained", "final"], ...], Field(min_length=1)] = (
-        "base",
-        "pretrained",
-        "final",
-    )
-    """base: as given. extended: RoPE changed, not trained. pretrained: after CPT. final: the exported model."""
-    context_lengths: Annotated[tuple[Positive, ...], Field(min_length=1)]
-    """Tokens, question and template included."""
-    depths_percent: Annotated[tuple[Annotated[float, Field(ge=0, le=100)], ...], Field(min_length=1)]
-    samples_per_cell: Positive = 5
-    chat_template: bool = True
-    passkey_digits: Annotated[int, Field(ge=1, le=10)] = 5
-    max_new_tokens: Positive = 8
-    perplexity_buckets: Positive = 16
-    """Points of the perplexity-by-position curve."""
-    seed: int = 1234
-    prefill_chunk_tokens: Positive = operational(8192)
-    precision: Literal["float32", "bfloat16"] = "float32"
-    gpus_per_task: Annotated[float, Field(ge=0.0)] = operational(0.0)
-    cpus_per_task: Annotated[float, Field(ge=0.0)] = operational(1.0)
-
-
 class ClusterConfig(Section):
     """What the training stages ask of Ray."""
 
     num_workers: Positive = 1
-    """Training processes: one per GPU, or one per CPU core on a laptop."""
+    """Training processes: one per GPU, or one per CPU core on a laptop. With min_workers: the most there may be."""
+    min_workers: Positive | None = None
+    """Training starts, and starts again after a loss, with the largest number of workers from here to num_workers that
+    is there, fills whole sequence-parallel groups and divides the batch. Default: num_workers and no other."""
     gpus_per_worker: Annotated[float, Field(ge=0.0)] = 0.0
     cpus_per_worker: PositiveFloat = 1.0
     max_failures: Annotated[int, Field(ge=-1)] = 3
-    """Restarts from the last checkpoint after a lost worker; -1: without end."""
+    """Restarts from the last checkpoint, in a row with no new checkpoint in between; -1: without end."""
+    preemption_grace_seconds: PositiveFloat = 60.0
+    """After SIGTERM, how long a worker or the driver may take to finish the step in flight and save it."""
     peak_tflops_per_worker: PositiveFloat | None = None
     """Dense bf16 peak for MFU where the device is not in the table."""
     gpu: str | None = None
@@ -298,6 +335,15 @@ class ClusterConfig(Section):
 
     wait_minutes: PositiveFloat = 60.0
     """How long a stage waits for the nodes that it cannot start without. What can never be had is refused at once."""
+
+    @model_validator(mode="after")
+    def _range_is_ordered(self) -> ClusterConfig:
+        if self.min_workers is not None and self.min_workers > self.num_workers:
+            raise ValueError(
+                f"cluster.min_workers {self.min_workers} is above cluster.num_workers {self.num_workers}, the most "
+                f"workers there may be"
+            )
+        return self
 
     def node_label(self, group: Literal["data", "train", "eval"]) -> dict[str, str]:
         """Ray label selector of a stage's nodes; empty where any node will do."""

@@ -3,7 +3,8 @@
 concatenate   one stream  [before] doc [after] [before] doc [after] ...  cut every sequence_length tokens: documents
               and even separators continue in the next sequence, nothing is padded (Fu et al., arXiv 2402.10171)
 whole         each [before] doc [after] goes to the fullest sequence that still has room (best fit); only an item
-              longer than a sequence is cut; the rest of a sequence is padding with loss weight 0
+              longer than a sequence is cut; the rest of a sequence is padding with loss weight 0. For training, the
+              sequences are then shuffled: a book would otherwise fill many steps in a row
 
 An *item* is a copy with its separators. Items are cut into *pieces*, tokens [low, high) of an item from position
 `start` of a sequence on, and pieces fall apart into the places of documents and of separators.
@@ -264,6 +265,19 @@ def _plan(
     is_before = np.arange(len(which)) < len(before[0])
     places = SeparatorPlaces(pieces.sequence[which], start, end, is_before, offset)
     return PackPlan(sequence_length, num_sequences, documents, places.take(np.lexsort((places.start, places.sequence))))
+
+
+def shuffled(plan: PackPlan, seed: int) -> PackPlan:
+    """The same sequences in an order drawn from `seed`: one document's many sequences no longer follow each other."""
+    place = np.random.default_rng([seed, plan.num_sequences]).permutation(plan.num_sequences)
+    documents, separators = _moved(plan.documents, place), _moved(plan.separators, place)
+    return PackPlan(plan.sequence_length, plan.num_sequences, documents, separators)
+
+
+def _moved(places, place: IntColumn):
+    values = {f.name: getattr(places, f.name) for f in fields(places)}
+    moved = type(places)(**{**values, "sequence": place[values["sequence"]]})
+    return moved.take(np.lexsort((moved.start, moved.sequence)))
 
 
 def split(plan: PackPlan, sequences: int) -> Iterator[PackPlan]:

@@ -38,7 +38,7 @@ from ultralong_ray.storage import Location
 from ultralong_ray.types import Document, IntArray, PackedSequence, TokenizedDocument, UserError
 
 TOKENS_VERSION = 2  # of the content of a token shard
-TASK_DOCUMENTS_PER_PART = 4096
+TASK_TOKENS_PER_PART = 2**21  # at most: of synthetic documents
 BATCH_CHARACTERS = 2**20  # texts tokenised in one call
 MESSAGES_COLUMN = "messages"
 
@@ -61,6 +61,8 @@ class TokenizeItem:
     max_tokens: int = 0
     first_task: int = 0
     num_tasks: int = 0
+    task_mix: tuple[tuple[str, float], ...] = ()  # share of each kind of task; empty: the default
+    conversations: bool = False  # tasks as chat samples
     seed: int = 0
     screening: Screening | None = None  # text and chat
     deduplicate: DeduplicateConfig | None = None  # chat
@@ -121,10 +123,13 @@ def tokenize_items(
     for number, (source, reading) in enumerate(sources):
         if source.kind == "tasks":
             assert source.num_documents and source.max_tokens_per_document
-            blank = TokenizeItem("", number, "tasks", base, revision, folder, seed=seed)
-            for first in range(0, source.num_documents, TASK_DOCUMENTS_PER_PART):
-                count = min(TASK_DOCUMENTS_PER_PART, source.num_documents - first)
-                longest = source.max_tokens_per_document
+            mix = tuple((source.task_mix or {}).items())
+            blank = TokenizeItem("", number, "tasks", base, revision, folder, task_mix=mix, seed=seed)
+            blank = dataclasses.replace(blank, conversations=reading == "chat")
+            longest = source.max_tokens_per_document
+            per_part = max(1, TASK_TOKENS_PER_PART // longest)
+            for first in range(0, source.num_documents, per_part):
+                count = min(per_part, source.num_documents - first)
                 items.append(_named(blank, max_tokens=longest, first_task=first, num_tasks=count))
             continue
         columns = DocumentColumns.of(source, MESSAGES_COLUMN if reading == "chat" else None)
@@ -189,7 +194,8 @@ def _documents(
     if item.kind == "tasks":
         from ultralong_ray.data.tasks import task_documents
 
-        return task_documents(tokenizer, item.first_task, item.num_tasks, item.max_tokens, item.seed)
+        made = (item.first_task, item.num_tasks, item.max_tokens, item.seed, dict(item.task_mix))
+        return task_documents(tokenizer, *made, conversations=item.conversations)
     assert item.part is not None and item.columns is not None and quarantine is not None
     if item.kind == "chat":
         screen = PartScreen(item.folder, item.name, item.screening, item.deduplicate)

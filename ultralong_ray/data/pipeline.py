@@ -27,7 +27,7 @@ from ultralong_ray.config import PrepareConfig, Recipe, SourceConfig
 from ultralong_ray.data.fan_out import run_tasks
 from ultralong_ray.data.fill import FilePlan
 from ultralong_ray.data.glimpses import decoded_meetings, decoded_sample, write_holdout
-from ultralong_ray.data.pack import PackPlan, Separators, plan_concatenated, plan_whole, split
+from ultralong_ray.data.pack import PackPlan, Separators, plan_concatenated, plan_whole, shuffled, split
 from ultralong_ray.data.passes import Kind, PackItem, TokenizeItem, pack_file, tokenize_items, tokenize_part
 from ultralong_ray.data.plan_file import plan_text
 from ultralong_ray.data.quarantine import write_quarantine
@@ -237,6 +237,7 @@ def _plan(lengths: Lengths, config: PrepareConfig, separators: Separators, held_
         return plan_concatenated(copies, separators, length, count)
     drawn = draw(lengths, config, separators.tokens, held_out)
     plan = plan_whole(whole_copies(lengths, drawn, count * length), separators, length, count)
+    plan = shuffled(plan, config.seed)
     if plan.num_sequences < WHOLE_FILL * count:
         sample(lengths, config, len(separators.before), len(separators.after), held_out)
         raise UserError(

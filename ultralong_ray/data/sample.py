@@ -141,15 +141,16 @@ def target_shares(lengths: Lengths, config: PrepareConfig) -> NDArray[np.float64
 
 
 def choose_holdout(lengths: Lengths, config: PrepareConfig) -> IntColumn:
-    """Rows of `holdout_sequences` documents of at least `sequence_length` tokens, by hash.
+    """Rows of the documents of `holdout_ids`, then of `holdout_sequences` ones of at least `sequence_length` tokens.
 
-    The last such document of a group is taken only when there is no other way. Raises UserError when too few documents
-    are long enough.
+    The latter go by hash; the last such document of a group is taken only when there is no other way. Raises UserError
+    when too few documents are long enough, or an id is not in the corpus.
     """
+    named = _rows_of_ids(lengths, config)
     wanted = config.holdout_sequences
     if not wanted:
-        return np.zeros(0, np.int64)
-    long = np.flatnonzero(lengths.num_tokens >= config.sequence_length)
+        return named
+    long = np.setdiff1d(np.flatnonzero(lengths.num_tokens >= config.sequence_length), named)
     if len(long) < wanted:
         raise UserError(
             f"prepare.holdout_sequences {wanted}: only {len(long)} documents have prepare.sequence_length "
@@ -160,7 +161,17 @@ def choose_holdout(lengths: Lengths, config: PrepareConfig) -> IntColumn:
     _, last = np.unique(lengths.group[long][::-1], return_index=True)
     is_last = np.zeros(len(long), bool)
     is_last[len(long) - 1 - last] = True
-    return np.concatenate([long[~is_last], long[is_last]])[:wanted]
+    return np.concatenate([named, np.concatenate([long[~is_last], long[is_last]])[:wanted]])
+
+
+def _rows_of_ids(lengths: Lengths, config: PrepareConfig) -> IntColumn:
+    """Rows of `prepare.holdout_ids`, in the order of the corpus."""
+    hashes = {id_hash(name): name for name in config.holdout_ids}
+    rows = np.flatnonzero(np.isin(lengths.id_hash, np.array(list(hashes), np.uint64)))
+    absent = sorted(hashes[value] for value in hashes.keys() - set(lengths.id_hash[rows].tolist()))
+    if absent:
+        raise UserError(f"prepare.holdout_ids names {', '.join(map(repr, absent))}: the corpus has no such document")
+    return rows
 
 
 def sample(

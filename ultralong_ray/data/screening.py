@@ -139,6 +139,8 @@ def read_prompts(table: DocumentTable) -> dict[str, Prompt]:
     prompts: dict[str, Prompt] = {}
     for name in table.shards:
         location = table.folder / f"{name}.prompts.parquet"
+        if not location.exists():  # synthetic samples never repeat each other
+            continue
         with location.filesystem.open_input_file(location.path) as source:
             rows = pq.read_table(source).to_pydict()
         for sample_id, digest, signature in zip(rows["id"], rows["digest"], rows["signature"], strict=True):

@@ -15,16 +15,10 @@ from collections.abc import Sequence
 from ultralong_ray.config import Recipe, SourceConfig
 from ultralong_ray.stages import workdir
 from ultralong_ray.storage import SUCCESS_FILE, Location
-from ultralong_ray.types import UserError
 
 
 def materialise(sources: Sequence[SourceConfig], recipe: Recipe, *, chat: bool) -> list[SourceConfig]:
-    """The same sources, with every "installed" one replaced by the files written for it, each with its [storage].
-
-    Raises UserError for a source of kind "tasks" among chat sources: tasks are documents, not conversations.
-    """
-    if chat and any(source.kind == "tasks" for source in sources):
-        raise UserError('sft.sources: kind "tasks" makes documents, not conversations; use "files" or "installed"')
+    """The same sources, with every "installed" one replaced by the files written for it, each with its [storage]."""
     root = workdir(recipe)
     files = [_installed_files(s, root, chat=chat) if s.kind == "installed" else s for s in sources]
     return [s if s.storage is not None else s.model_copy(update={"storage": recipe.storage}) for s in files]

@@ -1,8 +1,9 @@
-"""Stage `evaluate`: spread passkey cells and perplexity curves over a Ray cluster. The only file of this room with Ray.
+"""Stage `evaluate`: spread cells of all models and tasks over a Ray cluster. The only file of this room with Ray.
 
-In go the recipe, the model folders and the held-out sequences; out come the files of `eval/cells.py` and a summary.
-Each worker is an actor that keeps the model it used last. It stores a result the moment it has it, so neither a lost
-worker nor a stopped job costs more than the cells under way. Written against Ray 2.60.
+In go the recipe, the model folders and the held-out sequences; out come the files of `eval/cells.py`, `plan.json`
+(every cell that was asked for), `failed.json` (why a cell has no result) and a summary. Each worker is an actor that
+keeps the model it used last. It stores a result the moment it has it, so neither a lost worker nor a stopped job costs
+more than the cells under way. Written against Ray 2.60.
 """
 
 from __future__ import annotations
@@ -10,57 +11,85 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import ray
 from ray.exceptions import RayActorError, RayTaskError
 
 from ultralong_ray.config import EvaluateConfig, Recipe
-from ultralong_ray.eval.cells import Cell, grid, run_passkey, run_perplexity, store_cell, stored_score
+from ultralong_ray.config.engines import EndpointEngine, ShardedEngine, VllmEngine
+from ultralong_ray.eval.cells import PASSKEY, Cell, grid, run_cell, store_cell, stored_score
+from ultralong_ray.eval.making import Maker, check_sections
+from ultralong_ray.eval.open_engine import open_engine
+from ultralong_ray.eval.perplexity import run_perplexity
+from ultralong_ray.eval.tasks.prompt import Prompts
+from ultralong_ray.eval.tasks.score import mean_percent
 from ultralong_ray.model.folder import cached_folder
 from ultralong_ray.storage import Location, StageDirectory
 from ultralong_ray.types import UserError
 
 logger = logging.getLogger(__name__)
 
+PLAN_FILE, FAILED_FILE = "plan.json", "failed.json"
 MAX_ATTEMPTS = 3  # of one cell, when its worker is lost
 PROGRESS_SECONDS = 5.0
+
+
+@dataclass(frozen=True)
+class _Inputs:
+    """What every worker is sent."""
+
+    config: EvaluateConfig
+    models: dict[str, Location]
+    holdout: Location | None
+    stage: Location
+    files: dict[str, Location]  # of every path that evaluate.tasks names
 
 
 class EvaluationWorker:
     """One process with one model in it at a time."""
 
-    def __init__(self, config: EvaluateConfig, models: dict[str, Location], stage: Location) -> None:
+    def __init__(self, inputs: _Inputs) -> None:
         import torch
 
-        torch.set_num_threads(max(1, int(config.cpus_per_task)))
-        self._config, self._models, self._stage = config, models, stage
+        torch.set_num_threads(max(1, int(inputs.config.cpus_per_task)))
+        self._inputs = inputs
+        self._maker = Maker(inputs.files)
         self._loaded: tuple[str, Any] | None = None
+        self._prompts: dict[bool, Prompts] = {}  # of the loaded model, by whether its chat template is used
 
-    def run(self, cell: Cell, holdout: Location | None) -> float:
+    def run(self, cell: Cell) -> float:
         """Compute and store one work item; returns its score (0 for a perplexity curve)."""
-        engine = self._engine(cell.model)
+        inputs, engine = self._inputs, self._engine(cell.model)
         if cell.context_length_tokens is not None:
-            result = run_passkey(engine, self._config, cell)
-            store_cell(result, cell, self._stage)
+            result = run_cell(engine, inputs.config, cell, self._maker, self._prompts_of)
+            store_cell(result, cell, inputs.stage)
             return result.score
-        assert holdout is not None
-        curve = run_perplexity(engine, self._config, cell.model, holdout)
-        cell.result_file(self._stage).write_json(curve)
+        assert inputs.holdout is not None
+        curve = run_perplexity(engine, inputs.config, cell.model, inputs.holdout)
+        cell.result_file(inputs.stage).write_json(curve)
         return 0.0
 
-    def _engine(self, model: str) -> Any:
-        from ultralong_ray.eval.generate import Engine
+    def check(self, model: str) -> None:
+        """Raises: UserError for a section of evaluate.tasks that could not be asked."""
+        self._engine(model)
+        check_sections(self._inputs.config, self._maker, self._prompts_of)
 
+    def _engine(self, model: str) -> Any:
         if self._loaded is None or self._loaded[0] != model:
+            if self._loaded is not None and hasattr(self._loaded[1], "close"):
+                self._loaded[1].close()
             self._loaded = None  # frees the former model before the next one is read
-            folder = cached_folder(self._models[model])
-            engine = Engine(
-                folder, precision=self._config.precision, prefill_chunk_tokens=self._config.prefill_chunk_tokens
-            )
-            self._loaded = (model, engine)
+            self._prompts = {}
+            self._loaded = (model, open_engine(self._inputs.config, model, cached_folder(self._inputs.models[model])))
         return self._loaded[1]
+
+    def _prompts_of(self, chat_template: bool) -> Prompts:
+        assert self._loaded is not None
+        if chat_template not in self._prompts:
+            self._prompts[chat_template] = Prompts(self._loaded[1].tokenizer, chat_template=chat_template)
+        return self._prompts[chat_template]
 
 
 _REMOTE_WORKER: Any = ray.remote(EvaluationWorker)
@@ -71,39 +100,96 @@ def evaluate(
 ) -> dict[str, Any]:
     """Compute every cell that is not stored yet and return the scores per model.
 
-    Raises: UserError naming the cells that failed, after all others were computed and stored; or when the cluster
-    cannot hold one worker.
+    A cell that fails is named in the log, in `failed.json` and in the summary, counts 0 in every mean, and is tried
+    again by the next submission. Raises: UserError when none could be computed, when a benchmark's file is absent,
+    when a task does not fit into its shortest length, or when the cluster cannot hold one worker.
     """
     config = recipe.evaluate
     assert config is not None
+    if isinstance(config.engine, EndpointEngine | VllmEngine) and holdout is not None:
+        logger.info("evaluate: an engine of kind %s gives no losses: no perplexity by position", config.engine.kind)
+        holdout = None
     started = time.monotonic()
-    cells = grid(config, list(models), holdout)
+    inputs = _Inputs(config, models, holdout, stage.location, benchmark_files(recipe))
+    cells = grid(config, list(models), holdout, Maker(inputs.files))
+    (stage.location / PLAN_FILE).write_json({"cells": [{**asdict(cell), "file": cell.file} for cell in cells]})
     scores = {cell: score for cell in cells if (score := stored_score(config, cell, stage.location)) is not None}
     todo = [cell for cell in cells if cell not in scores]
     logger.info("evaluate: %d work items, %d of them already stored", len(cells), len(scores))
+    failures: dict[Cell, str] = {}
     if todo:
-        pool = _Pool(config, models, holdout, stage.location, deque(todo), recipe.cluster.node_label("eval"))
+        pool = _Pool(inputs, deque(todo), recipe.cluster.node_label("eval"))
         limit = recipe.cluster.evaluation_workers
         scores |= pool.run(min(limit, len(todo)) if limit else _num_workers(config, len(todo)))
-        if pool.failures:
-            reasons = "\n".join(f"  {cell.name}: {reason}" for cell, reason in pool.failures.items())
-            raise UserError(
-                f"evaluate: {len(pool.failures)} of {len(cells)} work items failed; the others are stored and will "
-                f"not be computed again:\n{reasons}"
-            )
+        failures = pool.failures
+    _report_failures(failures, cells, scores, stage.location)
+    counted = scores | dict.fromkeys(failures, 0.0)
     base_window = recipe.model.base_context_length
     return {
-        "models": {name: summarise(scores, name, base_window) for name in models},
+        "models": {name: summarise(counted, name, base_window) for name in models},
+        "tasks": {name: summarise_tasks(counted, name) for name in models},
         "base_context_length": base_window,
         "num_cells": sum(cell.context_length_tokens is not None for cell in cells),
-        "num_computed": len(todo),
+        "num_computed": len(todo) - len(failures),
+        "num_failed": len(failures),
         "seconds": time.monotonic() - started,
+    }
+
+
+def benchmark_files(recipe: Recipe) -> dict[str, Location]:
+    """The place of every path that evaluate.tasks names, made absolute here: workers may run in another folder.
+
+    Raises: UserError naming the field of a path where there is nothing.
+    """
+    assert recipe.evaluate is not None
+    files: dict[str, Location] = {}
+    for number, section in enumerate(recipe.evaluate.tasks):
+        for name, path in section.paths():
+            place = Location.of(path, recipe.storage.options)
+            if path not in files and not place.exists():
+                raise UserError(
+                    f"evaluate.tasks.{number}.{name}: there is no {place}; correct the path, or leave out the task of "
+                    f"kind {section.kind!r} that reads it"
+                )
+            files[path] = place
+    return files
+
+
+def _report_failures(failures: dict[Cell, str], cells: list[Cell], scores: dict[Cell, float], stage: Location) -> None:
+    """Say what failed, and keep it for the report. Raises: UserError when there is no result at all."""
+    (stage / FAILED_FILE).write_json({cell.file: reason for cell, reason in failures.items()})
+    if not failures:
+        return
+    reasons = "\n".join(f"  {cell.name}: {reason}" for cell, reason in failures.items())
+    if not scores:
+        raise UserError(f"evaluate: all {len(cells)} work items failed:\n{reasons}")
+    logger.error(
+        "evaluate: %d of %d work items failed; each counts 0, the others are stored and not computed again:\n%s",
+        len(failures),
+        len(cells),
+        reasons,
+    )
+
+
+def summarise_tasks(scores: dict[Cell, float], model: str) -> dict[str, dict[str, float]]:
+    """Per cent by task and context length, every sample counting once; RULER and LV-Eval rounded as they print it."""
+    found: dict[str, dict[str, list[tuple[float, int]]]] = {}
+    for cell, score in scores.items():
+        if cell.model == model and cell.section >= 0:
+            place = found.setdefault(cell.task, {}).setdefault(str(cell.context_length_tokens), [])
+            place.append((score, cell.num_samples))
+    return {
+        task: {
+            length: mean_percent(task.split("/")[0], [sum(s * n for s, n in parts) / sum(n for _, n in parts)])
+            for length, parts in sorted(lengths.items(), key=lambda item: int(item[0]))
+        }
+        for task, lengths in sorted(found.items())
     }
 
 
 def summarise(scores: dict[Cell, float], model: str, base_window: int) -> dict[str, float | None]:
     """Mean and worst passkey score of a model, and the means on either side of the base window (None: no cells)."""
-    cells = {c: s for c, s in scores.items() if c.model == model and c.context_length_tokens is not None}
+    cells = {c: s for c, s in scores.items() if c.model == model and c.task == PASSKEY and c.context_length_tokens}
     within = [s for c, s in cells.items() if (c.context_length_tokens or 0) <= base_window]
     beyond = [s for c, s in cells.items() if (c.context_length_tokens or 0) > base_window]
     return {
@@ -120,19 +206,23 @@ def _mean(values: list[float]) -> float | None:
 
 def _num_workers(config: EvaluateConfig, num_cells: int) -> int:
     """As many workers as the cluster holds, never more than there are cells."""
+    if isinstance(config.engine, VllmEngine):
+        return 1  # whose replicas are Ray Data's
     resources = ray.cluster_resources()
+    group = config.engine.degree if isinstance(config.engine, ShardedEngine) else 1
     asked = {"CPU": ("cpus_per_task", config.cpus_per_task), "GPU": ("gpus_per_task", config.gpus_per_task)}
     fitting = [num_cells]
     for resource, (name, amount) in asked.items():
         if amount == 0:
             continue
         available = resources.get(resource, 0.0)
-        if available < amount:
+        if available < group * amount:
+            times = f" times evaluate.engine.degree {group}" if group > 1 else ""
             raise UserError(
-                f"evaluate.{name} {amount:g}: the Ray cluster has {available:g} {resource} in all; "
+                f"evaluate.{name} {amount:g}{times}: the Ray cluster has {available:g} {resource} in all; "
                 f"lower it or add nodes"
             )
-        fitting.append(int(available / amount))
+        fitting.append(int(available / (group * amount)))
     return min(fitting)
 
 
@@ -140,10 +230,7 @@ def _num_workers(config: EvaluateConfig, num_cells: int) -> int:
 class _Pool:
     """Hands cells to actors until all are done; a lost actor is replaced and its cell tried again."""
 
-    config: EvaluateConfig
-    models: dict[str, Location]
-    holdout: Location | None
-    stage: Location
+    inputs: _Inputs
     todo: deque[Cell]
     node_label: dict[str, str] = field(default_factory=dict)  # of the workers' nodes; empty: any
     failures: dict[Cell, str] = field(default_factory=dict)
@@ -155,8 +242,10 @@ class _Pool:
         scores: dict[Cell, float] = {}
         progress = _Progress(sum(cell.tokens for cell in self.todo), len(self.todo))
         try:
-            for _ in range(num_workers):
-                self._assign(self._new_worker(), None)
+            workers = [self._new_worker() for _ in range(num_workers)]
+            self._check(workers[0])
+            for worker in workers:
+                self._assign(worker, None)
             while self._running:
                 ready, _ = ray.wait(list(self._running), timeout=PROGRESS_SECONDS)
                 for reference in ready:
@@ -168,6 +257,18 @@ class _Pool:
             for worker, _ in self._running.values():
                 ray.kill(worker)
         return scores
+
+    def _check(self, worker: Any) -> None:
+        """Refuse what no worker could do. Whatever else goes wrong here is met again, and reported, cell by cell."""
+        if not self.inputs.config.tasks:
+            return
+        try:
+            ray.get(worker.check.remote(self.todo[0].model))
+        except RayTaskError as error:
+            if isinstance(error.cause, UserError):
+                raise error.cause from None
+        except RayActorError:
+            logger.warning("evaluate: the worker that checked the tasks was lost")
 
     def _collect(self, reference: Any, worker: Any, cell: Cell, scores: dict[Cell, float]) -> None:
         try:
@@ -187,21 +288,25 @@ class _Pool:
         self._assign(worker, cell.model)
 
     def _assign(self, worker: Any, loaded: str | None) -> None:
-        """Give a worker its next cell: among the longest left, one for the model that it has loaded."""
+        """Give a worker its next cell: the longest left, or one half as long for the model that it has loaded."""
         if not self.todo:
             ray.kill(worker)
             return
-        longest = [cell for cell in self.todo if cell.tokens == self.todo[0].tokens]
-        cell = next((cell for cell in longest if cell.model == loaded), longest[0])
+        longest = self.todo[0]
+        near = (cell for cell in self.todo if cell.model == loaded and 2 * cell.tokens >= longest.tokens)
+        cell = next(near, longest)
         self.todo.remove(cell)
-        self._running[worker.run.remote(cell, self.holdout)] = (worker, cell)
+        self._running[worker.run.remote(cell)] = (worker, cell)
 
     def _new_worker(self) -> Any:
-        needs: dict[str, Any] = {"num_cpus": self.config.cpus_per_task, "num_gpus": self.config.gpus_per_task}
+        config = self.inputs.config
+        needs: dict[str, Any] = {"num_cpus": config.cpus_per_task, "num_gpus": config.gpus_per_task}
+        if isinstance(config.engine, ShardedEngine | VllmEngine):
+            needs = {"num_cpus": 0}  # the work is done by the actors that it starts, which ask for the resources
         needs["scheduling_strategy"] = "DEFAULT"  # not inside the placement group of a trial of Ray Tune
         if self.node_label:
             needs["label_selector"] = self.node_label
-        return _REMOTE_WORKER.options(**needs).remote(self.config, self.models, self.stage)
+        return _REMOTE_WORKER.options(**needs).remote(self.inputs)
 
 
 @dataclass

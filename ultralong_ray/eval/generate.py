@@ -7,7 +7,7 @@ Nothing is ever truncated: a prompt beyond the model's window is run as it is. R
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
+from ultralong_ray.eval.engine import Request, cut_answer, is_finished
 from ultralong_ray.model.angles import install_angles
 
 LOSS_TILE_TOKENS = 1024  # rows of [vocabulary] logits that exist at a time
@@ -34,9 +35,9 @@ class Engine:
         self.model: Any = model.to(self.device).eval()
         install_angles(self.model)
         self.stop_ids = stop_ids(self.model, self.tokenizer)
-        self._forget()
+        self.forget()
 
-    def _forget(self) -> None:
+    def forget(self) -> None:
         """Free the KV cache of the last prompt."""
         self._prompt = np.empty(0, dtype=np.int64)  # [seq], what the cache holds the keys and values of
         self._cache = DynamicCache(config=self.model.config)
@@ -63,9 +64,27 @@ class Engine:
         return output.logits[0, -1]
 
     @torch.inference_mode()
-    def answer(self, prompt: Sequence[int], max_new_tokens: int) -> str:
-        """Greedy answer to token ids [seq]; it ends before EOS, at a newline after text, or after `max_new_tokens`."""
-        return greedy_answer(self.prefill(prompt), self._decode, self.tokenizer, self.stop_ids, max_new_tokens)
+    def answer(
+        self, prompt: Sequence[int], max_new_tokens: int, stop: Sequence[str] = ("\n",), exact: bool = False
+    ) -> str:
+        """Greedy answer to token ids [seq]; it ends before EOS, at a stop text, or after `max_new_tokens`."""
+        logits = self.prefill(prompt)
+        return greedy_answer(logits, self._decode, self.tokenizer, self.stop_ids, max_new_tokens, stop, exact)
+
+    def answers(self, requests: Iterable[Request]) -> list[str]:
+        """One after the other, so that neighbours which begin alike share that work."""
+        return [self.answer(each.ids, each.max_new_tokens, each.stop, each.exact) for each in requests]
+
+    @torch.inference_mode()
+    def continuation_scores(
+        self, prompt: Sequence[int], continuations: Sequence[Sequence[int]]
+    ) -> list[tuple[float, bool]]:
+        """Of each continuation: its log-probability behind the prompt in nats, and whether it is the greedy one."""
+
+        def rewind() -> None:
+            self._cache.crop(len(prompt) - self._cache.get_seq_length())
+
+        return scored_continuations(self.prefill(prompt), self._decode, rewind, continuations)
 
     def _decode(self, token: int) -> torch.Tensor:
         """Logits [vocab] after one more token."""
@@ -75,7 +94,7 @@ class Engine:
     @torch.inference_mode()
     def token_losses(self, input_ids: NDArray[np.int32]) -> NDArray[np.float32]:
         """Cross-entropy of every token after the first, in nats. input_ids: [seq]. Returns: float32 [seq - 1]."""
-        self._forget()
+        self.forget()
         ids = torch.from_numpy(input_ids.astype(np.int64))[None].to(self.device)  # [1, seq]
         cache = DynamicCache(config=self.model.config)
         losses: list[torch.Tensor] = []
@@ -97,10 +116,12 @@ def greedy_answer(
     tokenizer: Any,
     stop_ids: Collection[int],
     max_new_tokens: int,
+    stop: Sequence[str] = ("\n",),
+    exact: bool = False,
 ) -> str:
     """The text that follows a prompt with `logits` [vocab]; `decode` takes a token and gives the logits after it.
 
-    It ends before a token of `stop_ids`, at a newline after text, or after `max_new_tokens`.
+    It ends before a token of `stop_ids`, at a text of `stop` (see `engine.cut_answer`), or after `max_new_tokens`.
     """
     ids: list[int] = []
     for step in range(max_new_tokens):
@@ -108,10 +129,35 @@ def greedy_answer(
         if token in stop_ids:
             break
         ids.append(token)
-        if "\n" in tokenizer.decode(ids, skip_special_tokens=True).lstrip() or step == max_new_tokens - 1:
+        if step == max_new_tokens - 1:
+            break
+        if stop and is_finished(tokenizer.decode(ids, skip_special_tokens=True), stop, exact):
             break
         logits = decode(token)
-    return tokenizer.decode(ids, skip_special_tokens=True).lstrip().split("\n", 1)[0]
+    return cut_answer(tokenizer.decode(ids, skip_special_tokens=True), stop, exact)
+
+
+def scored_continuations(
+    logits: torch.Tensor,
+    decode: Callable[[int], torch.Tensor],
+    rewind: Callable[[], None],
+    continuations: Sequence[Sequence[int]],
+) -> list[tuple[float, bool]]:
+    """Log-probability of each continuation of a prompt with `logits` [vocab], and whether it is the greedy one.
+
+    `decode` takes a token and gives the logits after it; `rewind` forgets all tokens that it took.
+    """
+    scores = []
+    for ids in continuations:
+        total, greedy, row = 0.0, True, logits
+        for place, token in enumerate(ids):
+            row = (decode(ids[place - 1]) if place else row).float().log_softmax(-1)  # [vocab]
+            total += float(row[token])
+            greedy = greedy and int(row.argmax()) == token
+        if len(ids) > 1:
+            rewind()
+        scores.append((total, greedy))
+    return scores
 
 
 def common_prefix(first: NDArray[np.int64], second: NDArray[np.int64]) -> int:

@@ -62,9 +62,12 @@ def build_prompt(
     rng = random.Random(f"{seed}/{context_length_tokens}/{depth_percent:g}/{sample}")
     key = "".join(rng.choices("0123456789", k=digits))
 
-    def render(units: int) -> str:
+    def message(units: int) -> str:
         before = math.floor(units * depth_percent / 100 + 0.5)
-        text = passkey_text(key, before, units - before)
+        return passkey_text(key, before, units - before)
+
+    def render(units: int) -> str:
+        text = message(units)
         if not chat_template:
             return f"{text} {ANSWER_PREFIX}"
         turns = [{"role": "user", "content": text}]
@@ -76,7 +79,8 @@ def build_prompt(
     units = _fill(count, context_length_tokens, max_new_tokens)
     prompt = render(units)
     tokens = len(encode_prompt(tokenizer, prompt, chat_template=chat_template))
-    return PasskeyPrompt(context_length_tokens, depth_percent, sample, prompt, key, tokens)
+    place = (context_length_tokens, depth_percent, sample)
+    return PasskeyPrompt(*place, prompt, key, tokens, message(units) if chat_template else "", ANSWER_PREFIX)
 
 
 def _fill(count: Any, context_length_tokens: int, max_new_tokens: int) -> int:

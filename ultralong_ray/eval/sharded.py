@@ -8,7 +8,7 @@ rules are those of generate.Engine. Read against transformers 5.17 and 5.23.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,8 @@ from numpy.typing import NDArray
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ultralong_ray.config.degrees import heads_can_split, length_unit
-from ultralong_ray.eval.generate import LOSS_TILE_TOKENS, common_prefix, greedy_answer, stop_ids
+from ultralong_ray.eval.engine import Request
+from ultralong_ray.eval.generate import LOSS_TILE_TOKENS, common_prefix, greedy_answer, scored_continuations, stop_ids
 from ultralong_ray.eval.kv_cache import KVSlice, Positions
 from ultralong_ray.eval.sharded_attention import SHARDED_ATTENTION, ShardedPass, register_sharded_attention
 from ultralong_ray.model.angles import install_angles
@@ -122,6 +123,11 @@ class ShardedModel:
         self._length += 1
         return self._logits(hidden[0])
 
+    def rewind(self, tokens: int) -> None:
+        """Forget the keys and values of all but the first `tokens`."""
+        self.cache.crop(tokens)
+        self._length = tokens
+
     @torch.inference_mode()
     def token_losses(self, input_ids: NDArray[np.int32]) -> NDArray[np.float32]:
         """Cross-entropy of every token after the first, in nats. input_ids: [seq]. Returns: float32 [seq - 1]."""
@@ -219,10 +225,24 @@ class ShardedEngine:
         """Logits [vocab] after the last of token ids [seq]."""
         return self.model.prefill(input_ids)
 
-    def answer(self, prompt: Sequence[int], max_new_tokens: int) -> str:
-        """Greedy answer to token ids [seq]; it ends before EOS, at a newline after text, or after `max_new_tokens`."""
+    def answer(
+        self, prompt: Sequence[int], max_new_tokens: int, stop: Sequence[str] = ("\n",), exact: bool = False
+    ) -> str:
+        """Greedy answer to token ids [seq]; it ends before EOS, at a stop text, or after `max_new_tokens`."""
         logits = self.model.prefill(prompt, max_new_tokens)
-        return greedy_answer(logits, self.model.decode, self.tokenizer, self.stop_ids, max_new_tokens)
+        return greedy_answer(logits, self.model.decode, self.tokenizer, self.stop_ids, max_new_tokens, stop, exact)
+
+    def answers(self, requests: Iterable[Request]) -> list[str]:
+        """One after the other, the same requests on all ranks."""
+        return [self.answer(each.ids, each.max_new_tokens, each.stop, each.exact) for each in requests]
+
+    def continuation_scores(
+        self, prompt: Sequence[int], continuations: Sequence[Sequence[int]]
+    ) -> list[tuple[float, bool]]:
+        """Of each continuation: its log-probability behind the prompt in nats, and whether it is the greedy one."""
+        longest = max(map(len, continuations), default=0)
+        logits = self.model.prefill(prompt, longest)
+        return scored_continuations(logits, self.model.decode, lambda: self.model.rewind(len(prompt)), continuations)
 
     def token_losses(self, input_ids: NDArray[np.int32]) -> NDArray[np.float32]:
         """Cross-entropy of every token after the first, in nats. input_ids: [seq]. Returns: float32 [seq - 1]."""

@@ -73,7 +73,8 @@ def fit(section: Section, hardware: Hardware, degrees: tuple[int, int], offload:
     """The fastest layout with these degrees, by the order of the module's docstring."""
     best: Prediction | None = None
     for mlp_tile, loss_tile in _tiles(section):
-        work = workload(section, hardware, TrainPlan(*degrees, (), mlp_tile, loss_tile, offload))
+        plan = TrainPlan(*degrees, (), mlp_tile, loss_tile, offload, section.least_snapshot)
+        work = workload(section, hardware, plan)
         prediction = _keep_most(section, work)
         if prediction is not None and (best is None or prediction.step_seconds < best.step_seconds * (1 - ALIKE)):
             best = prediction

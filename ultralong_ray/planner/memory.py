@@ -184,9 +184,12 @@ def _update(work: Workload) -> Parts:
 def _host(work: Workload) -> Parts:
     """Host memory of a rank, bytes."""
     share = work.partition(1) * work.shape.parameters
+    written = work.shape.parameters / work.hardware.num_gpus  # of a checkpoint; replicas share the work
+    in_memory = work.plan.checkpoint_snapshot == "memory"
     return {
         "kept activations": sum(number * work.kept_bytes(layer)[1] for number, layer in work.kept),
         "optimizer": work.plan.offload_optimizer * share * (MASTER_BYTES + MOMENT_BYTES + work.gradient_bytes),
-        "checkpoint staging": 4.0 * min(SUB_GROUP_ELEMENTS, share),
+        "checkpoint snapshot": in_memory * written * (MASTER_BYTES + MOMENT_BYTES),
+        "checkpoint staging": (not in_memory) * 4.0 * min(SUB_GROUP_ELEMENTS, share),
         "process": work.costs.process_host_gib * GIB,
     }

@@ -47,6 +47,7 @@ def plan_training(
     best = fastest(section, hardware)
     if best is None:
         raise refusal(section, hardware)
+    best = _with_snapshot(section, best)
     return Planned(section, best.work.plan, best, (*_why(section, best), *_assumed(section, best)))
 
 
@@ -80,7 +81,14 @@ def _unpredicted(section: Section, workers: int) -> TrainPlan:
         mlp_tile_tokens=UNPREDICTED_MLP_TILE if train.mlp_tile_tokens == "auto" else train.mlp_tile_tokens,
         loss_tile_tokens=UNPREDICTED_LOSS_TILE if train.loss_tile_tokens == "auto" else train.loss_tile_tokens,
         offload_optimizer=train.offload_optimizer is True,
+        checkpoint_snapshot="memory" if train.checkpoint_snapshot == "auto" else train.checkpoint_snapshot,
     )
+
+
+def _with_snapshot(section: Section, best: Prediction) -> Prediction:
+    """Checkpoints are copied into host memory where what training keeps there leaves room for it."""
+    roomy = predict_work(replace(best.work, plan=replace(best.work.plan, checkpoint_snapshot="memory")))
+    return roomy if section.train.checkpoint_snapshot == "auto" and roomy.fits else best
 
 
 def _why(section: Section, best: Prediction) -> list[str]:
@@ -107,6 +115,12 @@ def _why(section: Section, best: Prediction) -> list[str]:
     if plan.offload_optimizer and section.train.offload_optimizer == "auto":
         kept = predict_work(replace(best.work, plan=replace(plan, offload_optimizer=False)))
         notes.append(f"the optimizer is offloaded: on the GPU this layout would take {kept.memory.gib:.1f} GiB")
+    if plan.checkpoint_snapshot != "memory" and section.train.checkpoint_snapshot == "auto":
+        roomy = predict_work(replace(best.work, plan=replace(plan, checkpoint_snapshot="memory")))
+        notes.append(
+            f"training waits while a checkpoint is written ({plan.checkpoint_snapshot}): a copy in host memory would "
+            f"take {roomy.memory.host_node_gib:,.0f} GiB of {best.work.host_usable_gib:,.0f} usable on a node"
+        )
     others = _other_degrees(section, best)
     return [*notes, f"other degrees: {'; '.join(others)}"] if others else notes
 

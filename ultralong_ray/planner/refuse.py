@@ -144,7 +144,7 @@ def _leanest(section: Section, hardware: Hardware) -> list[Prediction]:
     sides = (False, True) if train.offload_optimizer == "auto" else (train.offload_optimizer,)
     found = []
     for degrees, offload in itertools.product(legal(section, hardware.num_gpus), sides):
-        work = workload(section, hardware, TrainPlan(*degrees, (), mlp, loss, offload))
+        work = workload(section, hardware, TrainPlan(*degrees, (), mlp, loss, offload, section.least_snapshot))
         best = most_on_device(section, work, rows) if train.gradient_checkpointing else None
         if best is None:
             keep = keep_policy(section, 0, rows) if train.gradient_checkpointing else ()
@@ -205,7 +205,8 @@ def _forced(section: Section, hardware: Hardware) -> TrainPlan | None:
     assert train.mlp_tile_tokens != "auto" and train.loss_tile_tokens != "auto"
     rows = train.keep_attention_rows
     keep = keep_policy(section, 0, rows) if keeps and rows != "auto" else ()
-    return TrainPlan(*pairs[0], keep, train.mlp_tile_tokens, train.loss_tile_tokens, train.offload_optimizer is True)
+    tiles = train.mlp_tile_tokens, train.loss_tile_tokens
+    return TrainPlan(*pairs[0], keep, *tiles, train.offload_optimizer is True, section.least_snapshot)
 
 
 def _toml(value: object) -> str:

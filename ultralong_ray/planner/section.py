@@ -20,6 +20,7 @@ PLANNED = (
     "offload_optimizer",
     "mlp_tile_tokens",
     "loss_tile_tokens",
+    "checkpoint_snapshot",
 )
 
 
@@ -45,6 +46,13 @@ class Section:
         if "sequence_parallel_degree" not in self.train.model_fields_set and parts != ("auto", "auto"):
             return "auto"
         return self.train.sequence_parallel_degree
+
+    @property
+    def least_snapshot(self) -> Literal["memory", "disk", "none"]:
+        """Where a checkpoint's snapshot goes when no memory is left for it, or as the field says."""
+        if self.train.checkpoint_snapshot != "auto":
+            return self.train.checkpoint_snapshot
+        return "none" if self.train.local_checkpoint_folder is None else "disk"
 
     def changed(self, **fields: object) -> Section:
         return replace(self, train=self.train.model_copy(update=fields))

@@ -1,7 +1,7 @@
-"""What the evaluate stage found: `cells/**.json` and `perplexity/*.json` in, one JSON-ready dict out.
+"""What the evaluate stage found: `cells/**.json`, `failed.json` and `perplexity/*.json` in, one JSON-ready dict out.
 
-A cell that was asked for and is not there stays None all the way to the page; it is left out of means, never counted
-as 0.
+A cell that failed counts 0, as `failed.json` says why. A cell that was asked for and is simply not there stays None all
+the way to the page; it is left out of means, never counted as 0.
 """
 
 from __future__ import annotations
@@ -10,7 +10,10 @@ import math
 from typing import Any
 
 from ultralong_ray.config import Recipe
+from ultralong_ray.report.benchmarks import benchmark_facts, failed_cells
+from ultralong_ray.report.intervals import WORDS as INTERVAL_WORDS
 from ultralong_ray.report.reading import StageReader, finite, json_safe
+from ultralong_ray.report.scores import FAILED_ARE, FAILED_FILE, PLAN_FILE, read_scores
 from ultralong_ray.report.words import UNIT, percent, tokens
 
 LABELS = {
@@ -30,14 +33,32 @@ Cell = dict[str, Any]
 
 
 def evaluation_facts(recipe: Recipe, reader: StageReader) -> dict[str, Any]:
-    """`{"passkey": {...}, "perplexity": {...} | None}`; every cell and curve names its file."""
-    return {"passkey": _passkey(recipe, reader), "perplexity": _perplexity(recipe, reader)}
+    """Keys passkey, perplexity, benchmarks, each a dict or None; every cell and curve names its file."""
+    assert recipe.evaluate is not None
+    return {
+        "passkey": _passkey(recipe, reader) if recipe.evaluate.passkey else None,
+        "perplexity": _perplexity(recipe, reader),
+        "benchmarks": _benchmarks(recipe, list(recipe.evaluate.models), reader),
+    }
+
+
+def _benchmarks(recipe: Recipe, models: list[str], reader: StageReader) -> dict[str, Any] | None:
+    """Tables by suite, what failed, and how to read both; None without [[evaluate.tasks]]."""
+    scores = read_scores(reader)
+    if not scores:
+        return None
+    return {
+        "intervals_are": INTERVAL_WORDS,
+        "failed_are": FAILED_ARE,
+        "suites": benchmark_facts(scores, models, LABELS, recipe.model.base_context_length),
+        "failed_cells": failed_cells(scores),
+    }
 
 
 def _passkey(recipe: Recipe, reader: StageReader) -> dict[str, Any]:
     """Grids by model: `cells[row][column]` at depth `depths_percent[row]`, `context_lengths_tokens[column]`."""
     assert recipe.evaluate is not None
-    cells = _read_cells(reader)
+    cells = _read_cells(reader) | _failed_cells(reader)
     lengths = sorted({*recipe.evaluate.context_lengths, *(length for _, length, _ in cells)})
     depths = sorted({*recipe.evaluate.depths_percent, *(depth for _, _, depth in cells)})
     models = [*recipe.evaluate.models, *sorted({m for m, _, _ in cells} - set(recipe.evaluate.models))]
@@ -51,7 +72,7 @@ def _passkey(recipe: Recipe, reader: StageReader) -> dict[str, Any]:
         "context_lengths_tokens": lengths,
         "depths_percent": depths,
         "samples_per_cell": recipe.evaluate.samples_per_cell,
-        "means_are": "mean of cell scores, every cell counting once, missing cells left out",
+        "means_are": "mean of cell scores, every cell counting once, failed cells as 0, missing cells left out",
         "models": grids,
     }
 
@@ -62,6 +83,8 @@ def _read_cells(reader: StageReader) -> dict[tuple[str, int, float], Cell]:
     for name in reader.relative_names("cells"):
         value = reader.read_json(name) if name.endswith(".json") else None
         if value is None:
+            continue
+        if value.get("task", "passkey") != "passkey":
             continue
         try:
             key = (str(value["model"]), int(value["context_length_tokens"]), float(value["depth_percent"]))
@@ -81,9 +104,32 @@ def _read_cells(reader: StageReader) -> dict[tuple[str, int, float], Cell]:
             "num_right": sum(bool(sample.get("right")) for sample in samples),
             "seconds": finite(value.get("seconds")),
             "samples": json_safe(samples),
+            "failed": None,
             "file": reader.name(name),
         }
     return cells
+
+
+def _failed_cells(reader: StageReader) -> dict[tuple[str, int, float], Cell]:
+    """Passkey cells that failed, as cells of score 0 that say why."""
+    if not (reader.directory.location / FAILED_FILE).exists():
+        return {}
+    failed, plan = reader.read_json(FAILED_FILE) or {}, reader.read_json(PLAN_FILE) or {}
+    return {
+        (cell["model"], cell["context_length_tokens"], float(cell["depth_percent"])): {
+            "context_length_tokens": cell["context_length_tokens"],
+            "depth_percent": float(cell["depth_percent"]),
+            "score": 0.0,
+            "num_samples": 0,
+            "num_right": 0,
+            "seconds": None,
+            "samples": [],
+            "failed": str(failed[cell["file"]]),
+            "file": reader.name(FAILED_FILE),
+        }
+        for cell in plan.get("cells", [])
+        if cell["task"] == "passkey" and cell["context_length_tokens"] is not None and cell["file"] in failed
+    }
 
 
 def _means(rows: list[list[Cell | None]], window: int) -> dict[str, Any]:
@@ -99,6 +145,7 @@ def _means(rows: list[list[Cell | None]], window: int) -> dict[str, Any]:
         "min_cell_context_length_tokens": weakest and weakest["context_length_tokens"],
         "min_cell_depth_percent": weakest and weakest["depth_percent"],
         "num_cells": len(cells),
+        "num_failed": sum(cell["failed"] is not None for cell in cells),
         "num_missing": len(asked) - len(cells),
     }
 
@@ -107,8 +154,24 @@ def _mean(cells: list[Cell]) -> float | None:
     return math.fsum(cell["score"] for cell in cells) / len(cells) if cells else None
 
 
-def verdict(passkey: dict[str, Any] | None) -> list[str]:
-    """The run in a few sentences, every figure computed from the cells; empty without passkey results."""
+def verdict(passkey: dict[str, Any] | None, benchmarks: dict[str, Any] | None = None) -> list[str]:
+    """The run in a few sentences, every figure computed from the cells; empty without results."""
+    return [*_passkey_verdict(passkey), *_ruler_verdict(benchmarks)]
+
+
+def _ruler_verdict(benchmarks: dict[str, Any] | None) -> list[str]:
+    """RULER at the longest length that every model was asked at."""
+    suite = next((suite for suite in (benchmarks or {}).get("suites", []) if suite["suite"] == "ruler"), None)
+    found = [] if suite is None else [(table["label"], table["means"][-1]) for table in suite["models"]]
+    told = [f"{label} {mean['percent']:.1f}{UNIT}" for label, mean in found if mean is not None]
+    if suite is None or not told:
+        return []
+    count = len(suite["models"][0]["rows"])
+    what = "1 task" if count == 1 else f"mean of {count} tasks"
+    return [f"RULER at {suite['columns'][-1]} tokens, {what}: {', '.join(told)}."]
+
+
+def _passkey_verdict(passkey: dict[str, Any] | None) -> list[str]:
     grids = {grid["model"]: grid for grid in passkey["models"] if grid["num_cells"]} if passkey else {}
     if not passkey or not grids:
         return []
@@ -131,6 +194,9 @@ def verdict(passkey: dict[str, Any] | None) -> list[str]:
     before = grids.get("pretrained")
     if last is not None and last["model"] == "final" and before is not None:
         sentences.append(f"Before fine-tuning the same grid gave {percent(before['mean'])}.")
+    if failed := sum(grid["num_failed"] for grid in passkey["models"]):
+        cells = "1 cell" if failed == 1 else f"{failed} cells"
+        sentences.append(f"{cells} failed and counted as 0.")
     if missing := sum(grid["num_missing"] for grid in passkey["models"]):
         cells = "1 cell is" if missing == 1 else f"{missing} cells are"
         sentences.append(f"{cells} missing and left out of every mean.")

@@ -40,13 +40,13 @@ def run_facts(recipe: Recipe, directories: dict[str, StageDirectory]) -> dict[st
     """Everything that the page shows. `directories` by stage name; any of them may be absent or unfinished."""
     notes: list[str] = []
     readers = _finished_readers(recipe, directories, notes)
-    evaluation: dict[str, Any] = {"passkey": None, "perplexity": None}
+    evaluation: dict[str, Any] = {"passkey": None, "perplexity": None, "benchmarks": None}
     if (reader := readers.get("evaluate")) is not None and recipe.evaluate is not None:
         evaluation = evaluation_facts(recipe, reader)
     facts = {
         "name": recipe.name,
         "model": _model_facts(recipe),
-        "verdict": verdict(evaluation["passkey"]),
+        "verdict": verdict(evaluation["passkey"], evaluation["benchmarks"]),
         **evaluation,
         "training": {name: _training_facts(readers.get(name)) for name in ("pretrain", "sft")},
         "tuning": tuning_facts(recipe, notes),

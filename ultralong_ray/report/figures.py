@@ -32,8 +32,8 @@ def score_colour(score: float) -> str:
     raise ValueError(f"score {score} is above 1")
 
 
-def heatmap(grid: dict[str, Any], passkey: dict[str, Any]) -> Markup:
-    """One model's passkey grid (`evaluation._passkey`). A missing cell is hollow and crossed out, never red."""
+def heatmap(grid: dict[str, Any], passkey: dict[str, Any], what: str = "Passkey retrieval") -> Markup:
+    """One model's grid (`evaluation._passkey`). Missing cells are hollow and crossed out, failed ones red."""
     lengths, depths = passkey["context_lengths_tokens"], passkey["depths_percent"]
     cell_width = 44 if len(lengths) <= 10 else 34 if len(lengths) <= 20 else 27
     cell_height = 32 if len(depths) <= 8 else 25
@@ -72,12 +72,13 @@ def heatmap(grid: dict[str, Any], passkey: dict[str, Any]) -> Markup:
         element("text", text="depth", class_="axis-label", x=left - 7, y=top - 9, text_anchor="end"),
         *_window_edge(passkey["base_window_tokens"], lengths, left, cell_width, top, bottom),
     ]
-    title = f"Passkey retrieval, {grid['label']}"
+    title = f"{what}, {grid['label']}"
     description = (
-        f"Share of right answers by context length and depth of the passkey. Mean {percent(grid['mean'])}, within the "
+        f"Share of right answers by context length and depth of the needle. Mean {percent(grid['mean'])}, within the "
         f"base window {percent(grid['mean_within_base_window'])}, beyond it {percent(grid['mean_beyond_base_window'])}."
     )
-    return figure(f"heatmap-{grid['model']}", title, description, right + 12, bottom + label_depth + 22, parts)
+    identity = f"heatmap-{grid['model']}" + ("" if what == "Passkey retrieval" else f"-{what.replace(' ', '-')}")
+    return figure(identity, title, description, right + 12, bottom + label_depth + 22, parts)
 
 
 def _turned_pixels(labels: Iterable[str]) -> float:
@@ -101,6 +102,11 @@ def _cell(
     if cell is None:
         cross = element("path", d=f"M{x + 8:g} {y + 8:g}L{x + width - 8:g} {y + height - 8:g}", class_="missing-cross")
         return element("g", element("title", text=f"{where}: missing"), element("rect", class_="missing", **box), cross)
+    if cell.get("failed"):
+        cross = element("path", d=f"M{x + 6:g} {y + 6:g}L{x + width - 6:g} {y + height - 6:g}", class_="failed-cross")
+        box["fill"] = score_colour(0.0)
+        title = element("title", text=f"{where}: failed, counts 0: {cell['failed'][:200]}")
+        return element("g", title, element("rect", class_="cell", **box), cross)
     counted = f" ({cell['num_right']} of {cell['num_samples']} right)" if cell["num_samples"] else ""
     parts = [
         element("title", text=f"{where}: {percent(cell['score'])}{counted}"),

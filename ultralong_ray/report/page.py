@@ -48,7 +48,15 @@ def write_report(recipe: Recipe, directories: dict[str, StageDirectory], stage: 
     (stage.location / "report.json").write_json(facts)
     (stage.location / "report.md").write_bytes(_render("page.md.j2", facts, toml, answers).encode())
     (stage.location / "report.html").write_bytes(_render("page.html.j2", facts, toml, answers).encode())
-    return {"report": (stage.location / "report.html").uri, "verdict": facts["verdict"], "notes": facts["notes"]}
+    page = (stage.location / "report.html").uri
+    summary = {"report": page, "verdict": facts["verdict"], "notes": facts["notes"]}
+    return {**summary, "num_failed": _num_failed(facts)}
+
+
+def _num_failed(facts: dict[str, Any]) -> int:
+    """Cells of the evaluation that count 0 because they failed; with any, this report is not the last one."""
+    grids = facts["passkey"]["models"] if facts["passkey"] else []
+    return sum(grid["num_failed"] for grid in grids) + len((facts["benchmarks"] or {}).get("failed_cells", []))
 
 
 def _render(template: str, facts: dict[str, Any], toml: str, answers: Answers) -> str:
@@ -69,7 +77,12 @@ def _render(template: str, facts: dict[str, Any], toml: str, answers: Answers) -
         colour=score_colour,
     )
     return environment.get_template(template).render(
-        facts=facts, toml=toml, charts=_charts(facts), answers=answers, max_decoded=DECODED_SAMPLE_CHARACTERS
+        facts=facts,
+        toml=toml,
+        charts=_charts(facts),
+        answers=answers,
+        max_decoded=DECODED_SAMPLE_CHARACTERS,
+        examples_per_score=_examples_per_score(facts["benchmarks"]),
     )
 
 
@@ -78,11 +91,34 @@ def _charts(facts: dict[str, Any]) -> dict[str, Any]:
     passkey = facts["passkey"]
     return {
         "heatmaps": [heatmap(grid, passkey) for grid in passkey["models"]] if passkey else [],
+        "needles": _needle_charts(facts["benchmarks"]),
         "loss": {name: _loss_charts(name, training) for name, training in facts["training"].items() if training},
         "tuning": tuning_charts(facts["tuning"]),
         "perplexity": _perplexity_chart(facts["perplexity"]) if facts["perplexity"] else Markup(""),
         "lengths": _length_charts(facts["data"]) if facts["data"] else [],
     }
+
+
+def _needle_charts(benchmarks: dict[str, Any] | None) -> dict[str, list[dict[str, Any]]]:
+    """By suite, a heatmap per task and model where tasks have depths."""
+    charts = {}
+    for suite in (benchmarks or {}).get("suites", []):
+        charts[suite["suite"]] = [
+            {"title": f"{grid['task']}, {grid['label']}", "svg": heatmap(grid, grid, grid["task"])}
+            for grid in suite["grids"]
+        ]
+    return charts
+
+
+def _examples_per_score(benchmarks: dict[str, Any] | None) -> int:
+    """As many answers of every score as fit into SAMPLE_CHARACTERS, but always one."""
+    suites = (benchmarks or {}).get("suites", [])
+    scores = [
+        score for suite in suites for table in suite["models"] for row in table["rows"] for score in row["scores"]
+    ]
+    characters = sum(len(str(example)) for score in scores if score for example in score["examples"])
+    largest = max((len(score["examples"]) for score in scores if score), default=1)
+    return largest if characters <= SAMPLE_CHARACTERS else max(1, largest * SAMPLE_CHARACTERS // characters)
 
 
 def _loss_charts(name: str, training: dict[str, Any]) -> list[Markup]:

@@ -2,20 +2,17 @@
 
     checkpoints/step-00000004-1f0c2a/     one checkpoint; its files are those of train/checkpoint_files.py
 
-Flows in: the engine, a step, the identity of the run. Flows out: a committed checkpoint, or an engine as it was after
-that step. Every rank writes the parts that it keeps (train/partition.py), straight to storage, and reads the ranges
+Flows in: committed checkpoints (train/checkpoint_write.py) and the identity of the run. Flows out: an engine as it was
+after a step, or the weights. Every rank has written the parts that it kept (train/partition.py) and reads the ranges
 that it needs, whatever layout wrote them: ranks, sequence-parallel degrees and ZeRO stage may change in between.
 """
 
 from __future__ import annotations
 
-import io
 import logging
-import random
-import uuid
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -26,13 +23,11 @@ from ultralong_ray.storage import Location
 from ultralong_ray.train.checkpoint_files import (
     MANIFEST_FILE,
     Damaged,
-    FileEntry,
     FileReader,
     Manifest,
-    PartEntry,
-    write_file,
 )
-from ultralong_ray.train.partition import KINDS, MASTER, Part, adopt_masters, make_moments, parts_of
+from ultralong_ray.train.partition import KINDS, MASTER, adopt_masters, make_moments, parts_of
+from ultralong_ray.train.random_state import restore_random_state
 from ultralong_ray.types import UserError
 
 logger = logging.getLogger(__name__)
@@ -40,6 +35,7 @@ logger = logging.getLogger(__name__)
 CHECKPOINTS = "checkpoints"  # below a stage's directory
 MODEL_PREFIX = "causal_lm."  # where LanguageModelLoss keeps the Hugging Face model
 FLOAT32_BYTES = 4
+NEVER_COMMITTED = f"it has no {MANIFEST_FILE}: its upload was cut short"
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,31 +47,6 @@ class Restored:
     passed_over: tuple[str, ...]  # newer checkpoints that are damaged, and how
 
 
-def save_checkpoint(engine: Any, root: Location, about: Manifest) -> str:
-    """Write a checkpoint below `root` and commit it; its folder's name. Collective.
-
-    `about` says step, identity, layout and cursor; the rest is filled in. Raises UserError, on every rank, when the
-    disk is full.
-    """
-    rank = dist.get_rank()
-    name = _from_rank0(lambda: f"step-{about.step:08d}-{uuid.uuid4().hex[:6]}")
-    folder = root / name
-    mine: tuple[Any, ...] | UserError
-    try:
-        mine = _write_own(engine, folder, rank)
-    except UserError as error:
-        mine = error
-    of_ranks: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(of_ranks, mine)
-    for found in of_ranks:
-        if isinstance(found, UserError):
-            raise found
-    if rank == 0:
-        (folder / MANIFEST_FILE).write_bytes(_joined(about, of_ranks).to_bytes())
-    dist.barrier()
-    return name
-
-
 def load_newest(
     engine: Any, root: Location, identity: dict[str, Any], accepted: tuple[str, ...] = ()
 ) -> Restored | None:
@@ -84,26 +55,28 @@ def load_newest(
     A damaged one is named in the log and the one before is taken. Raises UserError, naming the fields, when the
     checkpoint is of another run in a field not in `accepted`, and when all checkpoints are damaged.
     """
-    names = _from_rank0(lambda: committed(root))
+    names, torn = from_rank0(lambda: (committed(root), uncommitted(root)))
     passed_over: list[str] = []
     for name in names:
-        step, failure = 0, None
+        failure: Exception | None = None
         try:
-            manifest = Manifest.from_bytes(_from_rank0((root / name / MANIFEST_FILE).read_bytes))
+            manifest = Manifest.from_bytes(from_rank0((root / name / MANIFEST_FILE).read_bytes))
+            if manifest.step != step_of(name):
+                raise Damaged(f"{MANIFEST_FILE} is of step {manifest.step}")
             refuse_other(manifest.identity, identity, str(root / name), accepted)
             _read_own(engine, root / name, manifest)
-            step = manifest.step
-        except (Damaged, UserError) as found:
+        except (Damaged, UserError, OSError) as found:
             failure = found
         of_ranks: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(of_ranks, failure)
         for found in of_ranks:
-            if isinstance(found, UserError):
+            if isinstance(found, UserError | OSError):
                 raise found
         damages = "; ".join(sorted({str(found) for found in of_ranks if found is not None}))
         if not damages:
             adopt_masters(engine)
-            return Restored(step, name, tuple(passed_over))
+            passed_over += [f"{other}: {NEVER_COMMITTED}" for other in torn if other > name]
+            return Restored(step_of(name), name, tuple(passed_over))
         passed_over.append(f"{name}: {damages}")
         if dist.get_rank() == 0:
             logger.warning("%s is damaged (%s); the checkpoint before it is used", root / name, damages)
@@ -123,18 +96,34 @@ def step_of(name: str) -> int:
     return int(name.split("-")[1])
 
 
-def forget_others(root: Location, kept: str, count: int, every_steps: int | None) -> None:
+def uncommitted(root: Location) -> list[str]:
+    """Folders below `root` without a manifest, the newest step first: uploads that were cut short."""
+    return sorted(folders(root) - set(committed(root)), reverse=True)
+
+
+def forget_others(
+    root: Location, kept: str, count: int, every_steps: int | None, seen: frozenset[str] | None = None
+) -> None:
     """Remove, below `root`, all but `kept`, the `count` newest up to it and those of every `every_steps`-th step.
 
-    What never got a manifest goes too, and what is newer than `kept`: a run that fell back has passed it over.
+    What never got a manifest goes too, and what is newer than `kept`: a run that fell back has passed it over. Where
+    `seen` is given, only those in it and those of `kept`'s own attempt go: what came up since is of another attempt,
+    which may have replaced this one while it was cut off.
     """
     older = [name for name in committed(root) if step_of(name) < step_of(kept)]
     stays = {kept, *older[: count - 1], *(n for n in older if every_steps and step_of(n) % every_steps == 0)}
-    present = {file.uri[len(root.uri) + 1 :].split("/")[0] for file in root.files(recursive=True)}
-    for name in sorted(present - stays):
-        with suppress(FileNotFoundError):
-            (root / name / MANIFEST_FILE).delete_file()  # first: what is half removed is no checkpoint
-        (root / name).delete_dir()
+    attempt = kept.rsplit("-", 1)[-1]
+    for name in sorted(folders(root) - stays):
+        if seen is None or name in seen or name.endswith(attempt):
+            with suppress(FileNotFoundError):
+                (root / name / MANIFEST_FILE).delete_file()  # first: what is half removed is no checkpoint
+            (root / name).delete_dir()
+
+
+def folders(root: Location) -> frozenset[str]:
+    """All folders below `root` that have files, checkpoints or not."""
+    paths = [file.uri[len(root.uri) + 1 :].split("/") for file in root.files(recursive=True)]
+    return frozenset(path[0] for path in paths if len(path) > 1)
 
 
 def root_to_resume(stage: Location, identity: dict[str, Any], accepted: tuple[str, ...]) -> Location:
@@ -196,48 +185,6 @@ def full_weights(folder: Location) -> Iterator[tuple[str, torch.Tensor]]:
         raise UserError(f"{folder}: {damage}; remove this checkpoint to use the one before") from damage
 
 
-def _write_own(engine: Any, folder: Location, rank: int) -> tuple[Any, ...]:
-    """(shapes, parts, files) of what this rank wrote."""
-    shares = [_share(part, rank, dist.get_world_size()) for part in parts_of(engine)]
-    parts = [part for part in shares if part.numel]
-    state_file, random_file = f"state-{rank:05d}.bin", f"random-{rank:05d}.pt"
-
-    def pieces() -> Iterator[memoryview]:
-        for part in parts:
-            for kind in KINDS:
-                yield part.get(kind).cpu().numpy().data
-
-    files = {state_file: write_file(folder / state_file, pieces)}
-    buffer = io.BytesIO()
-    torch.save(_random_state(), buffer)
-    files[random_file] = write_file(folder / random_file, lambda: [buffer.getvalue()])
-    entries, offset = {}, 0
-    for part in parts:
-        entries[part.name] = PartEntry(part.start, part.numel, state_file, offset)
-        offset += part.numel * len(KINDS) * FLOAT32_BYTES
-    return {part.name: part.shape for part in parts}, entries, files
-
-
-def _share(part: Part, rank: int, world_size: int) -> Part:
-    """What this rank writes of a part: all of it, or of what every rank has an equal share."""
-    if not part.replicated:
-        return part
-    begin, end = part.numel * rank // world_size, part.numel * (rank + 1) // world_size
-    return replace(part, start=begin, numel=end - begin, get=lambda kind: part.get(kind)[begin:end])
-
-
-def _joined(about: Manifest, of_ranks: list[Any]) -> Manifest:
-    shapes: dict[str, tuple[int, ...]] = {}
-    parts: dict[str, list[PartEntry]] = {}
-    files: dict[str, FileEntry] = {}
-    for own_shapes, own_parts, own_files in of_ranks:
-        shapes |= own_shapes
-        files |= own_files
-        for name, entry in own_parts.items():
-            parts.setdefault(name, []).append(entry)
-    return replace(about, shapes=shapes, parts=parts, files=files)
-
-
 def _read_own(engine: Any, folder: Location, manifest: Manifest) -> None:
     """This rank's parts, and its random states where a rank of this number wrote some. Raises Damaged."""
     make_moments(engine, manifest.step)
@@ -248,10 +195,14 @@ def _read_own(engine: Any, folder: Location, manifest: Manifest) -> None:
                 raise UserError(f"{folder}: parameter {part.name} is {there} there and {part.shape} here")
             for kind in KINDS:
                 part.put(kind, files.range_of(part.name, kind, part.start, part.numel).to(engine.device))
-        random_file = f"random-{dist.get_rank():05d}.pt"
+        # Those of ranks that are no more: read by nobody, and checked all the same.
+        rank, randoms = dist.get_rank(), sorted(name for name in manifest.files if name.startswith("random-"))
+        for name in randoms[rank :: dist.get_world_size()]:
+            files.reader(name).read(0, manifest.files[name].num_bytes)
+        random_file = f"random-{rank:05d}.pt"
         if random_file in manifest.files:
             data = files.reader(random_file).read(0, manifest.files[random_file].num_bytes)
-            _restore_random_state(torch.load(io.BytesIO(data), weights_only=False))
+            restore_random_state(data)
 
 
 class _Files:
@@ -290,27 +241,15 @@ class _Files:
         return torch.from_numpy(values)
 
 
-def _from_rank0(make: Callable[[], Any]) -> Any:
-    """What `make` gives on rank 0, on every rank."""
-    box = [make() if dist.get_rank() == 0 else None]
+def from_rank0(make: Callable[[], Any]) -> Any:
+    """What `make` gives on rank 0, on every rank; what it raises there, too. Collective."""
+    box: list[Any] = [None, None]
+    if dist.get_rank() == 0:
+        try:
+            box[0] = make()
+        except Exception as error:
+            box[1] = error
     dist.broadcast_object_list(box)
+    if box[1] is not None:
+        raise box[1]
     return box[0]
-
-
-def _random_state() -> dict[str, Any]:
-    state: dict[str, Any] = {
-        "python": random.getstate(),
-        "numpy": np.random.get_state(),
-        "torch": torch.get_rng_state(),
-    }
-    if torch.cuda.is_available():
-        state["cuda"] = torch.cuda.get_rng_state()
-    return state
-
-
-def _restore_random_state(state: dict[str, Any]) -> None:
-    random.setstate(state["python"])
-    np.random.set_state(state["numpy"])
-    torch.set_rng_state(state["torch"])
-    if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"])

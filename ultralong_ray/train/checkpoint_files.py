@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from ultralong_ray.object_store import retried
 from ultralong_ray.storage import Location
 
 FORMAT_VERSION = 1
@@ -131,8 +132,9 @@ class FileReader:
     def __init__(self, folder: Location, name: str, manifest: Manifest) -> None:
         self.name, self.entry = name, manifest.files[name]
         self.last_index, self.last_block = -1, b""
+        self.location = folder / name
         try:
-            self.input = (folder / name).open_input()
+            self.input = self.location.open_input()
             found = self.input.size()
         except FileNotFoundError:
             raise Damaged(f"{name} is missing") from None
@@ -152,17 +154,28 @@ class FileReader:
         return data[begin : begin + num_bytes]
 
     def _blocks(self, first: int, last: int) -> bytes:
-        """Blocks first..last in one read, none where first > last."""
+        """Blocks first..last in one read, none where first > last. What is not as it should be is read once more."""
         if first > last:
             return b""
+        data, altered = self._read_blocks(first, last)
+        if altered is not None:
+            self.input = self.location.open_input()
+            data, altered = self._read_blocks(first, last)
+        if altered is not None:
+            raise Damaged(f"{self.name} is altered within {BLOCK_BYTES} bytes from byte {altered * BLOCK_BYTES}")
+        return data
+
+    def _read_blocks(self, first: int, last: int) -> tuple[bytes, int | None]:
+        """The blocks, and the first of them that is not what was written."""
         begin = first * BLOCK_BYTES
-        data = self.input.read_at(min((last + 1) * BLOCK_BYTES, self.entry.num_bytes) - begin, begin)
+        num_bytes = min((last + 1) * BLOCK_BYTES, self.entry.num_bytes) - begin
+        data = retried(lambda: self.input.read_at(num_bytes, begin), self.location.options.max_attempts)
         view = memoryview(data)
         for index in range(first, last + 1):
             block = view[(index - first) * BLOCK_BYTES : (index - first + 1) * BLOCK_BYTES]
             if zlib.crc32(block) != self.entry.blocks[index]:
-                raise Damaged(f"{self.name} is altered within {BLOCK_BYTES} bytes from byte {index * BLOCK_BYTES}")
-        return data
+                return data, index
+        return data, None
 
     def close(self) -> None:
         self.input.close()

@@ -2,27 +2,39 @@
 
 Flows in: an event by name with its facts. Flows out: {"time" (seconds since 1970), "event", ...}. Events are
 
-    start       layout                                    training begins at step 0
-    resume      step, checkpoint, passed_over, layout     it continues; damaged checkpoints were passed over
-    checkpoint  step, checkpoint, seconds                 one was committed; the loop was blocked so long
-    failure     rank, node, cause                         a rank raised an error
+    submit      -                                         a driver began, or began again
+    start       layout, nodes, attempt                    training begins at step 0
+    resume      the same; step, checkpoint, passed_over   it continues; damaged checkpoints were passed over
+    checkpoint  step, checkpoint, seconds, ...            one was committed; the loop was blocked so long. Then
+                                                          waited_seconds of that for the one before; from then on
+                                                          written_seconds (rank 0's part) and uploaded_seconds
+                                                          (all ranks); num_bytes
+    interrupted step, cause                               the run was asked to leave and has saved this step
+    failure     rank, node, step, kind, cause, attempt    a rank's account of what stops it
+    breakdown   rank, node, step, kind, cause, steps_lost all ranks ended; the most telling cause, once
+    resize      workers, to                               a healthy run restarts on another number of workers
+    spike       step, sequences, cause                    a loss stood out (on_loss_spike = "warn")
+    stop        cause                                     the driver gave up
     end         step                                      the last step is done
 
-A killed process writes nothing, so a start or resume after anything but `end` or `failure` means that one was lost.
-Rank 0 writes all but `failure`. An object store cannot append: there the file is written anew, and of several ranks
-that fail at the same moment one may be missing.
+`step` of a failure or breakdown is the step in flight. Rank 0 writes most; every rank its own failures; Ray Train's
+controller, or the driver when that is lost, breakdowns. A driver that is killed writes nothing, so a submit after
+anything but `end`, `stop` or `interrupted` means that one was. An object store cannot append: there the file is
+written anew, and of several ranks that fail at the same moment one may be missing.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import socket
 import time
 from typing import Any
 
 from ultralong_ray.storage import Location, explain_full_disk
 
 EVENTS_FILE = "events.jsonl"
+NODE_VARIABLE = "ULTRALONG_RAY_NODE"  # what the launcher calls this node
 
 
 def record_event(stage: Location, event: str, **facts: Any) -> None:
@@ -44,3 +56,8 @@ def read_events(stage: Location) -> list[dict[str, Any]]:
         return []
     lines = file.read_bytes().decode().splitlines(keepends=True)
     return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def node_name() -> str:
+    """This node as events name it: the host, and what the launcher knows it by."""
+    return os.environ.get(NODE_VARIABLE) or socket.gethostname()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from ultralong_ray.config import Recipe, TrainConfig
@@ -10,6 +10,10 @@ from ultralong_ray.config.degrees import model_heads, refuse_batch
 from ultralong_ray.packed import PackedManifest
 from ultralong_ray.storage import Location
 from ultralong_ray.types import TrainPlan, UserError
+
+# Here stands what the user must mend, written by a rank or by what counts breakdowns. Ray would restart the ranks as
+# after a crash; restarted ones see the file and leave at once.
+ERROR_FILE = "train_error.txt"
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +29,11 @@ class TrainJob:
     plan: TrainPlan  # degrees, what layers keep, tiles, offload
     preflight_only: bool = False  # build the model, run the checks, take no step
     resume_anyway: tuple[str, ...] = ()  # fields in which a checkpoint may differ from this run
+    plans: dict[int, TrainPlan] = field(default_factory=dict)  # by number of workers, where that may change
+
+    def for_world(self, num_workers: int) -> TrainJob:
+        """The job as so many workers do it."""
+        return replace(self, plan=self.plans.get(num_workers, self.plan))
 
     @property
     def train(self) -> TrainConfig:

@@ -6,11 +6,14 @@ directory, its checkpoints and its events (train/events.py); `report` hears of e
 
 from __future__ import annotations
 
+import dataclasses
 import gc
-import math
+import logging
 import resource
 import time
+import uuid
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,19 +25,26 @@ from ultralong_ray.parallel.kernels.choose import choose_kernel
 from ultralong_ray.parallel.mesh import create_mesh
 from ultralong_ray.parallel.topology import Topology
 from ultralong_ray.planner.hardware import peak_flops
+from ultralong_ray.train.bad_steps import SpikeWatch, refuse_broken, refuse_spike
 from ultralong_ray.train.batches import accumulation_steps, read_ahead
-from ultralong_ray.train.checkpoint import CHECKPOINTS, forget_others, load_newest, root_to_resume, save_checkpoint
+from ultralong_ray.train.checkpoint import CHECKPOINTS, folders, forget_others, load_newest, root_to_resume
 from ultralong_ray.train.checkpoint_files import Manifest
+from ultralong_ray.train.checkpoint_write import CheckpointWriter, Saved
 from ultralong_ray.train.engine import deepspeed_config, init_distributed, initialize, make_optimizer, set_learning_rate
-from ultralong_ray.train.events import record_event
+from ultralong_ray.train.events import node_name, read_events, record_event
+from ultralong_ray.train.failures import refuse_superseded
 from ultralong_ray.train.job import TrainJob
 from ultralong_ray.train.metrics import MetricsWriter
+from ultralong_ray.train.notices import FAILED, NONE, Interrupted, cause_of
 from ultralong_ray.train.order import cursor_after, sequences_of_step
 from ultralong_ray.train.preflight import RunShape, check_first_loss, preflight
 from ultralong_ray.train.schedule import learning_rate
 from ultralong_ray.train.step import StepResult, train_step
+from ultralong_ray.train.watchdog import Watchdog, checkpoint_seconds
 from ultralong_ray.train.weights import build_model
-from ultralong_ray.types import StepMetrics, UserError
+from ultralong_ray.types import StepMetrics
+
+logger = logging.getLogger(__name__)
 
 Report = Callable[[dict[str, Any]], None]
 
@@ -74,6 +84,7 @@ class Trainer:
         config = deepspeed_config(self.train, self.topology.world_size, accumulation, plan.offload_optimizer)
         model = build_model(job.model, job.random_seed, self.train, plan, config, device)
         self.engine = initialize(model, make_optimizer(model, self.train, device), config)
+        self.flush: Callable[[], None] = lambda: None  # called before a checkpoint is committed
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -95,30 +106,66 @@ class Trainer:
         }
 
     def restore(self) -> int:
-        """Continue from the newest whole checkpoint; the steps that it holds. Collective."""
+        """Continue from the newest whole checkpoint; the steps that it holds. Collective. `saver` is made here."""
         accepted = self.job.resume_anyway
         root = root_to_resume(self.job.stage, self.identity, accepted)
         restored = load_newest(self.engine, root, self.identity, accepted)
+        everyone: list[Any] = [None] * self.topology.world_size
+        dist.all_gather_object(everyone, (node_name(), uuid.uuid4().hex[:8]))
+        nodes, self.attempt = [node for node, _ in everyone], everyone[0][1]
+        about: dict[str, Any] = {"layout": self.layout, "nodes": nodes, "attempt": self.attempt}
+        self.seen = folders(self.job.stage / CHECKPOINTS) if self.topology.rank == 0 else frozenset()
         if self.topology.rank == 0 and restored is None:
-            record_event(self.job.stage, "start", layout=self.layout)
+            record_event(self.job.stage, "start", **about)
         elif self.topology.rank == 0 and restored is not None:
             found = {"step": restored.step, "checkpoint": restored.name, "passed_over": restored.passed_over}
-            record_event(self.job.stage, "resume", layout=self.layout, **found)
+            record_event(self.job.stage, "resume", **about, **found)
+        local = self.train.local_checkpoint_folder
+        self.saver = CheckpointWriter(
+            self.engine,
+            self.job.stage / CHECKPOINTS,
+            self.job.plan.checkpoint_snapshot,
+            None if local is None else Path(local).expanduser() / self.job.stage.name,
+            self._committed,
+            self._before_commit,
+        )
+        self.patience_seconds = checkpoint_seconds(self.saver.num_bytes)
         return 0 if restored is None else restored.step
 
-    def checkpoint(self, step: int) -> None:
-        """Write and commit a checkpoint, forget those that need not be kept. Collective."""
-        began = time.perf_counter()
-        root, train = self.job.stage / CHECKPOINTS, self.train
-        cursor = cursor_after(step, train.global_batch_sequences, self.reader.manifest.num_sequences)
+    def checkpoint(self, step: int) -> float:
+        """Take a snapshot; the seconds that it took. `saver.start()` then lets it be written. Collective."""
+        cursor = cursor_after(step, self.train.global_batch_sequences, self.reader.manifest.num_sequences)
         read = {"epoch": cursor.epoch, "sequence": cursor.sequence}
-        name = save_checkpoint(self.engine, root, Manifest(step, self.identity, self.layout, read))
-        if self.topology.rank == 0:
-            seconds = round(time.perf_counter() - began, 3)
-            record_event(self.job.stage, "checkpoint", step=step, checkpoint=name, seconds=seconds)
-            every_nth = train.keep_every_nth
-            every_steps = None if every_nth is None else every_nth * train.checkpoint_every_steps
-            forget_others(root, name, train.keep_checkpoints, every_steps)
+        return self.saver.take(Manifest(step, self.identity, self.layout, read))
+
+    def _before_commit(self) -> None:
+        """Raise Superseded where another attempt has begun; else metrics go first. Runs in rank 0's thread."""
+        refuse_superseded(read_events(self.job.stage), self.attempt)
+        self.flush()
+
+    def _committed(self, saved: Saved) -> None:
+        """Record a checkpoint and forget those that need not be kept. Runs in rank 0's thread."""
+        facts = {key: value for key, value in dataclasses.asdict(saved).items() if key not in ("step", "name")}
+        facts["seconds"] = facts.pop("blocked_seconds")
+        record_event(self.job.stage, "checkpoint", step=saved.step, checkpoint=saved.name, **facts)
+        train, every_nth = self.train, self.train.keep_every_nth
+        every_steps = None if every_nth is None else every_nth * train.checkpoint_every_steps
+        root = self.job.stage / CHECKPOINTS
+        try:
+            refuse_superseded(read_events(self.job.stage), self.attempt)  # the manifest may have waited for its storage
+            forget_others(root, saved.name, train.keep_checkpoints, every_steps, self.seen)
+        except OSError as error:  # the next one tries again
+            logger.warning("old checkpoints below %s could not be removed: %s", root, error)
+
+    def heed(self, result: StepResult, watchdog: Watchdog) -> list[int]:
+        """What the ranks were asked for by now. Raises, on every rank, what a checkpoint failed with. Collective."""
+        rows = result.rank_sums[:, 3:].tolist()
+        self.saver.known_step = max(self.saver.known_step, int(rows[0][1]))
+        notices = [int(row[0]) for row in rows]
+        if FAILED in notices:
+            watchdog.allow("a checkpoint that failed", self.patience_seconds)  # other ranks may be at their part of it
+            self.saver.wait()
+        return notices
 
     def preflight(self) -> None:
         """The checks of train/preflight.py for this run. Collective; UserError on every rank when one fails."""
@@ -136,7 +183,7 @@ class Trainer:
         sums, grad_norm = result.rank_sums.tolist(), float(result.grad_norm)
         step_seconds = time.perf_counter() - started_seconds
         batch, manifest = self.train.global_batch_sequences, self.reader.manifest
-        refuse_broken(step, sums, grad_norm, sequences_of_step(step, batch, manifest.num_sequences, self.train.seed))
+        refuse_broken(step, sums, grad_norm, self.sequences(step), self.job.stage / CHECKPOINTS)
         shape = ModelShape.from_config(self.shape)
         flops = ledger(shape, manifest.sequence_length, self.job.plan).times(batch)
         cursor = cursor_after(step, batch, manifest.num_sequences)
@@ -159,6 +206,21 @@ class Trainer:
             sequence=cursor.sequence,
         )
 
+    def sequences(self, step: int) -> list[int]:
+        """The packed sequences of a step."""
+        train = self.train
+        return sequences_of_step(step, train.global_batch_sequences, self.reader.manifest.num_sequences, train.seed)
+
+    def account_for_spike(self, step: int, cause: str | None) -> None:
+        """Warn of a loss that stands out, or stop there, as the recipe says. Every rank knows the same loss."""
+        if cause is not None:
+            words = f"step {step}: {cause}, sequences {self.sequences(step)}"
+            if self.train.on_loss_spike == "stop":
+                refuse_spike(step, words, self.job.stage / CHECKPOINTS)
+            if self.topology.rank == 0:
+                logger.warning("%s", words)
+                record_event(self.job.stage, "spike", step=step, sequences=self.sequences(step), cause=cause)
+
     def close(self) -> None:
         """Free the engine while all ranks are alive: gloo otherwise aborts a process that leaves first."""
         del self.engine
@@ -166,56 +228,98 @@ class Trainer:
         dist.barrier()
 
 
-def refuse_broken(step: int, sums: list[list[float]], grad_norm: float, sequences: list[int]) -> None:
-    """Raise UserError when a step had no targets or a loss or gradient is NaN or infinite. `sums`: StepResult's."""
-    if sum(row[1] for row in sums) == 0:
-        raise UserError(f"step {step}: no token of sequences {sequences} is a target (all loss weights are 0)")
-    ranks = [rank for rank, row in enumerate(sums) if not math.isfinite(row[0])]
-    if ranks or not math.isfinite(grad_norm):
-        what = f"loss on ranks {ranks}" if ranks else f"gradient norm ({grad_norm})"
-        raise UserError(
-            f"step {step}: the {what} is not finite, sequences {sequences}. The last checkpoint is from before this "
-            f"step; lower learning_rate, lengthen warmup_steps or set gradient_clip, then submit again"
-        )
-
-
-def run(job: TrainJob, device: torch.device, report: Report) -> int:
+def run(job: TrainJob, device: torch.device, report: Report, asked: Callable[[], int] = lambda: NONE) -> int:
     """Train to the last step and return the step that training started from. Collective over all ranks.
 
     On GPUs the checks of train/preflight.py come first; with `job.preflight_only` nothing comes after them.
-    `report({"step", "loss"})` is called on every rank when a checkpoint is committed.
+    `report({"step", "loss"})` is called on every rank, in the same order, for every checkpoint once it is committed.
+    `asked()` says at the end of every step whether to leave (train/notices.py): then the step is saved, and
+    Interrupted raised.
     """
     trainer = Trainer(job, device)
-    topology, train = trainer.topology, job.train
     if job.preflight_only or device.type == "cuda":
         trainer.preflight()
     if job.preflight_only:
         trainer.close()
         return 0
     restored = trainer.restore()
-    writer = MetricsWriter(job.stage, restored, job.section) if topology.rank == 0 else None
+    writer = MetricsWriter(job.stage, restored, job.section) if trainer.topology.rank == 0 else None
+    if writer is not None:
+        trainer.flush = writer.flush
+    try:
+        with Watchdog(job.stage, trainer.attempt, restored + 1, job.train.hang_timeout_seconds) as watchdog:
+            notices = _train_on(trainer, restored, writer, report, asked, watchdog)
+    except BaseException:
+        trainer.saver.abandon()
+        raise
+    if writer is not None:
+        writer.close()
+    step, cause = trainer.saver.known_step, cause_of(notices) if any(notices) else ""
+    if trainer.topology.rank == 0 and cause:
+        record_event(job.stage, "interrupted", step=step, rank=None, node=None, cause=f"{cause}; step {step} is saved")
+    elif trainer.topology.rank == 0:
+        record_event(job.stage, "end", step=trainer.num_steps)
+    trainer.close()
+    if cause:
+        raise Interrupted(max(notices), step, cause)
+    return restored
+
+
+def _train_on(
+    trainer: Trainer,
+    restored: int,
+    writer: MetricsWriter | None,
+    report: Report,
+    asked: Callable[[], int],
+    watchdog: Watchdog,
+) -> list[int]:
+    """The steps after `restored`. Returns the notices of all ranks, by which they stopped; zeros after the last step.
+
+    What was saved is committed then.
+    """
+    job, train, topology, device = trainer.job, trainer.train, trainer.topology, trainer.device
+    saver, losses, notices = trainer.saver, {}, [NONE]
+    reported, spikes = saver.known_step, SpikeWatch(train.loss_spike_factor)
+
+    def tell() -> tuple[float, float]:
+        return FAILED if saver.failed() else asked(), saver.committed_step()
+
+    def report_new() -> int:
+        if saver.known_step > reported:
+            report({"step": saver.known_step, "loss": losses.pop(saver.known_step)})
+        return saver.known_step
+
     started = time.perf_counter()
     batches = read_ahead(restored + 1, trainer.num_steps, trainer.reader, train, topology, device)
     for step, micro_batches in batches:
         set_learning_rate(trainer.engine, learning_rate(train, step, trainer.num_steps))
-        result = train_step(trainer.engine, micro_batches, trainer.mesh, trainer.kernel, peak_memory_gib(device))
+        result = train_step(trainer.engine, micro_batches, trainer.mesh, trainer.kernel, peak_memory_gib(device), tell)
         metrics = trainer.metrics(step, result, started)
         if step == 1 and device.type == "cuda":
             check_first_loss(metrics.loss, trainer.shape["vocab_size"], pretrained=job.random_seed is None)
+        trainer.account_for_spike(step, spikes.spike(metrics.loss))
+        last = step == trainer.num_steps
+        notices = trainer.heed(result, watchdog) if not last else [NONE]
+        reported = report_new()
+        due = last or any(notices) or step % train.checkpoint_every_steps == 0
+        if due:
+            watchdog.allow(f"the checkpoint of step {step}", trainer.patience_seconds)
+            losses[step] = metrics.loss
+            metrics = dataclasses.replace(metrics, checkpoint_seconds=trainer.checkpoint(step))
+            reported = report_new()
         started = time.perf_counter()
         if writer is not None:
             writer.write(metrics)
-        if step % train.checkpoint_every_steps == 0 or step == trainer.num_steps:
-            if writer is not None:
-                writer.flush()
-            trainer.checkpoint(step)
-            report({"step": step, "loss": metrics.loss})
-            started = time.perf_counter()
-    if writer is not None:
-        writer.close()
-        record_event(job.stage, "end", step=trainer.num_steps)
-    trainer.close()
-    return restored
+        if due:
+            saver.start()  # after the step's line, which belongs to what is saved
+        if any(notices):
+            break
+        if not last:
+            watchdog.beat(step)
+    watchdog.allow("the upload of the last checkpoint", trainer.patience_seconds)
+    saver.wait()
+    report_new()
+    return notices
 
 
 def peak_memory_gib(device: torch.device) -> float:

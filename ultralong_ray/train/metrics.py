@@ -19,6 +19,7 @@ from ray.util.metrics import Gauge
 from tensorboardX import SummaryWriter
 
 from ultralong_ray.storage import Location, copy_files, explain_full_disk
+from ultralong_ray.train.events import read_events
 from ultralong_ray.types import StepMetrics
 
 logger = logging.getLogger(__name__)
@@ -36,6 +37,7 @@ GAUGES = {
     "step_seconds": ("step_seconds", "Wall-clock seconds of the step"),
     "mfu": ("mfu_ratio", "Causal model FLOP utilisation, 0 to 1"),
     "memory_gib": ("memory_gib", "Peak memory of the fullest rank, GiB"),
+    "checkpoint_seconds": ("checkpoint_seconds", "Seconds that the loop stood still for a checkpoint"),
 }
 
 
@@ -61,6 +63,10 @@ class MetricsWriter:
             field: Gauge(f"ultralong_train_{suffix}", description, tag_keys=("stage",))
             for field, (suffix, description) in GAUGES.items()
         }
+        breakdowns = sum(event["event"] == "breakdown" for event in read_events(stage))
+        restarts = Gauge("ultralong_train_restarts", "Attempts that broke down so far", tag_keys=("stage",))
+        restarts.set(breakdowns, tags={"stage": name})
+        self._tensorboard.add_scalar(f"{name}/restarts", breakdowns, resumed_step)
         self._last_log_seconds = float("-inf")
         self._rewrite()
         self._sink = _appender(stage) if stage.is_local else None
@@ -79,7 +85,7 @@ class MetricsWriter:
         self._log(metrics)
 
     def flush(self) -> None:
-        """Make what was written so far visible below the stage; called at each checkpoint."""
+        """Make what was written so far visible below the stage; called before each checkpoint is committed."""
         self._tensorboard.flush()
         if not self.stage.is_local:
             self._rewrite()
@@ -94,7 +100,8 @@ class MetricsWriter:
             shutil.rmtree(self._tensorboard_folder, ignore_errors=True)
 
     def _rewrite(self) -> None:
-        (self.stage / METRICS_FILE).write_bytes("".join(map(_line, self.records)).encode())
+        # a copy: a checkpoint's thread writes while the loop adds
+        (self.stage / METRICS_FILE).write_bytes("".join(map(_line, list(self.records))).encode())
 
     def _log(self, metrics: StepMetrics) -> None:
         """A line per step, but at most one per second of steps faster than that; the first and last always."""

@@ -3,7 +3,7 @@
 In goes DeepSpeed's engine; out come `Part`s: a name, a range of the flattened parameter, and its master weight and
 Adam moments. A part says nothing of the ZeRO stage or the number of ranks, so what one layout wrote another can read.
 
-Read against DeepSpeed 0.19.8. ZeRO-3 cuts each parameter into equal parts, padded at the end, and has functions for
+Read against DeepSpeed 0.19.8. ZeRO-3 cuts each parameter into equal parts, padded at the end, and has functions to set
 the local part. ZeRO-1 and 2 cut a flat group of parameters; `_hp_mapping` says which range of a parameter lies in this
 rank's cut (DeepSpeed's universal checkpoint reads it too). At stage 0 there is torch's own AdamW, whole on every rank.
 """
@@ -16,8 +16,6 @@ from typing import Any
 
 import torch
 from deepspeed.utils import (
-    safe_get_local_fp32_param,
-    safe_get_local_optimizer_state,
     safe_set_local_fp32_param,
     safe_set_local_optimizer_state,
 )
@@ -102,10 +100,9 @@ def _stage3_part(engine: Any, name: str, parameter: Any) -> Part | None:
         return None
 
     def get(kind: str) -> torch.Tensor:
-        if kind == MASTER:
-            value = safe_get_local_fp32_param(parameter)
-        else:
-            value = safe_get_local_optimizer_state(parameter, kind)
+        # DeepSpeed's public getters are this and a copy to the GPU, which an offloaded state need not make
+        key = None if kind == MASTER else kind
+        value, _ = engine.optimizer._get_fp32_opt_state_partition(parameter, False, key)
         return value.detach()[:numel]
 
     def put(kind: str, value: torch.Tensor) -> None:

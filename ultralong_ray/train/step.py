@@ -8,7 +8,7 @@ before the first backward.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,7 +39,7 @@ class MicroBatch:
 class StepResult:
     """On the device until someone asks: reading it is the one synchronisation of a step."""
 
-    rank_sums: torch.Tensor  # float64 [world_size, 3]: loss sum, weight sum, peak memory in GiB of every rank
+    rank_sums: torch.Tensor  # float64 [world_size, 5]: loss sum, weight sum, peak memory in GiB, notices of every rank
     grad_norm: torch.Tensor  # float32 [], of the whole gradient before clipping
 
 
@@ -58,12 +58,22 @@ def to_device(part: SequenceSlice, device: torch.device) -> MicroBatch:
     )
 
 
+def no_notices() -> tuple[float, float]:
+    return 0.0, 0.0
+
+
 def train_step(
-    engine: Any, micro_batches: Sequence[MicroBatch], mesh: SequenceMesh, kernel: Kernel, memory_gib: float
+    engine: Any,
+    micro_batches: Sequence[MicroBatch],
+    mesh: SequenceMesh,
+    kernel: Kernel,
+    memory_gib: float,
+    notices: Callable[[], tuple[float, float]] = no_notices,
 ) -> StepResult:
     """Forward and backward over this rank's micro-batches, then the update. Collective over all ranks.
 
-    `memory_gib` is this rank's peak so far, carried along with the sums. A step without any target leaves a zero
+    `memory_gib` is this rank's peak so far, carried along with the sums, as is what `notices` says when the step is
+    done: two numbers that every rank is to know of every other. A step without any target leaves a zero
     gradient and a loss of 0 / 0, which the caller refuses.
     """
     device, world_size = engine.device, dist.get_world_size()
@@ -86,9 +96,8 @@ def train_step(
             engine.step()  # counts the micro-batch; the optimizer runs at the last one only
     grad_norm = take_step(engine)
     # An all-reduce of one row each: torch renamed the all-gather of tensors between 2.11 and 2.13.
-    rank_sums = torch.zeros(world_size, 3, dtype=torch.float64, device=device)
+    rank_sums = torch.zeros(world_size, 5, dtype=torch.float64, device=device)
     rank_sums[dist.get_rank(), 0] = local_sum
-    rank_sums[dist.get_rank(), 1] = local_weight
-    rank_sums[dist.get_rank(), 2] = memory_gib
+    rank_sums[dist.get_rank(), 1:] = torch.tensor([local_weight, memory_gib, *notices()], dtype=torch.float64)
     dist.all_reduce(rank_sums)
     return StepResult(rank_sums, grad_norm)

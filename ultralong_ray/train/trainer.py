@@ -16,37 +16,55 @@ import signal
 import socket
 import sys
 import threading
+import time
 import warnings
+from functools import partial
 from typing import Any, Literal
 
 import ray
 import ray.train
 import ray.train.torch
+from ray.exceptions import RayActorError
 from ray.train import FailureConfig, RunConfig, ScalingConfig
-from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.torch import TorchConfig
 from ray.train.v2._internal.constants import WORKER_GROUP_START_TIMEOUT_S_ENV_VAR
 from ray.train.v2.api.callback import UserCallback
-from ray.train.v2.api.exceptions import TrainingFailedError, WorkerGroupError
+from ray.train.v2.api.exceptions import ControllerError, TrainingFailedError, WorkerGroupError
 
 from ultralong_ray.config import Recipe
 from ultralong_ray.flops import ModelShape
+from ultralong_ray.packed import PackedManifest
 from ultralong_ray.planner.plan import as_json, hardware_of, plan_training
 from ultralong_ray.planner.refuse import PlanRefused
 from ultralong_ray.planner.words import describe_plan, plan_words
 from ultralong_ray.storage import Location, StageDirectory
-from ultralong_ray.train.events import record_event
-from ultralong_ray.train.job import TrainJob, check_inputs
+from ultralong_ray.train.controller import (
+    BreakdownRecorder,
+    ElasticTrainer,
+    free_placement_groups,
+    placement_groups_of_job,
+)
+from ultralong_ray.train.elastic import plans_by_size, with_workers
+from ultralong_ray.train.events import NODE_VARIABLE, record_event
+from ultralong_ray.train.failures import in_words, kind_of, memory_words
+from ultralong_ray.train.job import ERROR_FILE, TrainJob, check_inputs
 from ultralong_ray.train.metrics import read_metrics
+from ultralong_ray.train.notices import PREEMPTED, STOPPED, Interrupted
+from ultralong_ray.train.order import sequences_of_step
+from ultralong_ray.train.preemption import STOP_FILE, Notices, stopped_by_sigterm, wait_for_the_end
 from ultralong_ray.types import TrainPlan, UserError
 
 logger = logging.getLogger(__name__)
 
-# A worker writes here what the user must mend. Ray would restart the workers as after a crash; restarted ones see the
-# file and leave at once.
-ERROR_FILE = "train_error.txt"
+# A rank whose collective broke waits so long before it says so: by then Ray knows which of its partners is dead.
+PARTNER_SECONDS = 2.0
+# A healthy run asks no more often than this whether there are more workers, and only just after a checkpoint.
+RESIZE_SECONDS = 30.0
 RAY_SETTINGS = {
     # The controller looks at its workers every 2 s by default, and a report waits for that look.
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
+    # Every 5 s by default; a node that is taken away may have 30 s left.
+    "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "1",
 }
 
 
@@ -70,10 +88,14 @@ def train(
     Returns {steps, tokens, first_loss, last_loss, seconds, resumed_from_step}. Raises UserError for what the user can
     mend, wherever it was found.
     """
-    plan = _plan(recipe, section, model, stage.location)
     place = stage.location
-    job = TrainJob(recipe, section, packed, model, place, stage.fingerprint, plan, preflight_only, resume_anyway)
+    plans = _plans(recipe, section, model)
+    recipe = with_workers(recipe, max(plans)) if plans else recipe
+    plan = _plan(recipe, section, model, place)
+    job = TrainJob(recipe, section, packed, model, place, stage.fingerprint, plan, preflight_only, resume_anyway, plans)
     check_inputs(job)
+    if not preflight_only:
+        record_event(place, "submit")
     error_file = stage.location / ERROR_FILE
     if error_file.exists():
         error_file.filesystem.delete_file(error_file.path)
@@ -83,9 +105,10 @@ def train(
     os.environ.setdefault(WORKER_GROUP_START_TIMEOUT_S_ENV_VAR, f"{60 * recipe.cluster.wait_minutes:.0f}")
     handler = signal.getsignal(signal.SIGINT)
     try:
-        result = _trainer(job, callbacks).fit()
-    except TrainingFailedError as error:
-        record_event(stage.location, "failure", rank=None, node=None, cause=_in_words(error))
+        with stopped_by_sigterm(place, recipe.cluster.preemption_grace_seconds):
+            result = _fit(job, callbacks)
+    except (TrainingFailedError, RayActorError) as error:
+        record_event(place, "stop", cause=in_words(error))
         _raise_user_error(error_file, error)
         raise
     except SystemExit:
@@ -94,13 +117,55 @@ def train(
     finally:
         if threading.current_thread() is threading.main_thread():  # a trial of Ray Tune is another one
             signal.signal(signal.SIGINT, handler)
+    if error_file.exists():
+        record_event(place, "stop", cause="see the failure before")
     _raise_user_error(error_file, None)
     if preflight_only:
         return {}
+    if result.return_value is None:
+        raise SystemExit(128 + signal.SIGTERM)
     needs: dict[str, Any] = {"num_cpus": 1, "label_selector": recipe.cluster.node_label("train") or None}
     needs["scheduling_strategy"] = "DEFAULT"  # not inside the placement group of a trial of Ray Tune
     ray.get(ray.remote(**needs)(_consolidate).remote(job))
     return _summary(job, result.return_value)
+
+
+def _fit(job: TrainJob, callbacks: tuple[UserCallback, ...]) -> ray.train.Result:
+    """Run Ray Train to its end. Where its controller itself is lost, or could not start the ranks, begin again.
+
+    Ray Train restarts ranks; nobody restarts its controller (an actor on the driver's node) or retries a process group
+    that broke while it was made. Raises what the last attempt raised once the recipe's max_failures are spent.
+    """
+    recorder, others = _recorder(job), placement_groups_of_job()
+    while True:
+        try:
+            return _trainer(job, recorder, callbacks).fit()
+        except (ControllerError, RayActorError) as error:
+            if job.preflight_only:
+                raise
+            cause = error.controller_failure if isinstance(error, ControllerError) else error
+            what = "Ray Train's controller " + ("failed" if isinstance(error, ControllerError) else "died")
+            recorder.record({}, f"{what}: {in_words(cause)}")
+            if not job.recipe.cluster.max_failures or (job.stage / ERROR_FILE).exists():
+                raise
+            if (job.stage / STOP_FILE).exists():  # the driver was asked to end
+                raise
+            logger.warning("%s; training begins again from the last checkpoint", what)
+            free_placement_groups(but=others)
+
+
+def _recorder(job: TrainJob) -> BreakdownRecorder:
+    """What the controller calls at every breakdown."""
+    train, num_sequences = job.train, PackedManifest.read(job.packed).num_sequences
+    batch = {"global_batch": train.global_batch_sequences, "num_sequences": num_sequences, "seed": train.seed}
+    return BreakdownRecorder(job.stage, job.recipe.cluster.max_failures, partial(sequences_of_step, **batch))
+
+
+def _plans(recipe: Recipe, section: Literal["pretrain", "sft"], model: Location) -> dict[int, TrainPlan]:
+    """The layouts for every number of workers that the recipe allows; {} where it names one number."""
+    gpu_name, host_memory_gib = _found_on_cluster() if recipe.cluster.gpus_per_worker else (None, None)
+    shape = ModelShape.from_config((model / "config.json").read_json())
+    return plans_by_size(recipe, section, shape, gpu_name, host_memory_gib)
 
 
 def _plan(recipe: Recipe, section: Literal["pretrain", "sft"], model: Location, stage: Location) -> TrainPlan:
@@ -137,66 +202,97 @@ def _found_on_cluster() -> tuple[str | None, float | None]:
     return names.pop() if len(names) == 1 else None, min(sizes, default=0) / 2**30 or None
 
 
-def _trainer(job: TrainJob, callbacks: tuple[UserCallback, ...]) -> TorchTrainer:
+def _trainer(job: TrainJob, recorder: BreakdownRecorder, callbacks: tuple[UserCallback, ...]) -> ElasticTrainer:
     cluster = job.recipe.cluster
     resources = {"CPU": cluster.cpus_per_worker}
     if cluster.gpus_per_worker:
         resources["GPU"] = cluster.gpus_per_worker
     storage = job.stage / "ray"
-    return TorchTrainer(
+    return ElasticTrainer(
         _worker,
+        sizes=tuple(job.plans),
+        stage=job.stage,
         train_loop_config={"job": job},
         torch_config=TorchConfig(backend="nccl" if cluster.gpus_per_worker else "gloo"),
         scaling_config=ScalingConfig(
-            num_workers=cluster.num_workers,
+            num_workers=(min(job.plans), max(job.plans)) if job.plans else cluster.num_workers,
             use_gpu=bool(cluster.gpus_per_worker),
             resources_per_worker=resources,
             label_selector=cluster.node_label("train") or None,
+            elastic_resize_monitor_interval_s=RESIZE_SECONDS,
         ),
         run_config=RunConfig(
             name="preflight" if job.preflight_only else "train",
             storage_path=storage.path,
             storage_filesystem=None if storage.is_local else storage.filesystem,
-            failure_config=FailureConfig(max_failures=cluster.max_failures),
-            callbacks=list(callbacks),
+            # Ray counts all restarts of a run; the recorder counts those without progress
+            failure_config=FailureConfig(max_failures=-1 if cluster.max_failures else 0),
+            callbacks=[] if job.preflight_only else [recorder, *callbacks],
         ),
     )
 
 
 def _worker(config: dict[str, Any]) -> int | None:
-    """One rank. Returns the step that it started from, or None where an earlier attempt met a user's error."""
-    job: TrainJob = config["job"]
+    """One rank. Returns the step that it started from; None where an earlier attempt met a user's error, and where the
+    driver asked for a stop."""
+    context = ray.train.get_context()
+    job: TrainJob = config["job"].for_world(context.get_world_size())
     if (job.stage / ERROR_FILE).exists():
         return None
     if not job.recipe.cluster.gpus_per_worker:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    os.environ[NODE_VARIABLE] = _node_name()
     _quiet_worker_log()
     # deepspeed looks for its accelerator when it is imported, so not before the line above
     from ultralong_ray.train.loop import run
 
+    notices = Notices(job.stage, context.get_world_rank(), job.recipe.cluster.preemption_grace_seconds)
     try:
-        return run(job, ray.train.torch.get_device(), ray.train.report)
+        return run(job, ray.train.torch.get_device(), ray.train.report, notices)
+    except Interrupted as interrupted:
+        if interrupted.notice == STOPPED:
+            return None
+        if interrupted.notice == PREEMPTED:
+            wait_for_the_end()
+        raise
     except UserError as error:
         _record_failure(job, error)
         (job.stage / ERROR_FILE).write_bytes(str(error).encode())
         raise
     except Exception as error:
         _record_failure(job, error)
+        if kind_of(error) == "collective":
+            time.sleep(PARTNER_SECONDS)
         raise
+
+
+def _node_name() -> str:
+    """Host, address and the beginning of Ray's id of this node: what `ray list nodes` and the dashboard show."""
+    node_id = ray.get_runtime_context().get_node_id()
+    return f"{socket.gethostname()}/{ray.util.get_node_ip_address()}/{node_id[:8]}"
 
 
 def _record_failure(job: TrainJob, error: Exception) -> None:
     """This rank's account of what stops it; it must not hide the error itself."""
     rank = ray.train.get_context().get_world_rank()
+    step, kind, cause = getattr(error, "step_in_flight", None), kind_of(error), in_words(error)
     try:
-        record_event(job.stage, "failure", rank=rank, node=socket.gethostname(), cause=_in_words(error))
+        if kind == "memory":
+            cause += f" ({_memory_beside_plan(job)})"
+        logger.error("rank %d on %s, step %s: %s", rank, os.environ[NODE_VARIABLE], step, cause)
+        node = os.environ[NODE_VARIABLE]
+        attempt = getattr(error, "attempt", None)
+        facts = {"rank": rank, "node": node, "step": step, "attempt": attempt, "kind": kind, "cause": cause}
+        record_event(job.stage, "failure", **facts)
     except Exception:
         logger.exception("the failure of rank %d could not be recorded", rank)
 
 
-def _in_words(error: Exception) -> str:
-    """The error's kind and the first line of its message."""
-    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+def _memory_beside_plan(job: TrainJob) -> str:
+    from ultralong_ray.train.loop import peak_memory_gib
+
+    peak_gib = peak_memory_gib(ray.train.torch.get_device())
+    return memory_words((job.stage / "plan.json").read_json(), peak_gib)
 
 
 def _quiet_worker_log() -> None:
@@ -225,7 +321,7 @@ def _consolidate(job: TrainJob) -> None:
     save_hf_folder(job.stage / "model", job.model, full_weights(root / names[0]), dtype)
 
 
-def _raise_user_error(error_file: Location, error: TrainingFailedError | None) -> None:
+def _raise_user_error(error_file: Location, error: Exception | None) -> None:
     """Raise what a worker wrote for the user, or the UserError among the workers' failures."""
     if error_file.exists():
         raise UserError(error_file.read_bytes().decode()) from error

@@ -144,9 +144,11 @@ def infinitebench_samples(
     *,
     length_tokens: int,
     template: Template | None = None,
+    first: int = 0,
     limit: int | None = None,
 ) -> list[Sample]:
-    """The first `limit` rows (None: all) of a task. `template` None: by whether the prompts use a chat template.
+    """`limit` rows (None: all) of a task, from row `first` on. `template` None: by whether the prompts use a chat
+    template.
 
     Raises: UserError for an unknown task, an absent file or a bad line; DoesNotFit for a window too short.
     """
@@ -155,10 +157,8 @@ def infinitebench_samples(
     chosen: Template = template or ("gpt4" if prompts.chat_template else "yarn-mistral")
     file = folder / f"{task}.jsonl"
     fields = ("input", "answer", *(("options",) if task in _WITH_OPTIONS else ()))
-    rows = read_rows(file, fields)[:limit]
-    samples = [
-        infinitebench_sample(task, index, row, chosen, f"{file}: row {index + 1}") for index, row in enumerate(rows)
-    ]
+    rows = list(enumerate(read_rows(file, fields)))[first:][:limit]
+    samples = [infinitebench_sample(task, index, row, chosen, f"{file}: row {index + 1}") for index, row in rows]
     return [cut_to_window(sample, prompts, length_tokens, decoded_at_once) for sample in samples]
 
 

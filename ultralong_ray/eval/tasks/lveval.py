@@ -96,9 +96,16 @@ def lveval_prompt(name: str, context: str, question: str) -> tuple[str, str]:
 
 
 def lveval_samples(
-    name: str, level: str, folder: Location, prompts: Prompts, *, length_tokens: int, limit: int | None = None
+    name: str,
+    level: str,
+    folder: Location,
+    prompts: Prompts,
+    *,
+    length_tokens: int,
+    first: int = 0,
+    limit: int | None = None,
 ) -> list[Sample]:
-    """The first `limit` rows (None: all) of a set at a level.
+    """`limit` rows (None: all) of a set at a level, from row `first` on.
 
     Raises: UserError for an unknown set or level, an absent file or a bad line; DoesNotFit for a window too short.
     """
@@ -107,8 +114,8 @@ def lveval_samples(
             f"LV-Eval has no {name!r} at {level!r}; its sets are {', '.join(SETS)}; its levels {', '.join(LEVELS)}"
         )
     file = folder / f"{name}_{level}.jsonl"
-    rows = read_rows(file, ("input", "context", "answers"))[:limit]
-    samples = [_sample(name, level, index, row, f"{file}: row {index + 1}") for index, row in enumerate(rows)]
+    rows = list(enumerate(read_rows(file, ("input", "context", "answers"))))[first:][:limit]
+    samples = [_sample(name, level, index, row, f"{file}: row {index + 1}") for index, row in rows]
     return [cut_to_window(sample, prompts, length_tokens, decoded_in_halves) for sample in samples]
 
 

@@ -35,14 +35,19 @@ class Prompts:
         """The whole prompt. Without a chat template, earlier turns are written as `User: ...` paragraphs."""
         message = sample.context + sample.question
         if self.chat_template:
-            turns = [{"role": turn.role, "content": turn.content} for turn in sample.turns]
-            turns.append({"role": "user", "content": message})
+            turns = [{"role": role, "content": content} for role, content in self.messages(sample)]
             opened = self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
             return opened + sample.answer_prefix
         if not sample.turns:
             return message + sample.answer_prefix
         paragraphs = [f"{turn.role.capitalize()}: {turn.content}" for turn in sample.turns]
         return "\n\n".join([*paragraphs, f"User: {message}", f"Assistant:{sample.answer_prefix}"])
+
+    def messages(self, sample: Sample) -> tuple[tuple[str, str], ...]:
+        """(role, content) of the turns that the chat template renders; none without one."""
+        if not self.chat_template:
+            return ()
+        return (*((turn.role, turn.content) for turn in sample.turns), ("user", sample.context + sample.question))
 
     def ids(self, text: str) -> list[int]:
         """Token ids of a whole prompt. A rendered chat template brings its own BOS, so none is added to it."""

@@ -37,4 +37,5 @@ class Sample:
     metric: str  # a key of score.METRICS
     turns: tuple[Turn, ...] = ()
     prompt_tokens: int = 0  # of the whole prompt as the model reads it; 0: not measured yet
+    stop: tuple[str, ...] = ()  # texts that end the answer; none of the official benchmarks has any
     facts: dict[str, Any] = field(default_factory=dict)  # depths, keywords, what was cut or reduced: JSON-ready

@@ -1,0 +1,212 @@
+"""The endpoint engine: a real server with the same weights gives the in-process answers; faults get clear messages."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.eval.served import Served, serve
+from ultralong_ray.config import EvaluateConfig
+from ultralong_ray.config.engines import EndpointEngine
+from ultralong_ray.eval.engine import Request
+from ultralong_ray.eval.generate import Engine
+from ultralong_ray.eval.openai_engine import OpenAIEngine
+from ultralong_ray.eval.passkey import build_prompt, encode_prompt
+from ultralong_ray.types import UserError
+
+MODEL = Path(__file__).resolve().parents[2] / "jobs" / "models" / "tiny-512"
+KEY = "sk-very-secret-0123456789"
+
+
+def engine(address: str, **changes: Any) -> OpenAIEngine:
+    values = {"kind": "openai", "base_url": address, "served": {"final": "m"}, "backoff_seconds": 0.01}
+    values |= {"timeout_seconds": 60, "max_attempts": 3, "concurrency": 2}
+    return OpenAIEngine(MODEL, EndpointEngine.model_validate(values | changes), "final")
+
+
+def request(text: str = "one two", **changes: Any) -> Request:
+    return Request(**{"text": text, "ids": [5, 6, 7], "max_new_tokens": 4, "stop": ("\n",), **changes})
+
+
+@pytest.fixture
+def server() -> Iterator[Served]:
+    with serve() as running:
+        yield running
+
+
+def test_answers_come_in_order_and_few_at_a_time(server: Served) -> None:
+    server.reply = lambda body: (time.sleep(0.05 if body["prompt"][0] % 2 else 0.0), f" {body['prompt'][0]}\nmore")[1]
+    made: list[int] = []
+
+    def requests() -> Iterator[Request]:
+        for number in range(12):
+            made.append(number)
+            assert len(made) - len(server.bodies) <= 3, "a prompt is made when there is room for it"
+            yield request(ids=[number, 1, 2])
+
+    ours = engine(server.address)
+    assert ours.answers(requests()) == [str(number) for number in range(12)]
+    assert server.most_open == 2
+    assert ours.finish_reasons == ["stop"] * 12
+    body = server.bodies[0]
+    assert body["temperature"] == 0.0 and body["max_tokens"] == 4 and "stop" not in body
+
+
+def test_a_chat_carries_messages_and_the_beginning_of_the_answer(server: Served) -> None:
+    chat = request(messages=(("user", "Hello"),), answer_prefix="The key is")
+    assert engine(server.address, api="chat").answers([chat]) == ["ok"]
+    body = server.bodies[-1]
+    assert body["messages"] == [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "The key is"}]
+    assert body["continue_final_message"] and not body["add_generation_prompt"] and body["max_completion_tokens"] == 4
+    engine(server.address, api="chat", continue_answer=False).answers([chat])
+    assert [message["role"] for message in server.bodies[-1]["messages"]] == ["user"]
+    with pytest.raises(UserError, match="this prompt is no chat"):
+        engine(server.address, api="chat").answers([request()])
+
+
+def test_faults_that_pass_are_tried_again(server: Served) -> None:
+    faults = iter([(429, "slow down"), (500, "oops"), "cut", "garbage", "hang"])
+    server.fault = lambda: next(faults, None)
+    ours = engine(server.address, max_attempts=6, timeout_seconds=0.5, concurrency=1)
+    assert ours.answers([request(), request()]) == ["ok", "ok"]
+    assert len(server.bodies) == 7
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        ((429, "slow down"), r"no answer to request 0 of this cell: HTTP 429: slow down \(3 attempts\)"),
+        ((500, f"{KEY} is down"), r"HTTP 500: \*\*\* is down .* submit again: stored cells are kept"),
+        ("hang", r"no answer within evaluate.engine.timeout_seconds 0.3"),
+        ("garbage", r"no answer to request 0"),
+        ((401, "who are you"), r"HTTP 401 .*Check the key in the environment variable TEST_KEY"),
+        ((404, "no such model"), r"Check evaluate.engine.base_url and evaluate.engine.served 'm'"),
+        ((400, "maximum context length is 2"), r"refused a prompt of 3 tokens \(HTTP 400: maximum context length"),
+    ],
+)
+def test_faults_that_stay_are_named(server: Served, monkeypatch: Any, fault: Any, message: str, caplog: Any) -> None:
+    caplog.set_level("DEBUG")
+    monkeypatch.setenv("TEST_KEY", KEY)
+    server.fault = lambda: fault
+    with pytest.raises(UserError, match=message) as error:
+        engine(server.address, timeout_seconds=0.3, api_key_env="TEST_KEY").answers([request()])
+    assert KEY not in str(error.value) and KEY not in caplog.text
+    assert server.keys == {f"Bearer {KEY}"}
+
+
+def test_a_window_too_small_is_refused_before_anything_is_sent(server: Served) -> None:
+    server.window = 6
+    with pytest.raises(UserError, match=r"'m' reads 6 tokens at most, and this prompt has 3 with 4 to come.*len 7"):
+        engine(server.address).answers([request()])
+    assert server.bodies == []
+    assert engine(server.address).answers([request(max_new_tokens=3)]) == ["ok"]
+    with pytest.raises(UserError, match="reads 5 tokens at most"):
+        engine(server.address, max_context_tokens=5).answers([request(max_new_tokens=3)])
+
+
+def test_a_prompt_that_the_server_cut_is_noticed(server: Served) -> None:
+    server.prompt_tokens = 2
+    with pytest.raises(UserError, match="read 2 tokens of a prompt that has 3 here: its tokenizer"):
+        engine(server.address).answers([request()])
+    server.prompt_tokens = 1
+    with pytest.raises(UserError, match="read 1 tokens of a prompt that has 3 here: it dropped"):
+        engine(server.address).answers([request()])
+
+
+def test_answers_that_are_cut_or_empty_are_kept_with_their_reason(server: Served, caplog: Any) -> None:
+    replies = iter(["", None, "abc"])
+    server.reply = lambda body: next(replies)
+    server.finish_reason, server.completion_tokens = "length", 2
+    ours = engine(server.address, concurrency=1)
+    assert ours.answers([request(), request(), request()]) == ["", "", "abc"]
+    assert ours.finish_reasons == ["length"] * 3
+    assert "cut an answer after 2 of 4 tokens" in caplog.text
+
+
+def test_settings_that_are_refused() -> None:
+    base = {"kind": "openai", "served": {"final": "m"}}
+    for changes, message in (
+        ({"base_url": "localhost:8000"}, "is no address"),
+        ({"base_url": "http://me:secret@host/v1"}, "must not carry a user name"),
+        ({"served": {"base": "m"}}, "does not say what the server calls 'final'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            EvaluateConfig.model_validate({"models": ["final"], "engine": base | changes, "context_lengths": [64]})
+
+
+@contextlib.contextmanager
+def transformers_server() -> Iterator[str]:
+    from transformers.utils.import_utils import is_serve_available
+
+    if not is_serve_available():
+        pytest.skip("transformers serve needs its serving extra: pip install 'transformers[serving]'")
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    arguments = [
+        "serve",
+        str(MODEL),
+        "--host",
+        "127.0.0.1",
+        "--port",
+        str(port),
+        "--device",
+        "cpu",
+        "--dtype",
+        "float32",
+    ]
+    process = subprocess.Popen(
+        [sys.executable, "-c", "from transformers.cli.transformers import main; main()", *arguments],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
+    )
+    try:
+        for _ in range(1200):
+            try:
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=1)
+                break
+            except OSError:
+                assert process.poll() is None
+                time.sleep(0.1)
+        yield f"http://127.0.0.1:{port}/v1"
+    finally:
+        process.terminate()
+        process.wait(60)
+
+
+def test_fifty_answers_of_a_served_model_are_those_of_the_in_process_engine() -> None:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    plain = Engine(MODEL, precision="float32", prefill_chunk_tokens=64, device="cpu")
+    cells = [(length, depth) for length in (150, 210, 290, 380, 480) for depth in (0, 20, 50, 80, 100)]
+    requests = []
+    for length, depth in cells:
+        for sample in range(2):
+            values = {"context_length_tokens": length, "depth_percent": depth, "sample": sample, "seed": 3}
+            made = build_prompt(plain.tokenizer, max_new_tokens=6, chat_template=True, **values)
+            ids = encode_prompt(plain.tokenizer, made.prompt, chat_template=True)
+            messages = (("user", made.message),)
+            requests.append(Request(made.prompt, ids, 6, ("\n",), messages=messages, answer_prefix=made.answer_prefix))
+    expected = plain.answers(requests)
+    torch.set_num_threads(threads)
+    assert sum(answer.strip().isdigit() for answer in expected) > 30, "the model must have something to say"
+    chats = []
+    for each in requests[:2]:
+        text = each.text.removesuffix(each.answer_prefix)
+        ids = plain.tokenizer(text, add_special_tokens=False)["input_ids"]
+        chats.append(Request(text, ids, 6, ("\n",), messages=each.messages))
+    with transformers_server() as address:
+        served = {"served": {"final": str(MODEL)}, "concurrency": 1}
+        assert engine(address, prompt_as="text", **served).answers(requests) == expected
+        assert engine(address, api="chat", **served).answers(chats) == plain.answers(chats)

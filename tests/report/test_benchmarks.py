@@ -1,0 +1,139 @@
+"""Benchmark cells become tables: means as published, what failed counts 0, every number names its files."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.report.made_run import made_recipe, write_run, write_tasks
+from ultralong_ray.report.benchmarks import benchmark_facts
+from ultralong_ray.report.evaluation import evaluation_facts, verdict
+from ultralong_ray.report.page import write_report
+from ultralong_ray.report.reading import StageReader
+from ultralong_ray.report.scores import Score
+
+RULER = {"kind": "ruler", "names": ["vt", "qa_1"], "context_lengths": [512, 4096], "samples_per_cell": 4}
+POINTS: dict[tuple[str, str, int], list[float] | str | None] = {
+    ("base", "ruler/vt", 512): [1.0, 0.8, 0.6, 0.0],
+    ("base", "ruler/vt", 4096): [0.0, 0.0, 0.0, 0.0],
+    ("base", "ruler/qa_1", 512): [1.0, 1.0, 1.0, 0.0],
+    ("base", "ruler/qa_1", 4096): "its worker was lost 3 times",
+    ("final", "ruler/vt", 512): [1.0, 1.0, 1.0, 1.0],
+    ("final", "ruler/vt", 4096): [1.0, 1.0, 1.0, 1 / 3],
+    ("final", "ruler/qa_1", 512): [1.0, 1.0, 1.0, 1.0],
+    ("final", "ruler/qa_1", 4096): None,
+}
+
+
+def _facts(workdir: Path) -> tuple[dict[str, Any], StageReader, Any]:
+    recipe = made_recipe(workdir, tasks=[RULER])
+    stage = write_run(recipe)["evaluate"]
+    write_tasks(stage, POINTS)
+    reader = StageReader(stage)
+    return evaluation_facts(recipe, reader), reader, recipe
+
+
+def test_a_score_is_the_mean_of_its_samples_and_names_its_files(tmp_path: Path) -> None:
+    facts, reader, _ = _facts(tmp_path)
+    (suite,) = facts["benchmarks"]["suites"]
+    assert (suite["suite"], suite["columns"]) == ("ruler", ["512", "4K"])
+    base, final = suite["models"]
+    assert [[score["percent"] for score in row["scores"]] for row in base["rows"]] == [[60.0, 0.0], [75.0, 0.0]]
+    assert final["rows"][0]["scores"][1]["percent"] == 83.33, "RULER rounds to two decimals"
+    for table in suite["models"]:
+        for row in table["rows"]:
+            for score in row["scores"]:
+                for file in score["files"]:
+                    stored = (reader.directory.location.parent / file).read_json()
+                    assert round(100 * stored["score"], 2) == score["percent"] and stored["model"] == table["model"]
+
+
+def test_failed_cells_count_0_and_missing_ones_are_left_out(tmp_path: Path) -> None:
+    facts, reader, _ = _facts(tmp_path)
+    base, final = facts["benchmarks"]["suites"][0]["models"]
+    failed = base["rows"][1]["scores"][1]
+    assert (failed["percent"], failed["num_samples"], failed["num_failed_cells"]) == (0.0, 4, 1)
+    assert [cell["reason"] for cell in facts["benchmarks"]["failed_cells"]] == ["its worker was lost 3 times"]
+    missing = final["rows"][1]["scores"][1]
+    assert (missing["percent"], missing["num_missing_samples"], final["num_missing_samples"]) == (None, 4, 4)
+    assert [mean and mean["percent"] for mean in base["means"]] == [67.5, 0.0]
+    assert [mean and mean["percent"] for mean in final["means"]] == [100.0, None], "no mean of half the tasks"
+    assert any("qa_1/4096-shard0.json is missing" in note for note in reader.notes)
+    assert base["cumulative"] == [67.5, 33.75] and final["cumulative"] == [100.0, None]
+
+
+def test_verdict_names_ruler_at_the_longest_length(tmp_path: Path) -> None:
+    facts, _, _ = _facts(tmp_path)
+    text = verdict(None, facts["benchmarks"])[0].replace("\N{NO-BREAK SPACE}", " ")
+    assert text == "RULER at 4K tokens, mean of 2 tasks: Base model 0.0 %."
+
+
+RULER_LENGTHS = [4096 << k for k in range(9)]
+
+
+def _whole(model: str, suite: str, names: int, lengths: list[int], points: Any) -> list[Score]:
+    return [
+        Score(model, f"{suite}/task{k}", length, [points(k, length)] * 4) for k in range(names) for length in lengths
+    ]
+
+
+def test_rulers_published_means_need_all_tasks_and_all_lengths() -> None:
+    scores = _whole("final", "ruler", 13, RULER_LENGTHS, lambda k, length: 1.0 if length <= 131072 else 0.5)
+    summary = benchmark_facts(scores, ["final"], {}, 4096)[0]["models"][0]["summary"]
+    shares = {name: None if mean is None else mean["percent"] for name, mean in summary.items()}
+    assert shares["<128K"] == 100.0 and shares["<512K"] == pytest.approx((6 * 100 + 2 * 50) / 8)
+    assert shares["<1M"] == pytest.approx((6 * 100 + 3 * 50) / 9) == shares["mean of the lengths above"]
+    short = benchmark_facts([s for s in scores if s.context_length_tokens != 8192], ["final"], {}, 4096)[0]
+    assert [short["models"][0]["summary"][name] for name in ("<128K", "<512K", "<1M")] == [None] * 3
+    few = benchmark_facts([s for s in scores if s.task != "ruler/task3"], ["final"], {}, 4096)[0]
+    assert few["models"][0]["summary"]["<128K"] is None
+    assert {row["model"]: row["values"]["<1M"] for row in few["published"]}["UltraLong-8B-4M"] == 78.0
+
+
+def test_effective_length_is_the_longest_at_or_above_85_6() -> None:
+    scores = _whole("final", "ruler", 13, RULER_LENGTHS, lambda k, length: 0.856 if length <= 32768 else 0.8559)
+    table = benchmark_facts(scores, ["final"], {}, 4096)[0]["models"][0]
+    assert table["effective_tokens"] == 32768
+
+
+def test_lveval_averages_levels_of_sets_and_standard_tests_stand_under_their_names() -> None:
+    levels = {"16k": 1.0, "32k": 0.5, "64k": 0.5, "128k": 0.0, "256k": 0.25}
+    scores = [
+        Score("final", f"lveval/set{k}_{level}", 131072, [share] * 2)
+        for k in range(11)
+        for level, share in levels.items()
+    ]
+    suite = benchmark_facts(scores, ["final"], {}, 4096)[0]
+    assert suite["columns"] == [f"{level}, window 128K" for level in levels]
+    summary = suite["models"][0]["summary"]
+    assert (summary["<128K"]["percent"], summary["<256K"]["percent"]) == (50.0, 45.0)
+    standard = benchmark_facts([Score("final", "standard/gsm8k", 4096, [1.0, 0.0])], ["final"], {}, 4096)[0]
+    summary = standard["models"][0]["summary"]
+    assert summary["GSM8K"]["percent"] == 50.0 and summary["MMLU"] is None and summary["mean"] is None
+
+
+def test_the_page_shows_every_number_of_the_tables_and_escapes_answers(tmp_path: Path) -> None:
+    _, _, recipe = _facts(tmp_path)
+    directories = write_run(recipe)
+    write_tasks(directories["evaluate"], POINTS)
+    file = directories["evaluate"].location / "cells/final/ruler/vt/4096-shard0.json"
+    stored = file.read_json()
+    stored["samples"][0] |= {"answer": "</code><script>alert(1)</script>", "facts": {"haystack": "made up"}}
+    file.write_json(stored)
+    summary = write_report(recipe, directories, directories["report"])
+    assert summary["num_failed"] == 1
+    folder = Path(directories["report"].location.path)
+    page, text = (folder / "report.html").read_text(), (folder / "report.md").read_text()
+    assert "<script>alert" not in page and "&lt;script&gt;alert" in page
+    for number in ("60.00", "75.00", "83.33", "67.50", "33.75", "0.00*"):
+        assert f">{number}<" in page, number
+    assert "| vt | 60.00 | 0.00 |" in text and "| qa_1 | 75.00 | 0.00* |" in text
+    assert "| UltraLong-8B-4M | 84.2 | 80.0 | 78.0 |" in text and "do not compare these scores" in page
+    facts = json.loads((folder / "report.json").read_text())
+    assert facts["benchmarks"]["suites"][0]["models"][1]["rows"][0]["scores"][1]["low"] < 83.33
+    links = set(re.findall(r'href="#(a-[^"]+)"', page))
+    assert links and all(f'id="{link}"' in page for link in links)

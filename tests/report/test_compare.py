@@ -1,0 +1,85 @@
+"""Two models side by side: the same numbers as their cells, pairs where the same was asked, words otherwise."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.report.made_run import made_recipe, write_run, write_tasks
+from ultralong_ray.report.compare import compare_command, comparison_facts, find_side
+from ultralong_ray.storage import StageDirectory
+from ultralong_ray.types import UserError
+
+POINTS: dict[tuple[str, str, int], list[float] | str | None] = {
+    ("base", "ruler/vt", 512): [0.0, 0.0, 0.0, 1.0],
+    ("final", "ruler/vt", 512): [0.0, 1.0, 1.0, 1.0],
+    ("final", "ruler/vt", 4096): [1.0, 1.0, 1.0, 1.0],
+}
+
+
+def _evaluation(workdir: Path) -> StageDirectory:
+    recipe = made_recipe(workdir)
+    stage = write_run(recipe)["evaluate"]
+    write_tasks(stage, POINTS)
+    return stage
+
+
+def test_side_by_side_with_pairs(tmp_path: Path) -> None:
+    place = _evaluation(tmp_path).location.uri
+    facts = comparison_facts(find_side(f"{place}#base", None), find_side(str(tmp_path), None))
+    assert (facts["a"]["model"], facts["b"]["model"]) == ("base", "final"), "final is what a workdir stands for"
+    (row,) = facts["rows"]
+    assert (row["a"]["percent"], row["b"]["percent"], row["difference"], row["paired"]) == (25.0, 75.0, 50.0, True)
+    assert 0.0 <= row["low"] < 50.0 < row["high"] <= 100.0
+    assert facts["b"]["only"] == ["ruler/vt at 4096"] and facts["a"]["only"] == []
+    assert row["a"]["files"][0].endswith("cells/base/ruler/vt/512-shard0.json")
+
+
+def test_other_questions_are_not_paired(tmp_path: Path) -> None:
+    stage = _evaluation(tmp_path)
+    file = stage.location / "cells/final/ruler/vt/512-shard0.json"
+    stored = file.read_json()
+    stored["samples"][2]["expected"] = ["another"]
+    file.write_json(stored)
+    facts = comparison_facts(find_side(f"{stage.location}#base", None), find_side(f"{stage.location}#final", None))
+    assert not facts["rows"][0]["paired"]
+
+
+def test_the_command_writes_three_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    place, out = _evaluation(tmp_path / "run").location, tmp_path / "out"
+    assert compare_command(["--compare", f"{place}#base", f"{place}#final", "--out", str(out)]) == 0
+    printed = capsys.readouterr().out
+    assert "| ruler/vt | 512 | 25.00 | 75.00 | +50.00 |" in printed
+    assert (out / "comparison.md").read_text() in printed
+    page = (out / "comparison.html").read_text()
+    assert ">25.00<" in page and ">75.00<" in page and "+50.00" in page
+    assert json.loads((out / "comparison.json").read_text())["rows"][0]["difference"] == 50.0
+
+
+@pytest.mark.parametrize(
+    ("a", "words"),
+    [
+        ("nowhere", "neither an evaluate stage nor a workdir with one"),
+        ("run#extended", "has no model 'extended'; name one of base, final"),
+    ],
+)
+def test_what_cannot_be_compared_is_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], a: str, words: str
+) -> None:
+    _evaluation(tmp_path / "run")
+    arguments: list[Any] = ["--compare", str(tmp_path / a), str(tmp_path / "run"), "--out", str(tmp_path / "out")]
+    assert compare_command(arguments) == 2
+    assert words in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_nothing_in_common_is_an_error(tmp_path: Path) -> None:
+    stage = _evaluation(tmp_path)
+    plan = (stage.location / "plan.json").read_json()
+    plan["cells"] = [cell for cell in plan["cells"] if (cell["model"], cell["context_length_tokens"]) != ("final", 512)]
+    (stage.location / "plan.json").write_json(plan)
+    sides = [find_side(f"{stage.location}#{model}", None) for model in ("base", "final")]
+    with pytest.raises(UserError, match="no task at the same length in common"):
+        comparison_facts(*sides)

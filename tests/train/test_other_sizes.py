@@ -1,0 +1,73 @@
+"""A run goes on with other numbers of workers and at other degrees, and its losses stay the same."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.parallel.spawn import run_distributed
+from tests.train.made_jobs import job, write_inputs
+from ultralong_ray.storage import Location
+from ultralong_ray.train.events import read_events
+from ultralong_ray.train.metrics import read_metrics
+
+STEPS = 8
+# (ranks, degree) of steps 1-2, 3-4, 5-6 and 7-8
+WORLDS = [(4, 2), (2, 2), (4, 2), (4, 2)]
+DEGREES = [(4, 4), (4, 2), (4, 1), (4, 4)]
+
+
+class Stopped(Exception):
+    pass
+
+
+def train_to(folder: Path, stage: str, last_step: int, ranks: int, degree: int) -> int:
+    """Run the job of `stage` as if it were killed after `last_step`; the step it started from."""
+    import torch
+
+    from ultralong_ray.train.loop import run
+
+    def report(metrics: dict[str, Any]) -> None:
+        if metrics["step"] == last_step < STEPS:
+            raise Stopped
+
+    sizes = {"cluster": {"num_workers": ranks}, "sequence_parallel_degree": degree}
+    task = job(folder, stage, steps=STEPS, global_batch_sequences=4, **sizes)
+    try:
+        return run(task, torch.device("cpu"), report)
+    except Stopped:
+        return -1
+
+
+def unbroken_degrees_and_first_world(folder: Path) -> list[int]:
+    """On four ranks: a run in one go, the whole chain of degrees, and the first part of the chain of worlds."""
+    started = [train_to(folder, "unbroken", STEPS, 4, 4)]
+    started += [train_to(folder, "degrees", 2 * part, *size) for part, size in enumerate(DEGREES, 1)]
+    return [*started, train_to(folder, "worlds", 2, *WORLDS[0])]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    made = tmp_path_factory.mktemp("sizes")
+    write_inputs(made)
+    assert run_distributed(unbroken_degrees_and_first_world, 4, made) == [[0, -1, -1, -1, 6, -1]] * 4
+    run_distributed(train_to, 2, made, "worlds", 4, *WORLDS[1])
+    assert run_distributed(train_to, 4, made, "worlds", STEPS, *WORLDS[2]) == [4] * 4
+    return made
+
+
+@pytest.mark.parametrize("stage", ["worlds", "degrees"])
+def test_the_losses_are_those_of_the_unbroken_run(folder: Path, stage: str) -> None:
+    expected, found = (read_metrics(Location.of(folder / name)) for name in ("unbroken", stage))
+    assert [record.step for record in found] == list(range(1, STEPS + 1))
+    for one, other in zip(expected, found, strict=True):
+        assert other.loss == pytest.approx(one.loss, abs=1e-5)
+        assert (other.learning_rate, other.tokens, other.epoch, other.sequence) == (
+            (one.learning_rate, one.tokens, one.epoch, one.sequence)
+        )
+    assert found[-1].loss < found[0].loss - 0.3
+    begins = [event for event in read_events(Location.of(folder / stage)) if event["event"] in ("start", "resume")]
+    layouts = [(event["layout"]["world_size"], event["layout"]["ulysses_degree"]) for event in begins]
+    assert layouts == (DEGREES if stage == "degrees" else WORLDS[:3])

@@ -1,0 +1,183 @@
+"""Two evaluated models side by side: stored cells of both in; comparison.html, .md and .json out.
+
+    python jobs/evaluate.py --compare A B [--out DIR]            A, B: a run's workdir or its evaluate stage, and #model
+    python jobs/evaluate.py RECIPE.toml --compare base final     models of one recipe
+
+Scores stand side by side where both were asked the same task at the same length. Where the very same samples were
+asked, the interval of the difference is taken over pairs, which is far narrower.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+from ultralong_ray.config import Recipe
+from ultralong_ray.recipe import load_recipe
+from ultralong_ray.report import words
+from ultralong_ray.report.benchmarks import depth_grids
+from ultralong_ray.report.figures import heatmap, score_colour
+from ultralong_ray.report.intervals import DRAWS, difference
+from ultralong_ray.report.reading import StageReader
+from ultralong_ray.report.scores import FAILED_ARE, PLAN_FILE, Score, read_scores
+from ultralong_ray.stages import stage_directory
+from ultralong_ray.storage import Location, StageDirectory
+from ultralong_ray.types import UserError
+
+INTERVALS_ARE = (
+    f"95 % intervals of the difference B - A: percentile bootstrap ({DRAWS} draws, fixed seed), over pairs of samples "
+    "where both models were asked the same ones"
+)
+
+
+@dataclass(frozen=True)
+class Side:
+    """One model of one evaluation."""
+
+    name: str  # as it was named on the command line
+    stage: StageDirectory
+    model: str
+
+
+def compare_command(arguments: list[str]) -> int:
+    """Parse the command line, write the comparison, print its Markdown. Returns the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("recipe", nargs="?", help="TOML file; then A and B may be names of its models")
+    parser.add_argument("--compare", nargs=2, metavar=("A", "B"), required=True)
+    parser.add_argument("--out", default="runs/comparison", help="folder of the three files (default: %(default)s)")
+    parsed, overrides = parser.parse_known_args(arguments)
+    try:
+        recipe = load_recipe(parsed.recipe, overrides) if parsed.recipe else None
+        if recipe is None and overrides:
+            raise UserError(f"{overrides[0]!r} changes a recipe, and none is given; name one, or leave it out")
+        first, second = (find_side(text, recipe) for text in parsed.compare)
+        out = Location.of(parsed.out)
+        print(write_comparison(first, second, out))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"comparison: {out}/comparison.html")
+    return 0
+
+
+def find_side(text: str, recipe: Recipe | None) -> Side:
+    """What A or B names. Raises: UserError when there is no evaluation, several, or no such model."""
+    place, _, model = text.partition("#")
+    if recipe is not None and recipe.evaluate is not None and text in recipe.evaluate.models:
+        stage = stage_directory(recipe, "evaluate")
+        model = text
+    else:
+        stage = _find_stage(Location.of(place))
+    if not (stage.location / PLAN_FILE).exists():
+        raise UserError(
+            f"{text}: no evaluation at {stage.location} (it has no {PLAN_FILE}); run jobs/evaluate.py first"
+        )
+    plan = (stage.location / PLAN_FILE).read_json()
+    models = sorted({cell["model"] for cell in plan["cells"]})
+    chosen = model or ("final" if "final" in models else models[0] if len(models) == 1 else "")
+    if chosen not in models:
+        named = f"has no model {chosen!r}" if chosen else "has several models"
+        raise UserError(f"{text}: the evaluation {named}; name one of {', '.join(models)}, as in {place}#{models[0]}")
+    return Side(text, stage, chosen)
+
+
+def _find_stage(place: Location) -> StageDirectory:
+    """An evaluate stage, given itself or by the workdir that holds it."""
+    if (place / PLAN_FILE).exists():
+        return StageDirectory("evaluate", place.name.rpartition("-")[2], place)
+    plans = [file for file in place.files(recursive=True) if file.name == PLAN_FILE]
+    stages = [file.parent for file in plans if file.parent.name.startswith("evaluate-")]
+    if not stages:
+        raise UserError(f"{place}: neither an evaluate stage nor a workdir with one; run jobs/evaluate.py first")
+    if len(stages) > 1:
+        raise UserError(f"{place} holds {len(stages)} evaluations; name one of {', '.join(map(str, stages))}")
+    return StageDirectory("evaluate", stages[0].name.rpartition("-")[2], stages[0])
+
+
+def write_comparison(first: Side, second: Side, out: Location) -> str:
+    """Write the three files into `out` and return the Markdown."""
+    facts = comparison_facts(first, second)
+    (out / "comparison.json").write_json(facts)
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=jinja2.select_autoescape(enabled_extensions=("html.j2",), default=False),
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters.update(short_tokens=words.short_tokens, colour=score_colour)
+    charts = [
+        {"title": f"{side}: {grid['task']}", "svg": heatmap(grid, grid, f"{side} {grid['task']}")}
+        for side in ("A", "B")
+        for grid in facts[side.lower()]["grids"]
+    ]
+    page = environment.get_template("compare.html.j2").render(facts=facts, charts=charts)
+    text = environment.get_template("compare.md.j2").render(facts=facts)
+    (out / "comparison.html").write_bytes(page.encode())
+    (out / "comparison.md").write_bytes(text.encode())
+    return text
+
+
+def comparison_facts(first: Side, second: Side) -> dict[str, Any]:
+    """JSON-ready. Raises: UserError when the two have no task and length in common."""
+    notes: list[str] = []
+    scores = [_scores(side, notes) for side in (first, second)]
+    by_place = [{(score.task, score.context_length_tokens): score for score in own} for own in scores]
+    rows = [_row(score, by_place[1][place]) for place, score in by_place[0].items() if place in by_place[1]]
+    if not rows:
+        raise UserError(f"{first.name} and {second.name} have no task at the same length in common")
+    only = [sorted(set(own) - set(other)) for own, other in (by_place, by_place[::-1])]
+    sides = [
+        {
+            "name": side.name,
+            "model": side.model,
+            "evaluation": side.stage.location.uri,
+            "only": [f"{task} at {length}" for task, length in alone],
+            "grids": depth_grids(own, {}, _base_window(side)),
+            "settings": {f"{score.task} at {score.context_length_tokens}": score.settings for score in own},
+        }
+        for side, own, alone in zip((first, second), scores, only, strict=True)
+    ]
+    return {
+        "a": sides[0],
+        "b": sides[1],
+        "rows": rows,
+        "intervals_are": INTERVALS_ARE,
+        "failed_are": FAILED_ARE,
+        "notes": notes,
+    }
+
+
+def _scores(side: Side, notes: list[str]) -> list[Score]:
+    return [s for s in read_scores(StageReader(side.stage, notes), with_passkey=True) if s.model == side.model]
+
+
+def _base_window(side: Side) -> int:
+    """Tokens, from the summary of a finished evaluation; 0 where it has not finished."""
+    return int(side.stage.summary().get("base_context_length", 0)) if side.stage.done else 0
+
+
+def _row(a: Score, b: Score) -> dict[str, Any]:
+    """One task at one length. `low`, `high` and `difference` are in per cent points."""
+    paired = a.identities == b.identities
+    spread: Sequence[float | None] = (None, None)
+    if a.points and b.points:
+        spread = [100 * end for end in difference(a.points, b.points, paired=paired)]
+    known = a.percent is not None and b.percent is not None
+    return {
+        "task": a.task,
+        "context_length_tokens": a.context_length_tokens,
+        "a": a.facts(),
+        "b": b.facts(),
+        "difference": (b.percent or 0.0) - (a.percent or 0.0) if known else None,
+        "low": spread[0],
+        "high": spread[1],
+        "paired": paired,
+        "same_settings": a.settings == b.settings,
+    }

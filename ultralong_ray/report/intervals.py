@@ -1,0 +1,66 @@
+"""95 % confidence intervals of scores between 0 and 1. Pure: sample scores in, (low, high) out.
+
+Where every score is 0 or 1 the interval is Wilson's (JASA 22, 1927), which stays sensible at 0 and at 1 and for few
+samples. Where scores lie between, and for means over tasks, it is the percentile bootstrap over samples (Efron, 1979)
+with a fixed seed, each task drawn from its own samples.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+Z_95 = 1.959963984540054
+DRAWS = 1000
+WORDS = (
+    "95 % intervals: Wilson's where every sample is right or wrong; else, and for means over tasks, the percentile "
+    f"bootstrap over samples within each task ({DRAWS} draws, fixed seed)"
+)
+Kind = Literal["wilson", "bootstrap"]
+
+
+def interval(scores: Sequence[float]) -> tuple[float, float, Kind]:
+    """(low, high, which) of the mean of at least one score."""
+    if all(score in (0.0, 1.0) for score in scores):
+        return (*wilson(sum(scores), len(scores)), "wilson")
+    return (*stratified([scores]), "bootstrap")
+
+
+def wilson(right: float, count: int) -> tuple[float, float]:
+    """Wilson's score interval of a share."""
+    share, z2 = right / count, Z_95**2
+    centre = (share + z2 / (2 * count)) / (1 + z2 / count)
+    half = Z_95 / (1 + z2 / count) * math.sqrt(share * (1 - share) / count + z2 / (4 * count**2))
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def stratified(groups: Sequence[Sequence[float]]) -> tuple[float, float]:
+    """Of the plain mean of the groups' means: a draw takes as many samples of each group as it has."""
+    rng = np.random.default_rng(0)
+    means = sum((_drawn_means(group, rng) for group in groups), np.zeros(DRAWS))
+    return _middle(means / len(groups))
+
+
+def difference(first: Sequence[float], second: Sequence[float], *, paired: bool) -> tuple[float, float]:
+    """Of mean(second) - mean(first). `paired`: scores at the same place are of the same question."""
+    rng = np.random.default_rng(0)
+    if paired:
+        return _middle(_drawn_means([b - a for a, b in zip(first, second, strict=True)], rng))
+    return _middle(_drawn_means(second, rng) - _drawn_means(first, rng))
+
+
+def _drawn_means(scores: Sequence[float], rng: np.random.Generator) -> NDArray[np.float64]:
+    """Means of DRAWS draws of as many scores, with replacement. Returns: [DRAWS]."""
+    values = np.asarray(scores, dtype=np.float64)
+    # how often each sample is drawn takes less room than the draws themselves
+    counts = rng.multinomial(len(values), np.full(len(values), 1 / len(values)), size=DRAWS)  # [DRAWS, samples]
+    return counts @ values / len(values)
+
+
+def _middle(means: NDArray[np.float64]) -> tuple[float, float]:
+    low, high = np.percentile(means, [2.5, 97.5])
+    return float(low), float(high)

@@ -1,0 +1,196 @@
+"""Stored cells of benchmarks to scores: `plan.json`, `failed.json` and `cells/**.json` in, one `Score` per task, length
+and model out, with its interval and the files that it was read from.
+
+Every sample counts once. A cell that failed counts 0 for each of its samples, so that a model cannot gain by failing; a
+cell that is planned and not there is missing: it is left out of the mean and counted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from ultralong_ray.report.intervals import interval, stratified
+from ultralong_ray.report.reading import StageReader, finite, json_safe
+
+PLAN_FILE, FAILED_FILE = "plan.json", "failed.json"
+ROUNDED = ("ruler", "lveval")  # suites that print means with two decimals
+EXAMPLES = 4  # samples of a score that the page can show, wrong ones first
+EXAMPLE_CHARACTERS = 400  # of each of its texts
+SOURCE_FACTS = ("haystack", "words", "questions_from", "texts_from")
+FAILED_ARE = "a cell that failed counts 0 for each of its samples; a missing one is left out and counted"
+
+
+@dataclass
+class Score:
+    """Samples of one model on one task at one context length, over all depths and shards."""
+
+    model: str
+    task: str
+    context_length_tokens: int
+    points: list[float] = field(default_factory=list)  # of every sample, 0 to 1
+    files: list[str] = field(default_factory=list)
+    failed: dict[str, str] = field(default_factory=dict)  # file -> reason
+    num_missing: int = 0
+    num_empty: int = 0
+    by_depth: dict[float, list[float]] = field(default_factory=dict)
+    examples: list[dict[str, Any]] = field(default_factory=list)
+    settings: dict[str, Any] = field(default_factory=dict)
+    identities: list[str] = field(default_factory=list)  # depth and question of every sample: equal ones can be paired
+    sources: set[str] = field(default_factory=set)  # "haystack: made up", as the samples' facts say
+
+    @property
+    def suite(self) -> str:
+        return self.task.split("/", 1)[0]
+
+    @property
+    def percent(self) -> float | None:
+        """As the benchmark prints it: RULER and LV-Eval with two decimals."""
+        if not self.points:
+            return None
+        value = 100 * (sum(self.points) / len(self.points))
+        return round(value, 2) if self.suite in ROUNDED else value
+
+    def facts(self) -> dict[str, Any]:
+        """For report.json."""
+        low, high, kind = interval(self.points) if self.points else (None, None, None)
+        return {
+            "task": self.task,
+            "context_length_tokens": self.context_length_tokens,
+            "percent": self.percent,
+            "low": None if low is None else 100 * low,
+            "high": None if high is None else 100 * high,
+            "interval": kind,
+            "num_samples": len(self.points),
+            "num_failed_cells": len(self.failed),
+            "num_missing_samples": self.num_missing,
+            "num_empty_answers": self.num_empty,
+            "files": self.files,
+            "failed": self.failed,
+            "examples": self.examples,
+        }
+
+
+def read_scores(reader: StageReader, *, with_passkey: bool = False) -> list[Score]:
+    """Scores of all benchmark cells, in the order of the plan's sections; `with_passkey` also of the passkey grid."""
+    if not (reader.directory.location / PLAN_FILE).exists():
+        return []
+    plan, failed = reader.read_json(PLAN_FILE) or {}, reader.read_json(FAILED_FILE) or {}
+    scores: dict[tuple[str, str, int], Score] = {}
+    first = -1 if with_passkey else 0
+    planned = [
+        cell for cell in plan.get("cells", []) if cell["section"] >= first and cell["context_length_tokens"] is not None
+    ]
+    for cell in sorted(planned, key=_place):
+        key = (cell["model"], cell["task"], cell["context_length_tokens"])
+        score = scores.setdefault(key, Score(*key))
+        name = reader.name(cell["file"])
+        stored = None if cell["file"] in failed else _stored(reader, cell["file"])
+        if stored is not None:
+            _add(score, stored, name, cell)
+        elif cell["file"] in failed:
+            score.failed[name] = str(failed[cell["file"]])
+            score.identities.append(f"{cell['depth_percent']} failed")
+            _count(score, [0.0] * cell["num_samples"], cell)
+        else:
+            score.num_missing += cell["num_samples"]
+    return list(scores.values())
+
+
+def _place(cell: dict[str, Any]) -> tuple[Any, ...]:
+    """Order of cells: by section and length, then in the order of their samples."""
+    return cell["section"], cell["context_length_tokens"], cell["shard"], cell["depth_percent"] or 0.0
+
+
+def _stored(reader: StageReader, file: str) -> dict[str, Any] | None:
+    """A cell whose samples all have a score, or None with a note."""
+    value = reader.read_json(file)
+    if value is None:
+        return None
+    samples = value.get("samples")
+    if not isinstance(samples, list) or not samples or not all(map(_is_scored, samples)):
+        reader.notes.append(
+            f"{reader.name(file)} holds no list of samples with scores from 0 to 1; it counts as missing."
+        )
+        return None
+    return value
+
+
+def _is_scored(sample: Any) -> bool:
+    points = finite(sample.get("score")) if isinstance(sample, dict) else None
+    return points is not None and 0 <= points <= 1
+
+
+def _add(score: Score, stored: dict[str, Any], name: str, cell: dict[str, Any]) -> None:
+    samples = stored["samples"]
+    score.files.append(name)
+    score.settings = score.settings or json_safe(stored.get("settings") or {})
+    score.identities += [f"{cell['depth_percent']} {s.get('prompt_end')} {s.get('expected')}" for s in samples]
+    score.sources |= {source for sample in samples for source in _sources(sample)}
+    score.num_empty += sum(not str(sample.get("answer", "")).strip() for sample in samples)
+    _count(score, [float(sample["score"]) for sample in samples], cell)
+    wrong_first = sorted([*score.examples, *(_example(sample, name) for sample in samples)], key=_points)
+    # two wrong and two right tell more than four wrong
+    score.examples = [*wrong_first[: EXAMPLES // 2], *wrong_first[EXAMPLES // 2 :][-EXAMPLES // 2 :]]
+
+
+def _sources(sample: dict[str, Any]) -> Iterator[str]:
+    facts = sample.get("facts")
+    if not isinstance(facts, dict):
+        return
+    for name in SOURCE_FACTS:
+        if name in facts:
+            yield f"{name.replace('_', ' ')}: {facts[name]}"
+
+
+def _points(example: dict[str, Any]) -> float:
+    return example["score"]
+
+
+def _count(score: Score, points: list[float], cell: dict[str, Any]) -> None:
+    score.points += points
+    if cell["depth_percent"] is not None:
+        score.by_depth.setdefault(float(cell["depth_percent"]), []).extend(points)
+
+
+def _example(sample: dict[str, Any], file: str) -> dict[str, Any]:
+    expected = sample.get("expected")
+    texts = {
+        "prompt_end": sample.get("prompt_end"),
+        "answer": sample.get("answer"),
+        "expected": " | ".join(map(str, expected)) if isinstance(expected, list) else expected,
+    }
+    return {
+        "file": file,
+        "index": sample.get("index"),
+        "score": float(sample["score"]),
+        "prompt_tokens": sample.get("prompt_tokens"),
+        **{name: clipped(text, EXAMPLE_CHARACTERS, keep_end=name == "prompt_end") for name, text in texts.items()},
+    }
+
+
+def clipped(value: Any, characters: int, *, keep_end: bool) -> str:
+    """A text with what is too much left out: of prompts the start, of answers the end."""
+    text = "" if value is None else str(value)
+    if len(text) <= characters:
+        return text
+    return f"[...] {text[-characters:]}" if keep_end else f"{text[:characters]} [...]"
+
+
+def mean_of(scores: Iterable[Score | None]) -> dict[str, Any] | None:
+    """The plain mean of the tasks' per cents with its interval; None when one of them is not there."""
+    found = list(scores)
+    if not found or any(score is None or score.percent is None for score in found):
+        return None
+    whole: Sequence[Score] = [score for score in found if score is not None]
+    low, high = stratified([score.points for score in whole])
+    percents = [score.percent for score in whole if score.percent is not None]
+    return {
+        "percent": sum(percents) / len(percents),
+        "low": 100 * low,
+        "high": 100 * high,
+        "interval": "bootstrap",
+        "num_samples": sum(len(score.points) for score in whole),
+        "num_tasks": len(whole),
+    }
