@@ -105,7 +105,7 @@ def tiny_recipe(tmp_path: Path, tiny_llama: Path) -> Callable[..., Recipe]:
             "evaluate": {"context_lengths": [192, 256], "depths_percent": [0, 100], "samples_per_cell": 2},
         }
         for name, values in changes.items():
-            sections[name] = {**sections[name], **values}
+            sections[name] = {**sections.get(name, {}), **values}
         return Recipe.model_validate(sections)
 
     return make

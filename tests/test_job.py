@@ -93,12 +93,13 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Stages computed, in order; computing is replaced by noting the name."""
     computed: list[str] = []
 
-    def compute(recipe: Any, stage: str, directory: Any, resume_anyway: Any) -> dict[str, Any]:
+    def compute(recipe: Any, stage: str, *_: Any) -> dict[str, Any]:
         computed.append(stage)
         return {"number": len(computed)}
 
     monkeypatch.setattr(job, "compute", compute)
     monkeypatch.setattr(job, "connect_to_ray", lambda: None)
+    monkeypatch.setattr(job, "await_nodes", lambda *_: None)
     return computed
 
 
@@ -121,6 +122,7 @@ def test_a_failed_stage_is_not_done(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(job, "compute", compute)
     monkeypatch.setattr(job, "connect_to_ray", lambda: None)
+    monkeypatch.setattr(job, "await_nodes", lambda *_: None)
     with pytest.raises(UserError, match="the disk is full"):
         job.run_stage(recipe, "pretrain", QUICKSTART)
     assert not stage_directory(recipe, "pretrain").done

@@ -25,6 +25,7 @@ MAY_IMPORT: dict[str, set[str] | None] = {
     "recipe": {"types", "config"},
     "watch": set(),
     "flops": {"types", "config"},
+    "nodes": {"types", "config"},
     "planner": {"types", "config", "flops"},
     "plan": {"types", "config", "storage", "stages", "flops", "planner"},
     "manifests": {"types", "config", "planner", "plan"},
@@ -49,6 +50,7 @@ MAY_IMPORT: dict[str, set[str] | None] = {
         "eval",
         "watch",
     },
+    "tune": None,
     "trials": {"types", "config", "recipe", "stages", "storage"},
     "job": None,
     "pipeline": None,
@@ -58,7 +60,7 @@ MAY_IMPORT: dict[str, set[str] | None] = {
 HEAVY: dict[str, str] = {
     "ray": (
         r"data/fan_out\.py|train/(trainer|controller|loop|checkpoint|preemption|worker)\.py"
-        r"|eval/(fanout|sharded_group|vllm_engine)\.py|trials\.py|job\.py|watch/metrics\.py"
+        r"|eval/(fanout|sharded_group|vllm_engine)\.py|trials\.py|tune/run\.py|(job|nodes)\.py|watch/metrics\.py"
     ),
     "deepspeed": r"train/(engine|partition)\.py|benchmark/(alst|gradients)\.py",
     "torch": r"(model|parallel|train|benchmark)/.*|eval/[^/]*|export\.py|export/.*",

@@ -67,6 +67,7 @@ def plan_prepare(recipe: Recipe) -> None:
 
     directory = stage_directory(recipe, "prepare")
     connect_to_ray()
+    await_nodes(recipe, "prepare")
     print(f"{plan_only(recipe, directory)}\nplan: {directory.location}/plan.json")
 
 
@@ -118,17 +119,24 @@ def _leave(status: int, message: str) -> None:
     sys.exit(status)
 
 
-def run_stage(recipe: Recipe, stage: str, recipe_path: str, resume_anyway: tuple[str, ...] = ()) -> StageDirectory:
-    """Compute a stage unless it is done, and record its summary last."""
+def run_stage(
+    recipe: Recipe,
+    stage: str,
+    recipe_path: str,
+    resume_anyway: tuple[str, ...] = (),
+    callbacks: tuple[Any, ...] = (),
+) -> StageDirectory:
+    """Compute a stage unless it is done, and record its summary last. `callbacks`: of Ray Train, see `train`."""
     directory = stage_directory(recipe, stage)
     if directory.settled:
         log.info("%s is done already: %s", stage, directory.location)
         return directory
     require_inputs(recipe, stage, recipe_path)
     connect_to_ray()
+    await_nodes(recipe, stage)
     log.info("%s starts: %s", stage, directory.location)
     began = time.monotonic()
-    summary = compute(recipe, stage, directory, resume_anyway)
+    summary = compute(recipe, stage, directory, resume_anyway, callbacks)
     (directory.location / "recipe.json").write_json(recipe.model_dump(mode="json"))
     directory.mark_done({**summary, "seconds": round(time.monotonic() - began, 1)})
     log.info("%s is done in %.0f s: %s", stage, time.monotonic() - began, directory.location)
@@ -139,6 +147,7 @@ def preflight_stage(recipe: Recipe, stage: str, recipe_path: str) -> None:
     """Check the machine for a training stage; nothing is trained and nothing is recorded."""
     require_inputs(recipe, stage, recipe_path)
     connect_to_ray()
+    await_nodes(recipe, stage)
     _train(recipe, stage, stage_directory(recipe, stage), preflight_only=True)
     log.info("preflight of %s: all checks passed", stage)
 
@@ -157,8 +166,19 @@ def connect_to_ray() -> None:
     signal.signal(signal.SIGTERM, _stop)  # ray.init has put its own handler there
 
 
+def await_nodes(recipe: Recipe, stage: str) -> None:
+    """Return when the cluster has what `stage` cannot start without; UserError when that takes too long."""
+    from ultralong_ray.nodes import wait_for_nodes
+
+    wait_for_nodes(recipe, stage)
+
+
 def compute(
-    recipe: Recipe, stage: str, directory: StageDirectory, resume_anyway: tuple[str, ...] = ()
+    recipe: Recipe,
+    stage: str,
+    directory: StageDirectory,
+    resume_anyway: tuple[str, ...] = (),
+    callbacks: tuple[Any, ...] = (),
 ) -> dict[str, Any]:
     """Call the room that computes `stage`. Imports are local: a stage loads only what it needs."""
     if stage == "prepare":
@@ -174,7 +194,7 @@ def compute(
 
         return extend(recipe, directory)
     if stage in ("pretrain", "sft"):
-        return _train(recipe, stage, directory, resume_anyway=resume_anyway)
+        return _train(recipe, stage, directory, resume_anyway=resume_anyway, callbacks=callbacks)
     if stage == "export":
         from ultralong_ray.export import export
 
@@ -197,14 +217,15 @@ def _train(
     directory: StageDirectory,
     preflight_only: bool = False,
     resume_anyway: tuple[str, ...] = (),
+    callbacks: tuple[Any, ...] = (),
 ) -> dict[str, Any]:
     from ultralong_ray.train.trainer import train
 
     if stage == "pretrain":
         packed, model = _output(recipe, "prepare"), _output(recipe, "extend") / "model"
-        return train(recipe, "pretrain", packed, model, directory, preflight_only, resume_anyway)
+        return train(recipe, "pretrain", packed, model, directory, preflight_only, resume_anyway, callbacks)
     packed, model = _output(recipe, "prepare_sft"), _output(recipe, "pretrain") / "model"
-    return train(recipe, "sft", packed, model, directory, preflight_only, resume_anyway)
+    return train(recipe, "sft", packed, model, directory, preflight_only, resume_anyway, callbacks)
 
 
 def _trained_model(recipe: Recipe) -> Location:

@@ -32,6 +32,17 @@ def load_recipe(path: str, overrides: list[str] | None = None) -> Recipe:
         raise UserError(explain(error, path)) from None
 
 
+def with_values(recipe: Recipe, values: dict[str, Any], what: str) -> Recipe:
+    """`recipe` with dotted keys changed. Raises UserError, which names `what`, where that makes no valid recipe."""
+    changed = recipe.model_dump(mode="json", exclude_unset=True)
+    for key, value in values.items():
+        _override(changed, key, value)
+    try:
+        return Recipe.model_validate(changed)
+    except ValidationError as error:
+        raise UserError(explain(error, what)) from None
+
+
 def _read_toml(path: str) -> dict[str, Any]:
     file = Path(path)
     if not file.is_file():

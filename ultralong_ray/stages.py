@@ -30,6 +30,7 @@ FORMAT_VERSIONS = {
     "evaluate": 2,
     "report": 2,
     "refine": 1,  # a job beside the pipeline, see data/refine.py
+    "tune": 1,  # another one, see tune/run.py
 }
 
 # The script that runs each stage.
@@ -106,6 +107,10 @@ def _own_fields(recipe: Recipe, stage: str) -> dict[str, Any]:
     if stage == "refine":
         assert recipe.refine is not None
         return recipe.refine.fingerprint_fields()
+    if stage == "tune":
+        assert recipe.tune is not None
+        compared = [stage_fingerprint(recipe, name) for name in ("pretrain", "evaluate") if name in stages(recipe)]
+        return {**recipe.tune.fingerprint_fields(), "recipe": compared}
     if stage == "extend":
         return recipe.model.fingerprint_fields()
     if stage == "pretrain":

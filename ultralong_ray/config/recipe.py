@@ -22,6 +22,7 @@ from ultralong_ray.config.sections import (
     StorageConfig,
     TrainConfig,
 )
+from ultralong_ray.config.tune import TuneConfig
 
 
 class Recipe(Section):
@@ -42,6 +43,8 @@ class Recipe(Section):
     sft: SftConfig | None = None
     evaluate: EvaluateConfig | None = None
     cluster: ClusterConfig = ClusterConfig()
+    tune: TuneConfig | None = None
+    """Read by jobs/tune.py alone: no stage of the pipeline."""
 
     @model_validator(mode="after")
     def _stages_agree(self) -> Recipe:

@@ -333,6 +333,9 @@ class ClusterConfig(Section):
     evaluation_workers: Positive | None = None
     """Evaluation tasks at a time, where nodes come on demand; default: as many as the cluster holds at the start."""
 
+    wait_minutes: PositiveFloat = 60.0
+    """How long a stage waits for the nodes that it cannot start without. What can never be had is refused at once."""
+
     @model_validator(mode="after")
     def _range_is_ordered(self) -> ClusterConfig:
         if self.min_workers is not None and self.min_workers > self.num_workers:
@@ -344,4 +347,7 @@ class ClusterConfig(Section):
 
     def node_label(self, group: Literal["data", "train", "eval"]) -> dict[str, str]:
         """Ray label selector of a stage's nodes; empty where any node will do."""
-        return {"ultralong-group": group} if self.node_groups else {}
+        if not self.node_groups:
+            return {}
+        # Ray Data asks its autoscaler for nodes by this one key (Ray 2.60); without it any group might grow.
+        return {"ultralong-group": group, **({"ray-subcluster": group} if group == "data" else {})}

@@ -43,7 +43,7 @@ def run_tasks(
 ) -> list[dict[str, Any]]:
     """`work` on every item as Ray Data tasks of one CPU each; results in the order in which they end.
 
-    `node_label`: Ray label that a task's node must carry; empty: any node.
+    `node_label`: Ray labels that a task's node must carry; empty: any node.
 
     Raises UserError as soon as a task reports one; the tasks still running are then dropped.
     """
@@ -68,14 +68,17 @@ def run_tasks(
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     context = ray.data.DataContext.get_current()
     shown, context.enable_progress_bars = context.enable_progress_bars, sys.stderr.isatty()
+    # Of the whole dataset, not of its map alone: Ray Data then asks an autoscaler for such nodes and counts only them.
+    options = context.execution_options
+    where, options.label_selector = options.label_selector, node_label or None
     try:
         rows = [{"item": pickle.dumps(item)} for item in items]
         dataset = ray.data.from_items(rows, override_num_blocks=len(rows))
         pool = ray.data.TaskPoolStrategy(size=workers)
-        dataset = dataset.map(task, num_cpus=1, compute=pool, label_selector=node_label or None)
+        dataset = dataset.map(task, num_cpus=1, compute=pool)
         return list(_collect(dataset.iter_rows(), len(items), verb, unit))
     finally:
-        context.enable_progress_bars = shown
+        context.enable_progress_bars, options.label_selector = shown, where
 
 
 def _collect(rows: Any, total: int, verb: str, unit: str) -> Iterator[dict[str, Any]]:

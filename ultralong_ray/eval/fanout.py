@@ -307,6 +307,7 @@ class _Pool:
         needs: dict[str, Any] = {"num_cpus": config.cpus_per_task, "num_gpus": config.gpus_per_task}
         if isinstance(config.engine, ShardedEngine | VllmEngine):
             needs = {"num_cpus": 0}  # the work is done by the actors that it starts, which ask for the resources
+        needs["scheduling_strategy"] = "DEFAULT"  # not inside the placement group of a trial of Ray Tune
         if self.node_label:
             needs["label_selector"] = self.node_label
         return _REMOTE_WORKER.options(**needs).remote(self.inputs)

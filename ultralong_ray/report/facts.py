@@ -18,6 +18,7 @@ from typing import Any
 from ultralong_ray.config import Recipe
 from ultralong_ray.report.evaluation import evaluation_facts, verdict
 from ultralong_ray.report.reading import StageReader, finite, json_safe
+from ultralong_ray.report.tuning import tuning_facts
 from ultralong_ray.stages import inputs
 from ultralong_ray.storage import SUCCESS_FILE, StageDirectory
 
@@ -48,6 +49,7 @@ def run_facts(recipe: Recipe, directories: dict[str, StageDirectory]) -> dict[st
         "verdict": verdict(evaluation["passkey"], evaluation["benchmarks"]),
         **evaluation,
         "training": {name: _training_facts(readers.get(name)) for name in ("pretrain", "sft")},
+        "tuning": tuning_facts(recipe, notes),
         "data": _data_facts(readers.get("prepare")),
         "sft_data": _sft_data_facts(readers.get("prepare_sft")),
         "export": _export_facts(readers.get("export")),

@@ -22,6 +22,7 @@ from ultralong_ray.report import words
 from ultralong_ray.report.facts import run_facts
 from ultralong_ray.report.figures import Axis, Line, heatmap, length_histogram, line_chart, score_colour
 from ultralong_ray.report.recipe_toml import recipe_toml
+from ultralong_ray.report.tuning import tuning_charts
 from ultralong_ray.storage import StageDirectory
 
 # A page of a 40 x 10 grid with 5 samples a cell would pass 3 MB; what is left out is counted on the page.
@@ -92,6 +93,7 @@ def _charts(facts: dict[str, Any]) -> dict[str, Any]:
         "heatmaps": [heatmap(grid, passkey) for grid in passkey["models"]] if passkey else [],
         "needles": _needle_charts(facts["benchmarks"]),
         "loss": {name: _loss_charts(name, training) for name, training in facts["training"].items() if training},
+        "tuning": tuning_charts(facts["tuning"]),
         "perplexity": _perplexity_chart(facts["perplexity"]) if facts["perplexity"] else Markup(""),
         "lengths": _length_charts(facts["data"]) if facts["data"] else [],
     }

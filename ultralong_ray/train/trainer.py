@@ -15,6 +15,7 @@ import os
 import signal
 import socket
 import sys
+import threading
 import time
 import warnings
 from functools import partial
@@ -26,6 +27,8 @@ import ray.train.torch
 from ray.exceptions import RayActorError
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig
+from ray.train.v2._internal.constants import WORKER_GROUP_START_TIMEOUT_S_ENV_VAR
+from ray.train.v2.api.callback import UserCallback
 from ray.train.v2.api.exceptions import ControllerError, TrainingFailedError, WorkerGroupError
 
 from ultralong_ray.config import Recipe
@@ -74,6 +77,7 @@ def train(
     stage: StageDirectory,
     preflight_only: bool = False,
     resume_anyway: tuple[str, ...] = (),
+    callbacks: tuple[UserCallback, ...] = (),
 ) -> dict[str, Any]:
     """Train `model` on `packed` as `recipe.<section>` says, into `<stage>/model`; Ray must be initialised.
 
@@ -81,6 +85,7 @@ def train(
 
     Continues from the last checkpoint below `stage` where there is one, whatever the layout of its workers was. With
     `resume_anyway`, fields named as a refusal names them, that of another recipe's stage will do where there is none.
+    `callbacks` of Ray Train hear what the workers report: the step and its loss at every checkpoint.
     Returns {steps, tokens, first_loss, last_loss, seconds, resumed_from_step}. Raises UserError for what the user can
     mend, wherever it was found.
     """
@@ -97,10 +102,12 @@ def train(
         error_file.filesystem.delete_file(error_file.path)
     for name, value in RAY_SETTINGS.items():
         os.environ.setdefault(name, value)
+    # After a lost node Ray Train waits for another one for 60 s unless told otherwise, then asks anew.
+    os.environ.setdefault(WORKER_GROUP_START_TIMEOUT_S_ENV_VAR, f"{60 * recipe.cluster.wait_minutes:.0f}")
     handler = signal.getsignal(signal.SIGINT)
     try:
         with stopped_by_sigterm(place, recipe.cluster.preemption_grace_seconds):
-            result = _fit(job)
+            result = _fit(job, callbacks)
     except (TrainingFailedError, RayActorError) as error:
         record_event(place, "stop", cause=in_words(error))
         count_failure(place, section)
@@ -110,7 +117,8 @@ def train(
         # Ray Train answers Ctrl-C with a handler of its own, which stops the workers and leaves the process.
         raise KeyboardInterrupt from None
     finally:
-        signal.signal(signal.SIGINT, handler)
+        if threading.current_thread() is threading.main_thread():  # a trial of Ray Tune is another one
+            signal.signal(signal.SIGINT, handler)
     if error_file.exists():
         record_event(place, "stop", cause="see the failure before")
     _raise_user_error(error_file, None)
@@ -119,11 +127,12 @@ def train(
     if result.return_value is None:
         raise SystemExit(128 + signal.SIGTERM)
     needs: dict[str, Any] = {"num_cpus": 1, "label_selector": recipe.cluster.node_label("train") or None}
+    needs["scheduling_strategy"] = "DEFAULT"  # not inside the placement group of a trial of Ray Tune
     ray.get(ray.remote(**needs)(_consolidate).remote(job))
     return _summary(job, result.return_value)
 
 
-def _fit(job: TrainJob) -> ray.train.Result:
+def _fit(job: TrainJob, callbacks: tuple[UserCallback, ...]) -> ray.train.Result:
     """Run Ray Train to its end. Where its controller itself is lost, or could not start the ranks, begin again.
 
     Ray Train restarts ranks; nobody restarts its controller (an actor on the driver's node) or retries a process group
@@ -132,7 +141,7 @@ def _fit(job: TrainJob) -> ray.train.Result:
     recorder, others = _recorder(job), placement_groups_of_job()
     while True:
         try:
-            return _trainer(job, recorder).fit()
+            return _trainer(job, recorder, callbacks).fit()
         except (ControllerError, RayActorError) as error:
             if job.preflight_only:
                 raise
@@ -195,7 +204,7 @@ def _found_on_cluster() -> tuple[str | None, float | None]:
     return names.pop() if len(names) == 1 else None, min(sizes, default=0) / 2**30 or None
 
 
-def _trainer(job: TrainJob, recorder: BreakdownRecorder) -> ElasticTrainer:
+def _trainer(job: TrainJob, recorder: BreakdownRecorder, callbacks: tuple[UserCallback, ...]) -> ElasticTrainer:
     cluster = job.recipe.cluster
     resources = {"CPU": cluster.cpus_per_worker}
     if cluster.gpus_per_worker:
@@ -220,7 +229,7 @@ def _trainer(job: TrainJob, recorder: BreakdownRecorder) -> ElasticTrainer:
             storage_filesystem=None if storage.is_local else storage.filesystem,
             # Ray counts all restarts of a run; the recorder counts those without progress
             failure_config=FailureConfig(max_failures=-1 if cluster.max_failures else 0),
-            callbacks=[] if job.preflight_only else [recorder],
+            callbacks=[] if job.preflight_only else [recorder, *callbacks],
         ),
     )
 

@@ -1,0 +1,134 @@
+"""The trials of a recipe on a Ray cluster: several at a time, each a Ray Train run on nodes of its own.
+
+Flows in: a recipe with [tune]. Flows out, below `<workdir>/tune-*/`: `tune.json` (see tune/trials.py), which the report
+shows, and a record of each trial that is over. A trial runs the stages of the pipeline by the same functions, so
+training goes on from its checkpoint when a trial was killed, and a trial that is over is not run again.
+
+Read against Ray 2.60: a Tune trial is a driver of Ray Train V2, TuneReportCallback carries its reports.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from ray import tune as ray_tune
+from ray.tune.integration.ray_train import TuneReportCallback
+from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
+
+from ultralong_ray.config import Recipe
+from ultralong_ray.job import connect_to_ray, run_stage
+from ultralong_ray.nodes import room_for
+from ultralong_ray.plan import num_steps
+from ultralong_ray.stages import stage_directory, stages
+from ultralong_ray.storage import Location
+from ultralong_ray.train.metrics import read_metrics
+from ultralong_ray.tune.trials import FINAL, TABLE_FILE, Trial, as_text, plan_trials, section, status_of, table
+from ultralong_ray.types import UserError
+
+log = logging.getLogger("ultralong_ray")
+
+
+def tune(recipe: Recipe, recipe_path: str) -> None:
+    """Run the trials that are not over, write the table and print it.
+
+    Raises UserError for a search that cannot be, and at the end for the trials that failed.
+    """
+    folder = stage_directory(recipe, "tune").location
+    planned = plan_trials(recipe, folder)
+    todo = [trial for trial in planned if status_of(trial, folder)["status"] not in FINAL]
+    log.info("tune: %d trials, %d of them over; %s", len(planned), len(planned) - len(todo), folder)
+    if todo:
+        connect_to_ray()
+        _make_inputs(todo, recipe_path)
+        _run(recipe, todo, folder, recipe_path)
+    found = table(recipe, planned, folder)
+    (folder / TABLE_FILE).write_json(found)
+    print(f"{as_text(found)}\ntable: {folder / TABLE_FILE}", flush=True)
+    failed = [row for row in found["trials"] if row["status"] not in FINAL]
+    if failed:
+        causes = "\n".join(f"  {row['trial']}: {row['cause'] or 'its process was lost'}" for row in failed)
+        raise UserError(
+            f"tune: {len(failed)} of {len(planned)} trials are not over; submit again to go on from their last "
+            f"checkpoints:\n{causes}"
+        )
+
+
+def _make_inputs(todo: list[Trial], recipe_path: str) -> None:
+    """What trials share is made once, before any starts: two would write the same folder."""
+    for trial in todo:
+        if len(trial.steps) == 1:
+            for stage in ("prepare", "extend"):
+                run_stage(trial.recipe, stage, recipe_path)
+
+
+def _run(recipe: Recipe, todo: list[Trial], folder: Location, recipe_path: str) -> None:
+    tuning = section(recipe)
+    at_once = tuning.trials_at_once or max(1, room_for(recipe, "pretrain"))
+    work = ray_tune.with_parameters(_run_trial, trials=todo, folder=folder, recipe_path=recipe_path)
+    # A trial's own process only waits for its training, so it sits on the head and takes nothing from the nodes.
+    work = ray_tune.with_resources(work, {"node:__internal_head__": 0.001})
+    # Trials read the recipe's relative paths as the driver does, not from a folder of Tune's.
+    os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")
+    storage = folder / "ray"
+    ray_tune.Tuner(
+        work,
+        param_space={"trial": ray_tune.grid_search(list(range(len(todo))))},
+        tune_config=ray_tune.TuneConfig(
+            metric="loss", mode="min", scheduler=_scheduler(recipe), max_concurrent_trials=min(at_once, len(todo))
+        ),
+        run_config=ray_tune.RunConfig(
+            name=f"trials-{int(time.time())}",
+            storage_path=storage.path,
+            storage_filesystem=None if storage.is_local else storage.filesystem,
+            failure_config=ray_tune.FailureConfig(max_failures=recipe.cluster.max_failures),
+            callbacks=[_Recorder(todo, folder)],
+            verbose=0,
+        ),
+    ).fit()
+
+
+def _scheduler(recipe: Recipe) -> TrialScheduler:
+    tuning, steps = section(recipe), num_steps(recipe.pretrain, recipe.prepare.num_sequences)
+    if not tuning.stop_early:
+        return FIFOScheduler()
+    grace = min(tuning.grace_steps, steps)
+    # One step beyond the last, so that no trial is ended in the moment in which it is through.
+    return ASHAScheduler(
+        time_attr="step", max_t=steps + 1, grace_period=grace, reduction_factor=tuning.reduction_factor
+    )
+
+
+class _Recorder(ray_tune.Callback):
+    """Says of a trial that it is over when Tune ended it; trials that are through have said so themselves."""
+
+    def __init__(self, trials: list[Trial], folder: Location) -> None:
+        self.trials, self.folder = trials, folder
+
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        record = self.trials[trial.config["trial"]].record(self.folder)
+        if not record.exists():
+            record.write_json({"status": "stopped", "cause": "its loss was among the worse of those as far"})
+
+
+def _run_trial(config: Mapping[str, Any], trials: list[Trial], folder: Location, recipe_path: str) -> None:
+    """One trial, in a process of its own. A mistake in its recipe is recorded; only a crash is tried again."""
+    trial = trials[config["trial"]]
+    record = trial.record(folder)
+    if record.exists():  # a failure of an earlier submission
+        record.delete_file()
+    try:
+        for recipe in trial.steps:
+            last = recipe is trial.recipe
+            for stage in [name for name in stages(recipe) if name not in ("export", "report")]:
+                watched = (TuneReportCallback(),) if stage == "pretrain" and last else ()
+                run_stage(recipe, stage, recipe_path, callbacks=watched)
+    except UserError as error:
+        record.write_json({"status": "failed", "cause": str(error)})
+        return
+    record.write_json({"status": "done", "cause": None})
+    final = read_metrics(stage_directory(trial.recipe, "pretrain").location)[-1]
+    ray_tune.report({"step": final.step, "loss": final.loss})
