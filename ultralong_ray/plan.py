@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from ultralong_ray.config import Recipe, TrainConfig
 from ultralong_ray.config.degrees import Heads, model_heads
+from ultralong_ray.config.tasks import StandardTask
 from ultralong_ray.flops import ModelShape
 from ultralong_ray.planner.hardware import Hardware
 from ultralong_ray.planner.plan import Planned, hardware_of, plan_training
@@ -182,6 +183,10 @@ def _evaluate_lines(recipe: Recipe) -> list[str]:
             f"{len(evaluate.depths_percent)} depths x {evaluate.samples_per_cell} samples = {cells} cells"
         )
     for task in evaluate.tasks:
+        if isinstance(task, StandardTask):
+            rows = f"the first {task.limit} rows of every subject" if task.limit else "all rows"
+            lines.append(f"  {task.kind:<9} {', '.join(task.names)}: {rows}")
+            continue
         samples = f"{task.samples_per_cell} samples" if task.samples_per_cell else "all rows"
         lines.append(
             f"  {task.kind:<9} {len(task.names_of_tasks())} tasks x {len(task.context_lengths)} lengths to "

@@ -107,7 +107,9 @@ def test_the_quickstart_asks_all_of_ruler_from_512_to_4096() -> None:
 def test_a_task_can_be_overridden_and_changes_the_fingerprint() -> None:
     recipe = load_recipe(str(QUICKSTART), [])
     other = load_recipe(str(QUICKSTART), ["--evaluate.tasks.0.samples_per_cell", "9"])
-    assert other.evaluate is not None and other.evaluate.tasks[0].samples_per_cell == 9
+    assert other.evaluate is not None
+    task = other.evaluate.tasks[0]
+    assert isinstance(task, RulerTask) and task.samples_per_cell == 9
     assert stage_fingerprint(recipe, "evaluate") != stage_fingerprint(other, "evaluate")
     with pytest.raises(UserError, match=r"evaluate.tasks.0.ruler.names.0 = 'niah'"):
         load_recipe(str(QUICKSTART), ["--evaluate.tasks.0.names", '["niah"]'])

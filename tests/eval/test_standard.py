@@ -116,7 +116,8 @@ def harness(model: Engine, folder: Path, name: str, *, chat: bool, shots: int = 
     config["num_fewshot"] = 0 if name == "math" else shots
     if "generation_kwargs" in config:
         config["generation_kwargs"] = {**config["generation_kwargs"], "max_gen_toks": 8}
-    lm = HFLM(pretrained=model.model, tokenizer=model.tokenizer, batch_size=1, max_length=4096)
+    wrapped: Any = HFLM
+    lm = wrapped(pretrained=model.model, tokenizer=model.tokenizer, batch_size=1, max_length=4096)
     task = config["task"]
     # what simple_evaluate does, without reading every task file of the package and asking about the machine
     made = ConfigurableTask(config={key: value for key, value in config.items() if key != "tag"})
