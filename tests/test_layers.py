@@ -51,7 +51,6 @@ MAY_IMPORT: dict[str, set[str] | None] = {
         "watch",
     },
     "tune": None,
-    "trials": {"types", "config", "recipe", "stages", "storage"},
     "job": None,
     "pipeline": None,
 }
@@ -60,7 +59,7 @@ MAY_IMPORT: dict[str, set[str] | None] = {
 HEAVY: dict[str, str] = {
     "ray": (
         r"data/fan_out\.py|train/(trainer|controller|loop|checkpoint|preemption|worker)\.py"
-        r"|eval/(fanout|sharded_group|vllm_engine)\.py|trials\.py|tune/run\.py|(job|nodes)\.py|watch/metrics\.py"
+        r"|eval/(fanout|sharded_group|vllm_engine)\.py|tune/run\.py|(job|nodes)\.py|watch/metrics\.py"
     ),
     "deepspeed": r"train/(engine|partition)\.py|benchmark/(alst|gradients)\.py",
     "torch": r"(model|parallel|train|benchmark)/.*|eval/[^/]*|export\.py|export/.*",

@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import FrameType
-from typing import Any
+from typing import Any, Literal
 
 from ultralong_ray.config import Recipe
 from ultralong_ray.plan import check_base_model, describe
@@ -28,7 +28,7 @@ from ultralong_ray.types import UserError
 
 log = logging.getLogger("ultralong_ray")
 
-Action = Callable[..., Any]  # (recipe, its path, overrides), and the fields of --resume-anyway where that is taken
+Action = Callable[..., Any]  # (recipe, its path, overrides), and the words of a `Several` flag where one is taken
 
 _terminated: list[int] = []  # the SIGTERMs received
 
@@ -40,6 +40,23 @@ class Only:
     flag: str
     help: str
     action: Action
+
+
+@dataclass(frozen=True, slots=True)
+class Several:
+    """A flag that may be repeated; the action gets its words. `most`: "+" takes all words up to the next flag."""
+
+    flag: str
+    word: str
+    help: str
+    most: Literal[1, "+"] = 1
+
+
+RESUME_ANYWAY = Several(
+    "--resume-anyway",
+    "FIELD",
+    "continue from a checkpoint that differs in this field, named as the refusal names it; may be repeated",
+)
 
 
 def run_stages(*names: str) -> None:
@@ -58,7 +75,7 @@ def run_stages(*names: str) -> None:
         only = Only("--plan-only", "measure and plan, print the plan and stop", lambda recipe, *_: plan_prepare(recipe))
     elif trains:
         only = Only("--preflight-only", "check the machine for this run and stop", each(preflight_stage))
-    guarded(each(run_stage), only, trains)
+    guarded(each(run_stage), only, RESUME_ANYWAY if trains else None)
 
 
 def plan_prepare(recipe: Recipe) -> None:
@@ -71,11 +88,11 @@ def plan_prepare(recipe: Recipe) -> None:
     print(f"{plan_only(recipe, directory)}\nplan: {directory.location}/plan.json")
 
 
-def guarded(action: Action, only: Only | None = None, resumes: bool = False) -> None:
+def guarded(action: Action, only: Only | None = None, several: Several | None = None) -> None:
     """Parse the command line, run `action(recipe, recipe_path, overrides)`, turn mistakes into messages.
 
-    With `only` the script takes its flag as well, which runs its action instead. With `resumes` it takes
-    --resume-anyway, whose fields `action` gets as a fourth argument.
+    With `only` the script takes its flag as well, which runs its action instead. With `several` it takes that
+    flag, whose words `action` gets as a fourth argument: a tuple, empty where the flag is not given.
     """
     parser = argparse.ArgumentParser(
         description="Runs one part of a recipe. Any key of the recipe can be overridden: --pretrain.learning_rate 1e-5",
@@ -85,9 +102,9 @@ def guarded(action: Action, only: Only | None = None, resumes: bool = False) -> 
     parser.add_argument("--dry-run", action="store_true", help="print the resolved plan and stop")
     if only is not None:
         parser.add_argument(only.flag, action="store_true", dest="only", help=only.help)
-    if resumes:
-        words = "continue from a checkpoint that differs in this field, named as the refusal names it; may be repeated"
-        parser.add_argument("--resume-anyway", action="append", metavar="FIELD", default=[], help=words)
+    if several is not None:
+        kind = {"metavar": several.word, "nargs": several.most, "help": several.help}
+        parser.add_argument(several.flag, action="extend", default=[], dest="several", **kind)
     arguments, overrides = parser.parse_known_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stdout)
     signal.signal(signal.SIGTERM, _stop)
@@ -99,7 +116,7 @@ def guarded(action: Action, only: Only | None = None, resumes: bool = False) -> 
         elif only is not None and arguments.only:
             only.action(recipe, arguments.recipe, overrides)
         else:
-            more = (tuple(arguments.resume_anyway),) if resumes else ()
+            more = () if several is None else (tuple(arguments.several),)
             action(recipe, arguments.recipe, overrides, *more)
     except UserError as error:
         _leave(2, f"error: {error}")

@@ -109,7 +109,9 @@ def _own_fields(recipe: Recipe, stage: str) -> dict[str, Any]:
         return recipe.refine.fingerprint_fields()
     if stage == "tune":
         assert recipe.tune is not None
-        compared = [stage_fingerprint(recipe, name) for name in ("pretrain", "evaluate") if name in stages(recipe)]
+        compared = [
+            stage_fingerprint(recipe, name) for name in ("pretrain", "sft", "evaluate") if name in stages(recipe)
+        ]
         return {**recipe.tune.fingerprint_fields(), "recipe": compared}
     if stage == "extend":
         return recipe.model.fingerprint_fields()

@@ -1,7 +1,18 @@
-"""[tune]: which recipe keys jobs/tune.py tries, and how it ends trials early."""
+"""[tune]: which recipe keys and which named variants jobs/tune.py tries, and how it ends trials early.
+
+[tune]
+seeds = [1, 2, 3]
+seed_fields = ["prepare.seed"]          # dotted keys of the recipe that take the seed
+[tune.search]
+"pretrain.learning_rate" = [1e-4, 2e-4]
+[tune.variants.recipe]                  # an empty table is the recipe itself
+[tune.variants.two_steps.first]         # trained before, and where the variant starts from
+"model.target_context_length" = 32768
+"""
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any
 
 from pydantic import Field, model_validator
@@ -9,6 +20,8 @@ from pydantic import Field, model_validator
 from ultralong_ray.config.base import Positive, Section, operational
 
 STAGED = "staged"  # the one key of [tune.search] that is no key of the recipe
+FIRST = "first"  # the one key of a variant that is no key of the recipe
+VARIANT_NAME = r"[A-Za-z0-9][A-Za-z0-9_.-]*"  # it names files
 
 
 class RangeConfig(Section):
@@ -28,9 +41,16 @@ class RangeConfig(Section):
 
 
 class TuneConfig(Section):
-    """Trials: extend, pretrain and, where the recipe has it, evaluate, once for every combination of values."""
+    """Trials: every variant with every seed and every combination of values. A trial runs the recipe up to evaluate;
+    without its SFT where evaluate.models does not ask for "final"."""
 
-    search: Annotated[dict[str, tuple[Any, ...] | RangeConfig], Field(min_length=1)]
+    variants: dict[str, dict[str, Any]] = operational({})  # which trials there are; each result says what it is of
+    """Name -> dotted keys of the recipe and their values, which may be whole sections such as `sft`. The key "first"
+    holds further values of a training before it, whose model the variant starts from."""
+    seeds: tuple[int, ...] = operational(())
+    seed_fields: tuple[str, ...] = ()
+    """Dotted keys of the recipe that take the seed."""
+    search: Annotated[dict[str, tuple[Any, ...] | RangeConfig], Field(default_factory=dict)]
     """Dotted key of the recipe -> list of values, or a range {low, high, log}. "staged": [false, true] tries the
     window in one step and in those of `staged`."""
     samples: Positive = 1
@@ -50,6 +70,23 @@ class TuneConfig(Section):
     seed: int = 42
     trials_at_once: Positive | None = operational(None)
     """Default: as many as the cluster holds at the start."""
+
+    @model_validator(mode="after")
+    def _trials_have_names_and_values(self) -> TuneConfig:
+        if not (self.search or self.variants or self.seeds):
+            raise ValueError("tune has nothing to try; it needs tune.search, tune.variants or tune.seeds")
+        if bool(self.seeds) != bool(self.seed_fields):
+            raise ValueError(
+                "tune.seeds and tune.seed_fields need each other: the seeds, and the keys of the recipe that take them"
+            )
+        for name, values in self.variants.items():
+            if not re.fullmatch(VARIANT_NAME, name):
+                raise ValueError(f"tune.variants {name!r} names files; use letters, digits, '_', '.' and '-' alone")
+            if not isinstance(values.get(FIRST, {}), dict):
+                raise ValueError(
+                    f"tune.variants.{name}.first is a table of dotted keys and values, not {values[FIRST]!r}"
+                )
+        return self
 
     @model_validator(mode="after")
     def _search_can_be_done(self) -> TuneConfig:

@@ -1,7 +1,7 @@
 """The trials of a recipe on a Ray cluster: several at a time, each a Ray Train run on nodes of its own.
 
-Flows in: a recipe with [tune]. Flows out, below `<workdir>/tune-*/`: `tune.json` (see tune/trials.py), which the report
-shows, and a record of each trial that is over. A trial runs the stages of the pipeline by the same functions, so
+Flows in: a recipe with [tune]. Flows out, below `<workdir>/tune-*/` and as tune/results.py says: `tune.json`, which the
+report shows, and a record of each trial that is over. A trial runs the stages of the pipeline by the same functions, so
 training goes on from its checkpoint when a trial was killed, and a trial that is over is not run again.
 
 Read against Ray 2.60: a Tune trial is a driver of Ray Train V2, TuneReportCallback carries its reports.
@@ -26,33 +26,37 @@ from ultralong_ray.plan import num_steps
 from ultralong_ray.stages import stage_directory, stages
 from ultralong_ray.storage import Location
 from ultralong_ray.train.metrics import read_metrics
-from ultralong_ray.tune.trials import FINAL, TABLE_FILE, Trial, as_text, plan_trials, section, status_of, table
+from ultralong_ray.tune.results import FINAL, TABLE_FILE, as_text, is_over, table, write_record
+from ultralong_ray.tune.trials import Trial, chosen_trials, plan_trials, section, waves
 from ultralong_ray.types import UserError
 
 log = logging.getLogger("ultralong_ray")
 
 
-def tune(recipe: Recipe, recipe_path: str) -> None:
-    """Run the trials that are not over, write the table and print it.
+def tune(recipe: Recipe, recipe_path: str, only: tuple[str, ...] = ()) -> None:
+    """Run the trials that are not over, write the table and print it. `only`: variants to run; default all.
 
     Raises UserError for a search that cannot be, and at the end for the trials that failed.
     """
     folder = stage_directory(recipe, "tune").location
     planned = plan_trials(recipe, folder)
-    todo = [trial for trial in planned if status_of(trial, folder)["status"] not in FINAL]
-    log.info("tune: %d trials, %d of them over; %s", len(planned), len(planned) - len(todo), folder)
+    chosen = chosen_trials(planned, only)
+    todo = [trial for trial in chosen if not is_over(trial, folder)]
+    log.info("tune: %d trials, %d of them over; %s", len(chosen), len(chosen) - len(todo), folder)
     if todo:
         connect_to_ray()
         _make_inputs(todo, recipe_path)
-        _run(recipe, todo, folder, recipe_path)
+    for wave in waves(todo):
+        _run(recipe, wave, folder, recipe_path)
     found = table(recipe, planned, folder)
     (folder / TABLE_FILE).write_json(found)
     print(f"{as_text(found)}\ntable: {folder / TABLE_FILE}", flush=True)
-    failed = [row for row in found["trials"] if row["status"] not in FINAL]
+    names = {trial.name for trial in chosen}
+    failed = [row for row in found["trials"] if row["trial"] in names and row["status"] not in FINAL]
     if failed:
         causes = "\n".join(f"  {row['trial']}: {row['cause'] or 'its process was lost'}" for row in failed)
         raise UserError(
-            f"tune: {len(failed)} of {len(planned)} trials are not over; submit again to go on from their last "
+            f"tune: {len(failed)} of {len(chosen)} trials are not over; submit again to go on from their last "
             f"checkpoints:\n{causes}"
         )
 
@@ -61,7 +65,7 @@ def _make_inputs(todo: list[Trial], recipe_path: str) -> None:
     """What trials share is made once, before any starts: two would write the same folder."""
     for trial in todo:
         if len(trial.steps) == 1:
-            for stage in ("prepare", "extend"):
+            for stage in stages(trial.recipe)[: stages(trial.recipe).index("pretrain")]:
                 run_stage(trial.recipe, stage, recipe_path)
 
 
@@ -109,26 +113,31 @@ class _Recorder(ray_tune.Callback):
         self.trials, self.folder = trials, folder
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        record = self.trials[trial.config["trial"]].record(self.folder)
-        if not record.exists():
-            record.write_json({"status": "stopped", "cause": "its loss was among the worse of those as far"})
+        ended = self.trials[trial.config["trial"]]
+        if not ended.record(self.folder).exists():
+            write_record(ended, self.folder, "stopped", "its loss was among the worse of those as far")
 
 
 def _run_trial(config: Mapping[str, Any], trials: list[Trial], folder: Location, recipe_path: str) -> None:
     """One trial, in a process of its own. A mistake in its recipe is recorded; only a crash is tried again."""
     trial = trials[config["trial"]]
     record = trial.record(folder)
-    if record.exists():  # a failure of an earlier submission
+    if record.exists():  # a failure of an earlier submission, or another trial of this name
         record.delete_file()
     try:
-        for recipe in trial.steps:
-            last = recipe is trial.recipe
-            for stage in [name for name in stages(recipe) if name not in ("export", "report")]:
-                watched = (TuneReportCallback(),) if stage == "pretrain" and last else ()
-                run_stage(recipe, stage, recipe_path, callbacks=watched)
+        run_steps(trial, recipe_path)
     except UserError as error:
-        record.write_json({"status": "failed", "cause": str(error)})
+        write_record(trial, folder, "failed", str(error))
         return
-    record.write_json({"status": "done", "cause": None})
+    write_record(trial, folder, "done")
     final = read_metrics(stage_directory(trial.recipe, "pretrain").location)[-1]
     ray_tune.report({"step": final.step, "loss": final.loss})
+
+
+def run_steps(trial: Trial, recipe_path: str) -> None:
+    """The stages of a trial that are not done, step after step; the last pretraining reports its losses to Tune."""
+    for recipe in trial.steps:
+        exported = recipe.evaluate is not None and "final" in recipe.evaluate.models
+        for stage in [name for name in stages(recipe) if name != "report" and (name != "export" or exported)]:
+            watched = (TuneReportCallback(),) if stage == "pretrain" and recipe is trial.recipe else ()
+            run_stage(recipe, stage, recipe_path, callbacks=watched)

@@ -1,7 +1,6 @@
-"""[tune] of a recipe to its trials, and what trials left behind to one table. No Ray.
+"""[tune] of a recipe to its trials. No Ray.
 
-A trial is a recipe, so its stages have directories of their own and are found again. Beside them, in the folder of the
-search, `trials/<name>.json` says that a trial is over: {"status": "done" | "stopped" | "failed", "cause"}.
+A trial is a recipe, so its stages have directories of their own and are found again. What it came to: tune/results.py.
 """
 
 from __future__ import annotations
@@ -9,32 +8,40 @@ from __future__ import annotations
 import itertools
 import math
 import random
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
 from ultralong_ray.config import Recipe
-from ultralong_ray.config.tune import STAGED, RangeConfig, TuneConfig
+from ultralong_ray.config.tune import FIRST, STAGED, RangeConfig, TuneConfig
 from ultralong_ray.recipe import with_values
 from ultralong_ray.stages import stage_directory, stage_fingerprint
 from ultralong_ray.storage import Location
-from ultralong_ray.train.metrics import read_metrics
 from ultralong_ray.types import UserError
-
-TABLE_FILE = "tune.json"  # report/tuning.py shows it
-FINAL = ("done", "stopped")  # a failed trial is tried again by the next submission
 
 
 @dataclass(frozen=True, slots=True)
 class Trial:
-    """One combination of values. `steps`: the recipes to train one after the other; the last one is compared."""
+    """A variant with a seed and one combination of searched values.
+
+    `values`: what a table names it by. `changes`: the keys of the recipe that each step changes, without paths.
+    `steps`: the recipes to train one after the other; the last one is compared.
+    """
 
     name: str
+    variant: str | None
     values: dict[str, Any]
+    changes: tuple[dict[str, Any], ...]
     steps: tuple[Recipe, ...]
 
     @property
     def recipe(self) -> Recipe:
         return self.steps[-1]
+
+    @property
+    def outcome(self) -> str:
+        """The model that the trial is compared by, as [evaluate] calls it."""
+        return "final" if self.recipe.sft is not None else "pretrained"
 
     def record(self, folder: Location) -> Location:
         return folder / "trials" / f"{self.name}.json"
@@ -46,6 +53,11 @@ def section(recipe: Recipe) -> TuneConfig:
             "the recipe has no [tune] section, which says what to try; its fields: ultralong_ray/config/tune.py"
         )
     return recipe.tune
+
+
+def table_keys(tune: TuneConfig) -> list[str]:
+    """What tells trials apart: keys of `Trial.values`."""
+    return [*(["variant"] if tune.variants else []), *(["seed"] if tune.seeds else []), *tune.search]
 
 
 def combinations(tune: TuneConfig) -> list[dict[str, Any]]:
@@ -69,34 +81,89 @@ def _draw(limits: RangeConfig, seed: str) -> float:
 
 
 def plan_trials(recipe: Recipe, folder: Location) -> list[Trial]:
-    """The trials of a recipe whose search writes to `folder`.
+    """The trials of a recipe whose search writes to `folder`: variants, with each seed, with each combination.
 
     Raises UserError for values that make no valid recipe, and for trials that would train the same thing.
     """
     tune = section(recipe)
-    found = [_trial(recipe, f"trial-{i:02d}", values, folder) for i, values in enumerate(combinations(tune))]
+    found = [
+        _trial(recipe, variant, seed, number if tune.search else None, values, folder)
+        for variant in tune.variants or (None,)
+        for seed in tune.seeds or (None,)
+        for number, values in enumerate(combinations(tune))
+    ]
     by_training: dict[str, str] = {}
     for trial in found:
-        other = by_training.setdefault(stage_fingerprint(trial.recipe, "pretrain"), trial.name)
+        other = by_training.setdefault(_last_training(trial), trial.name)
         if other != trial.name:
             raise UserError(
-                f"tune.search: {other} and {trial.name} train the same thing, since training does not depend on every "
-                f"key of {', '.join(tune.search)}; take out values or keys that change nothing"
+                f"tune: {other} and {trial.name} train the same thing, since training does not depend on all that they "
+                f"differ in ({', '.join(table_keys(tune))}); take out values, keys or variants that change nothing"
             )
     return found
 
 
-def _trial(recipe: Recipe, name: str, values: dict[str, Any], folder: Location) -> Trial:
+def _last_training(trial: Trial) -> str:
+    return stage_fingerprint(trial.recipe, "pretrain" if trial.recipe.sft is None else "sft")
+
+
+def chosen_trials(planned: list[Trial], only: tuple[str, ...]) -> list[Trial]:
+    """The trials of the variants `only`, or all. Raises UserError for a variant that there is not."""
+    known = dict.fromkeys(trial.variant for trial in planned if trial.variant is not None)
+    unknown = [name for name in only if name not in known]
+    if unknown:
+        there = ", ".join(known) or "none: the recipe has no [tune.variants]"
+        raise UserError(f"--only {' '.join(unknown)}: no such variant; there are {there}")
+    return [trial for trial in planned if not only or trial.variant in only]
+
+
+def waves(trials: list[Trial]) -> list[list[Trial]]:
+    """Trials that may run at once. Those whose pretraining is the same, as before different SFTs, do it one by one."""
+    found: list[list[Trial]] = []
+    before: Counter[str] = Counter()
+    for trial in trials:
+        pretraining = stage_fingerprint(trial.recipe, "pretrain")
+        found += [[]] if before[pretraining] == len(found) else []
+        found[before[pretraining]].append(trial)
+        before[pretraining] += 1
+    return found
+
+
+def _trial(
+    recipe: Recipe, variant: str | None, seed: int | None, number: int | None, found: dict[str, Any], folder: Location
+) -> Trial:
     tune = section(recipe)
-    chosen = {"tune": None, "sft": None, **{key: value for key, value in values.items() if key != STAGED}}
-    earlier: list[Recipe] = []
+    own = {} if variant is None else tune.variants[variant]
+    counts = [] if number is None else [f"{number:02d}"]
+    name = "-".join([variant or "trial", *([] if seed is None else [str(seed)]), *counts])
+    labels = {"variant": variant, "seed": seed}
+    values = {**{key: value for key, value in labels.items() if value is not None}, **found}
     what = f"tune, {name} ({', '.join(f'{key} = {value}' for key, value in values.items())})"
-    for number, overrides in enumerate(tune.staged if values.get(STAGED) else (), start=1):
+    changed = {
+        **{key: value for key, value in own.items() if key != FIRST},
+        **{field: seed for field in tune.seed_fields},  # after whole sections, which have the seed in them
+        **{key: value for key, value in found.items() if key != STAGED},
+    }
+    trained = {key: value for key, value in changed.items() if not _is_of_sft(key)}
+    before = [{**trained, **first} for first in ([own[FIRST]] if FIRST in own else [])]
+    before += [{**trained, **step} for step in (tune.staged if found.get(STAGED) else ())]
+    earlier = _earlier_steps(recipe, before, folder / name, what)
+    last = _last_recipe(recipe, changed, {**trained, "tune": None, "sft": None, **_starting_from(earlier)}, what)
+    return Trial(name, variant, values, (*before, changed), (*earlier, last))
+
+
+def _earlier_steps(recipe: Recipe, changes: list[dict[str, Any]], folder: Location, what: str) -> list[Recipe]:
+    """Recipes that end with pretraining, each of the model that the one before it made."""
+    found: list[Recipe] = []
+    for number, changed in enumerate(changes, start=1):
         # a folder of its own: the first steps of two trials may be equal, and both may run at once
-        own = {"workdir": (folder / name / f"step-{number}").uri, "evaluate": None}
-        earlier.append(with_values(recipe, {**chosen, **_starting_from(earlier), **overrides, **own}, what))
-    last = {**chosen, **_starting_from(earlier), **_comparison(recipe, tune)}
-    return Trial(name, values, (*earlier, with_values(recipe, last, what)))
+        own = {"workdir": (folder / f"step-{number}").uri, "tune": None, "sft": None}
+        found.append(with_values(recipe, {**changed, **_starting_from(found), **own, "evaluate": None}, what))
+    return found
+
+
+def _is_of_sft(key: str) -> bool:
+    return key.split(".", 1)[0] == "sft"
 
 
 def _starting_from(earlier: list[Recipe]) -> dict[str, Any]:
@@ -106,75 +173,20 @@ def _starting_from(earlier: list[Recipe]) -> dict[str, Any]:
     return {"model.base": made.uri, "model.revision": None, "model.init": "pretrained"}
 
 
-def _comparison(recipe: Recipe, tune: TuneConfig) -> dict[str, Any]:
-    if recipe.evaluate is None or not tune.evaluate:
-        return {"evaluate": None}
-    workers = recipe.cluster.evaluation_workers or recipe.cluster.num_workers  # other trials run at the same time
-    return {"evaluate.models": ["pretrained"], "cluster.evaluation_workers": workers}
+def _last_recipe(recipe: Recipe, changed: dict[str, Any], trained: dict[str, Any], what: str) -> Recipe:
+    """With its SFT where that is evaluated, and with those models alone evaluated that the trial trains.
 
-
-def status_of(trial: Trial, folder: Location) -> dict[str, Any]:
-    """{"status", "cause"}; status "waiting" for a trial that is not over."""
-    record = trial.record(folder)
-    return record.read_json() if record.exists() else {"status": "waiting", "cause": None}
-
-
-def table(recipe: Recipe, planned: list[Trial], folder: Location) -> dict[str, Any]:
-    """What tune.json holds: the trials, best first, each with its values, numbers and loss curve."""
-    tune = section(recipe)
-    rows = [_row(trial, folder) for trial in planned]
-    ranked_by = "passkey" if any(row["passkey_beyond_base_window"] is not None for row in rows) else "loss"
-    rows.sort(key=lambda row: _rank(row, ranked_by))
-    best = rows[0]["trial"] if rows and rows[0]["status"] == "done" else None
-    return {"keys": list(tune.search), "ranked_by": ranked_by, "best": best, "trials": rows}
-
-
-def _row(trial: Trial, folder: Location) -> dict[str, Any]:
-    records = read_metrics(stage_directory(trial.recipe, "pretrain").location)
-    evaluated = _passkey(trial.recipe)
-    return {
-        "trial": trial.name,
-        "values": trial.values,
-        **status_of(trial, folder),
-        "steps": records[-1].step if records else 0,
-        "num_steps": records[-1].num_steps if records else None,
-        "tokens": records[-1].tokens if records else 0,
-        "loss": records[-1].loss if records else None,
-        "seconds": sum(record.step_seconds for record in records),
-        "passkey_within_base_window": evaluated.get("mean_within_base_window"),
-        "passkey_beyond_base_window": evaluated.get("mean_beyond_base_window"),
-        "curve": {"step": [record.step for record in records], "loss": [record.loss for record in records]},
-    }
-
-
-def _passkey(recipe: Recipe) -> dict[str, Any]:
-    if recipe.evaluate is None:
-        return {}
-    directory = stage_directory(recipe, "evaluate")
-    return directory.summary()["models"]["pretrained"] if directory.done else {}
-
-
-def _rank(row: dict[str, Any], ranked_by: str) -> tuple[Any, ...]:
-    """Finished trials first, by what they were measured by; the others by how far they got."""
-    loss = math.inf if row["loss"] is None else row["loss"]
-    if row["status"] != "done":
-        return (1, -row["steps"], loss)
-    beyond = row["passkey_beyond_base_window"]
-    return (0, -(beyond or 0.0), loss) if ranked_by == "passkey" else (0, loss)
-
-
-def as_text(found: dict[str, Any]) -> str:
-    """The table for a terminal."""
-    heads = ["trial", *found["keys"], "status", "steps", "loss", "passkey within", "passkey beyond"]
-    lines = [heads]
-    for row in found["trials"]:
-        numbers = [row["loss"], row["passkey_within_base_window"], row["passkey_beyond_base_window"]]
-        shown = ["-" if number is None else f"{number:.3g}" for number in numbers]
-        values = [_short(row["values"][key]) for key in found["keys"]]
-        lines.append([row["trial"], *values, row["status"], f"{row['steps']}/{row['num_steps'] or '-'}", *shown])
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in lines)
-
-
-def _short(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    `changed`: the trial's own keys; `trained`: all of them, and no SFT.
+    """
+    pretrained = with_values(recipe, trained, what)
+    if pretrained.evaluate is None or not section(recipe).evaluate:
+        return with_values(pretrained, {"evaluate": None}, what)
+    tuned = {key: value for key, value in changed.items() if _is_of_sft(key)}
+    # other trials are evaluated at the same time
+    workers = pretrained.cluster.evaluation_workers or pretrained.cluster.num_workers
+    compared = {"evaluate.models": ["pretrained"], "cluster.evaluation_workers": workers}
+    if "final" in pretrained.evaluate.models and (recipe.sft is not None or "sft" in tuned):
+        sft = None if recipe.sft is None else recipe.sft.model_dump(mode="json", exclude_unset=True)
+        models = [name for name in pretrained.evaluate.models if name in ("pretrained", "final")]
+        compared = {**compared, "evaluate.models": models, "sft": sft, **tuned}
+    return with_values(pretrained, compared, what)
