@@ -1,9 +1,7 @@
-"""Trials of [tune]: which there are, which are refused, and the table that is made of what they left."""
+"""Trials of [tune]: which there are, which are refused, and in which order they may run."""
 
 from __future__ import annotations
 
-import dataclasses
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,14 +10,20 @@ import pytest
 
 from ultralong_ray.config import Recipe
 from ultralong_ray.config.tune import TuneConfig
-from ultralong_ray.report.tuning import tuning_charts, tuning_facts
+from ultralong_ray.recipe import load_recipe
 from ultralong_ray.stages import stage_directory
 from ultralong_ray.storage import Location
-from ultralong_ray.train.metrics import METRICS_FILE
-from ultralong_ray.tune.trials import Trial, as_text, combinations, plan_trials, table
-from ultralong_ray.types import StepMetrics, UserError
+from ultralong_ray.tune.trials import chosen_trials, combinations, plan_trials, waves
+from ultralong_ray.types import UserError
 
+ABLATIONS = Path(__file__).resolve().parents[2] / "jobs/recipes/reproduction/ablations.toml"
 RATES = "pretrain.learning_rate"
+HALF = {"model.target_context_length": 256, "prepare.sequence_length": 256, "model.rope.factor": 4.0}
+VARIANTS: dict[str, Any] = {
+    "plain": {"evaluate.models": ["pretrained"]},
+    "none": {"prepare.separator": "none", "evaluate.models": ["pretrained"]},
+    "twice": {"pretrain.steps": 5, "first": {**HALF, "pretrain.steps": 3}},
+}
 
 
 def tuned(tiny_recipe: Callable[..., Recipe], search: dict[str, Any], **more: Any) -> tuple[Recipe, Location]:
@@ -45,6 +49,10 @@ def test_every_combination_once_and_draws_that_repeat() -> None:
         ({"search": {RATES: {"low": 0, "high": 1, "log": True}}}, "needs low above 0"),
         ({"search": {RATES: [1e-3]}, "samples": 2}, "would repeat equal trials"),
         ({"search": {"staged": [False, True]}}, "needs tune.staged"),
+        ({}, "needs tune.search, tune.variants or tune.seeds"),
+        ({"seeds": [1]}, "tune.seeds and tune.seed_fields need each other"),
+        ({"variants": {"a/b": {}}}, "'a/b' names files"),
+        ({"variants": {"twice": {"first": 3}}}, "tune.variants.twice.first is a table"),
     ],
 )
 def test_a_search_that_cannot_be_is_refused(tune: dict[str, Any], words: str) -> None:
@@ -59,7 +67,7 @@ def test_each_trial_is_the_recipe_with_its_values(tiny_recipe: Callable[..., Rec
     assert len(planned) == 8
     last = planned[-1].recipe
     assert (last.pretrain.learning_rate, last.pretrain.mask_documents, last.prepare.separator) == (2e-4, True, "none")
-    assert last.sft is None and last.evaluate is not None and last.evaluate.models == ("pretrained",)
+    assert last.sft is not None and last.evaluate is not None and last.evaluate.models == ("pretrained", "final")
     assert len({stage_directory(trial.recipe, "pretrain").location.uri for trial in planned}) == 8
 
 
@@ -75,8 +83,7 @@ def test_what_trials_cannot_be_is_refused(tiny_recipe: Callable[..., Recipe]) ->
 
 
 def test_a_staged_trial_trains_on_what_its_former_step_made(tiny_recipe: Callable[..., Recipe]) -> None:
-    half = {"model.target_context_length": 256, "prepare.sequence_length": 256, "model.rope.factor": 4.0}
-    recipe, folder = tuned(tiny_recipe, {"staged": [False, True], RATES: [1e-4, 2e-4]}, staged=[half])
+    recipe, folder = tuned(tiny_recipe, {"staged": [False, True], RATES: [1e-4, 2e-4]}, staged=[HALF])
     one, _, staged, other = plan_trials(recipe, folder)
     assert len(one.steps) == 1 and len(staged.steps) == 2
     first, last = staged.steps
@@ -87,36 +94,74 @@ def test_a_staged_trial_trains_on_what_its_former_step_made(tiny_recipe: Callabl
     assert not {step.workdir for step in staged.steps[:1]} & {step.workdir for step in other.steps[:1]}
 
 
-def finish(trial: Trial, folder: Location, status: str, losses: list[float], beyond: float | None = None) -> None:
-    """What a trial leaves: metrics, and its evaluation where it was made."""
-    fields = dataclasses.fields(StepMetrics)
-    rest = {field.name: 1 for field in fields} | {"num_steps": 4, "mfu": None, "step_seconds": 2.0}
-    rows = [{**rest, "step": step, "loss": loss} for step, loss in enumerate(losses, start=1)]
-    lines = [json.dumps(row) + "\n" for row in rows]
-    (stage_directory(trial.recipe, "pretrain").location / METRICS_FILE).write_bytes("".join(lines).encode())
-    trial.record(folder).write_json({"status": status, "cause": None})
-    if beyond is not None:
-        scores = {"mean_within_base_window": 1.0, "mean_beyond_base_window": beyond}
-        stage_directory(trial.recipe, "evaluate").mark_done({"models": {"pretrained": scores}})
+def varied(tiny_recipe: Callable[..., Recipe], **more: Any) -> tuple[Recipe, Location]:
+    fields = {"variants": VARIANTS, "seeds": [1, 2], "seed_fields": ["prepare.seed", "sft.seed"], **more}
+    recipe = tiny_recipe(tune=fields)
+    return recipe, stage_directory(recipe, "tune").location
 
 
-def test_the_table_is_ranked_and_whole(tiny_recipe: Callable[..., Recipe], tmp_path: Path) -> None:
-    recipe, folder = tuned(tiny_recipe, {RATES: [1e-5, 1e-4, 1e-3, 1e-2]})
-    planned = plan_trials(recipe, folder)
-    finish(planned[0], folder, "done", [3.0, 2.0, 1.5, 1.4], beyond=0.2)
-    finish(planned[1], folder, "done", [3.0, 2.5, 2.2, 2.0], beyond=0.9)
-    finish(planned[2], folder, "stopped", [9.0])
-    found = table(recipe, planned, folder)
-    assert [row["trial"] for row in found["trials"]] == ["trial-01", "trial-00", "trial-02", "trial-03"]
-    assert [row["status"] for row in found["trials"]] == ["done", "done", "stopped", "waiting"]
-    assert found["best"] == "trial-01" and found["ranked_by"] == "passkey"
-    assert found["trials"][1]["curve"] == {"step": [1, 2, 3, 4], "loss": [3.0, 2.0, 1.5, 1.4]}
-    text = as_text(found)
-    assert len(text.splitlines()) == 5 and "0.0001" in text and "1/4" in text
-    (folder / "tune.json").write_json(found)
-    notes: list[str] = []
-    facts = tuning_facts(recipe, notes)
-    assert facts is not None and not notes and facts["file"].startswith("tune-")
-    loss, by_rate = tuning_charts(facts)
-    assert all(f"trial-0{i}" in loss for i in range(3)) and by_rate.count("<circle") == 3
-    assert tuning_facts(tiny_recipe(), notes) is None and tuning_charts(None) == []
+def test_every_variant_is_tried_with_every_seed_and_combination(tiny_recipe: Callable[..., Recipe]) -> None:
+    planned = plan_trials(*varied(tiny_recipe))
+    assert [trial.name for trial in planned] == ["plain-1", "plain-2", "none-1", "none-2", "twice-1", "twice-2"]
+    none = planned[3]
+    assert none.values == {"variant": "none", "seed": 2}
+    assert (none.recipe.prepare.separator, none.recipe.prepare.seed) == ("none", 2)
+    crossed = plan_trials(*varied(tiny_recipe, search={RATES: [1e-4, 2e-4]}))
+    assert len(crossed) == 12 and crossed[1].name == "plain-1-01"
+    assert crossed[1].recipe.pretrain.learning_rate == 2e-4 and crossed[1].recipe.prepare.seed == 1
+    assert [trial.name for trial in chosen_trials(planned, ("twice", "plain"))] == [
+        *("plain-1", "plain-2", "twice-1", "twice-2")
+    ]
+    with pytest.raises(UserError, match="--only twise: no such variant; there are plain, none, twice"):
+        chosen_trials(planned, ("twise",))
+
+
+def test_a_variant_starts_from_its_first_training(tiny_recipe: Callable[..., Recipe]) -> None:
+    trial = plan_trials(*varied(tiny_recipe))[4]
+    first, last = trial.steps
+    assert (first.pretrain.steps, first.prepare.sequence_length, first.prepare.seed) == (3, 256, 1)
+    assert first.sft is None and first.evaluate is None
+    assert (last.pretrain.steps, last.prepare.sequence_length) == (5, 512) and last.sft is not None
+    assert last.model.base == (stage_directory(first, "pretrain").location / "model").uri
+
+
+def test_sft_is_of_the_trials_that_evaluate_it(tiny_recipe: Callable[..., Recipe]) -> None:
+    """A recipe's own SFT, changed or not, or that of a variant alone; and none where "final" is not asked for."""
+    plain, _, _, _, twice, _ = plan_trials(*varied(tiny_recipe))
+    assert plain.recipe.sft is None and plain.outcome == "pretrained"
+    assert plain.recipe.evaluate is not None and plain.recipe.evaluate.models == ("pretrained",)
+    assert twice.recipe.sft is not None and twice.outcome == "final" and twice.recipe.sft.seed == 1
+    assert twice.recipe.evaluate is not None and twice.recipe.evaluate.models == ("pretrained", "final")
+    recipe, folder = varied(tiny_recipe, variants={"plain": {}, "other": {"sft.steps": 3}})
+    assert [t.recipe.sft and t.recipe.sft.steps for t in plan_trials(recipe, folder)] == [None, None, 3, 3]
+    bare = recipe.model_copy(update={"sft": None})
+    with pytest.raises(UserError, match="plain-1 and other-1 train the same thing"):
+        plan_trials(bare, folder)
+    own = {"steps": 4, "sequence_length": 256, "max_sample_tokens": 256, "global_batch_sequences": 1}
+    sft = {**own, "learning_rate": 1e-3, "sources": [{"kind": "installed"}]}
+    _, bare_tuned = varied(tiny_recipe, variants={"plain": {}, "other": {"sft": sft}})
+    tune = TuneConfig.model_validate({"variants": {"plain": {}, "other": {"sft": sft}}})
+    plain, other = plan_trials(bare.model_copy(update={"tune": tune}), bare_tuned)
+    assert plain.outcome == "pretrained" and other.recipe.sft is not None and other.recipe.sft.steps == 4
+
+
+def test_trials_of_one_pretraining_run_one_after_the_other(tiny_recipe: Callable[..., Recipe]) -> None:
+    variants = {**VARIANTS, "tuned": {}, "longer": {"sft.steps": 3}}
+    names = [[trial.name for trial in wave] for wave in waves(plan_trials(*varied(tiny_recipe, variants=variants)))]
+    assert names[1:] == [["tuned-1", "tuned-2"], ["longer-1", "longer-2"]]
+    assert names[0] == ["plain-1", "plain-2", "none-1", "none-2", "twice-1", "twice-2"]
+    assert waves([]) == []
+
+
+def test_further_variants_and_seeds_keep_the_folder(tiny_recipe: Callable[..., Recipe]) -> None:
+    _, folder = varied(tiny_recipe)
+    assert varied(tiny_recipe, variants={**VARIANTS, "tuned": {}}, seeds=[1, 2, 3])[1] == folder
+    assert varied(tiny_recipe, search={RATES: [1e-4]})[1] != folder
+
+
+def test_the_ablations_of_the_reproduction_are_trials() -> None:
+    recipe = load_recipe(str(ABLATIONS))
+    planned = plan_trials(recipe, stage_directory(recipe, "tune").location)
+    assert len({trial.name for trial in planned}) == len(planned) == 60
+    assert {trial.variant for trial in planned if trial.outcome == "final"} == {"sft_short", "sft_with_long"}
+    assert [len(trial.steps) for trial in planned if trial.variant == "two_steps"] == [2, 2, 2]

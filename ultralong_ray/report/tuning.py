@@ -30,7 +30,7 @@ def tuning_facts(recipe: Recipe, notes: list[str]) -> dict[str, Any] | None:
 
 
 def tuning_charts(tuning: dict[str, Any] | None) -> list[Markup]:
-    """Loss by step of all trials, and the last loss against every key whose values are numbers."""
+    """Loss by step of all trials, and the last loss against every searched key whose values are numbers."""
     if tuning is None:
         return []
     trials = [trial for trial in tuning["trials"] if trial["curve"]["step"]]
@@ -42,6 +42,8 @@ def tuning_charts(tuning: dict[str, Any] | None) -> list[Markup]:
     charts = [line_chart("tuning-loss", "Loss of the trials", curves, across, up)]
     for number, key in enumerate(tuning["keys"]):
         values = [trial["values"][key] for trial in trials]
+        if key == "seed":  # its order means nothing
+            continue
         if len(set(map(str, values))) < 2 or not all(_is_number(value) for value in values):
             continue
         wide = min(values) > 0 and max(values) / min(values) >= LOGARITHMIC_ABOVE
