@@ -50,6 +50,19 @@ def test_plan_only_prints_the_plan_and_runs_nothing(
     assert ran == []
 
 
+def test_a_flag_of_several_words_gives_them_to_the_action(monkeypatch: pytest.MonkeyPatch):
+    got: list[tuple[str, ...]] = []
+    words = ["--only", "a", "b", "--name", "other", "--only", "c"]
+    monkeypatch.setattr(sys, "argv", ["tune.py", str(ROOT / QUICKSTART), *words])
+    job.guarded(
+        lambda recipe, path, _, only: got.append((recipe.name, *only)), several=job.Several("--only", "", "", "+")
+    )
+    assert got == [("other", "a", "b", "c")]
+    monkeypatch.setattr(sys, "argv", ["pretrain.py", str(ROOT / QUICKSTART), "--resume-anyway", "x"])
+    job.guarded(lambda recipe, path, _, fields: got.append(fields), several=job.RESUME_ANYWAY)
+    assert got[1:] == [("x",)]
+
+
 def test_a_stage_without_its_input_names_it(tmp_path: Path):
     done = run_script("pretrain", QUICKSTART, "--workdir", str(tmp_path))
     assert done.returncode == 2

@@ -86,7 +86,7 @@ def test_a_killed_trial_is_resumed_and_the_table_completes(cluster: Head, tmp_pa
     path.write_text((ROOT / "jobs/recipes/quickstart.toml").read_text() + SECTION)
     recipe = load_recipe(str(path), ["--workdir", str(workdir), *SMALL])
     folder = stage_directory(recipe, "tune").location
-    stages = [stage_directory(trial.recipe, "pretrain") for trial in plan_trials(recipe, folder)]
+    stages = [stage_directory(trial.recipe, "pretrain") for trial in plan_trials(recipe)]
     driver = start(cluster, path, workdir)
     killed, most = None, 0
     while killed is None or most < 4:

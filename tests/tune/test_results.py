@@ -31,7 +31,7 @@ VARIANTS: dict[str, Any] = {
 def planned_trials(tiny_recipe: Callable[..., Recipe], tune: dict[str, Any]) -> tuple[Recipe, Location, list[Trial]]:
     recipe = tiny_recipe(tune=tune)
     folder = stage_directory(recipe, "tune").location
-    return recipe, folder, plan_trials(recipe, folder)
+    return recipe, folder, plan_trials(recipe)
 
 
 def write_metrics(recipe: Recipe, losses: list[float]) -> None:
@@ -154,7 +154,7 @@ def test_records_alone_stand_for_the_trials_on_another_machine(
     shutil.copytree((folder / "trials").path, (there / "trials").path)
     arrived = [
         name
-        for trial in plan_trials(moved, there)
+        for trial in plan_trials(moved)
         for name in stages(trial.recipe)
         if stage_directory(trial.recipe, name).done
     ]

@@ -26,9 +26,8 @@ VARIANTS: dict[str, Any] = {
 }
 
 
-def tuned(tiny_recipe: Callable[..., Recipe], search: dict[str, Any], **more: Any) -> tuple[Recipe, Location]:
-    recipe = tiny_recipe(tune={"search": search, **more})
-    return recipe, stage_directory(recipe, "tune").location
+def tuned(tiny_recipe: Callable[..., Recipe], search: dict[str, Any], **more: Any) -> Recipe:
+    return tiny_recipe(tune={"search": search, **more})
 
 
 def test_every_combination_once_and_draws_that_repeat() -> None:
@@ -62,8 +61,8 @@ def test_a_search_that_cannot_be_is_refused(tune: dict[str, Any], words: str) ->
 
 def test_each_trial_is_the_recipe_with_its_values(tiny_recipe: Callable[..., Recipe]) -> None:
     search = {RATES: [1e-4, 2e-4], "pretrain.mask_documents": [False, True], "prepare.separator": ["<s>", "none"]}
-    recipe, folder = tuned(tiny_recipe, search)
-    planned = plan_trials(recipe, folder)
+    recipe = tuned(tiny_recipe, search)
+    planned = plan_trials(recipe)
     assert len(planned) == 8
     last = planned[-1].recipe
     assert (last.pretrain.learning_rate, last.pretrain.mask_documents, last.prepare.separator) == (2e-4, True, "none")
@@ -73,40 +72,39 @@ def test_each_trial_is_the_recipe_with_its_values(tiny_recipe: Callable[..., Rec
 
 def test_what_trials_cannot_be_is_refused(tiny_recipe: Callable[..., Recipe]) -> None:
     with pytest.raises(UserError, match=r"(?s)trial-00.*pretrain\.learning_rat = .*unknown key"):
-        plan_trials(*tuned(tiny_recipe, {"pretrain.learning_rat": [1e-4]}))
+        plan_trials(tuned(tiny_recipe, {"pretrain.learning_rat": [1e-4]}))
     with pytest.raises(UserError, match=r"(?s)trial-01.*prepare.sequence_length 1024 is beyond"):
-        plan_trials(*tuned(tiny_recipe, {"prepare.sequence_length": [512, 1024]}))
+        plan_trials(tuned(tiny_recipe, {"prepare.sequence_length": [512, 1024]}))
     with pytest.raises(UserError, match="trial-00 and trial-01 train the same thing"):
-        plan_trials(*tuned(tiny_recipe, {"evaluate.samples_per_cell": [1, 2]}))
+        plan_trials(tuned(tiny_recipe, {"evaluate.samples_per_cell": [1, 2]}))
     with pytest.raises(UserError, match=r"no \[tune\] section"):
-        plan_trials(tiny_recipe(), Location.of("/nowhere"))
+        plan_trials(tiny_recipe())
 
 
 def test_a_staged_trial_trains_on_what_its_former_step_made(tiny_recipe: Callable[..., Recipe]) -> None:
-    recipe, folder = tuned(tiny_recipe, {"staged": [False, True], RATES: [1e-4, 2e-4]}, staged=[HALF])
-    one, _, staged, other = plan_trials(recipe, folder)
+    recipe = tuned(tiny_recipe, {"staged": [False, True], RATES: [1e-4, 2e-4]}, staged=[HALF])
+    one, two, staged, other = plan_trials(recipe)
     assert len(one.steps) == 1 and len(staged.steps) == 2
     first, last = staged.steps
     assert (first.prepare.sequence_length, first.model.rope.factor, first.evaluate) == (256, 4.0, None)
     assert last.prepare.sequence_length == 512
     assert last.model.base == (stage_directory(first, "pretrain").location / "model").uri
-    # two trials may take their first steps at the same time
-    assert not {step.workdir for step in staged.steps[:1]} & {step.workdir for step in other.steps[:1]}
+    # they share nothing, so all of them may run at once
+    assert [len(wave) for wave in waves([one, two, staged, other])] == [4]
 
 
-def varied(tiny_recipe: Callable[..., Recipe], **more: Any) -> tuple[Recipe, Location]:
+def varied(tiny_recipe: Callable[..., Recipe], **more: Any) -> Recipe:
     fields = {"variants": VARIANTS, "seeds": [1, 2], "seed_fields": ["prepare.seed", "sft.seed"], **more}
-    recipe = tiny_recipe(tune=fields)
-    return recipe, stage_directory(recipe, "tune").location
+    return tiny_recipe(tune=fields)
 
 
 def test_every_variant_is_tried_with_every_seed_and_combination(tiny_recipe: Callable[..., Recipe]) -> None:
-    planned = plan_trials(*varied(tiny_recipe))
+    planned = plan_trials(varied(tiny_recipe))
     assert [trial.name for trial in planned] == ["plain-1", "plain-2", "none-1", "none-2", "twice-1", "twice-2"]
     none = planned[3]
     assert none.values == {"variant": "none", "seed": 2}
     assert (none.recipe.prepare.separator, none.recipe.prepare.seed) == ("none", 2)
-    crossed = plan_trials(*varied(tiny_recipe, search={RATES: [1e-4, 2e-4]}))
+    crossed = plan_trials(varied(tiny_recipe, search={RATES: [1e-4, 2e-4]}))
     assert len(crossed) == 12 and crossed[1].name == "plain-1-01"
     assert crossed[1].recipe.pretrain.learning_rate == 2e-4 and crossed[1].recipe.prepare.seed == 1
     assert [trial.name for trial in chosen_trials(planned, ("twice", "plain"))] == [
@@ -117,7 +115,7 @@ def test_every_variant_is_tried_with_every_seed_and_combination(tiny_recipe: Cal
 
 
 def test_a_variant_starts_from_its_first_training(tiny_recipe: Callable[..., Recipe]) -> None:
-    trial = plan_trials(*varied(tiny_recipe))[4]
+    trial = plan_trials(varied(tiny_recipe))[4]
     first, last = trial.steps
     assert (first.pretrain.steps, first.prepare.sequence_length, first.prepare.seed) == (3, 256, 1)
     assert first.sft is None and first.evaluate is None
@@ -127,41 +125,50 @@ def test_a_variant_starts_from_its_first_training(tiny_recipe: Callable[..., Rec
 
 def test_sft_is_of_the_trials_that_evaluate_it(tiny_recipe: Callable[..., Recipe]) -> None:
     """A recipe's own SFT, changed or not, or that of a variant alone; and none where "final" is not asked for."""
-    plain, _, _, _, twice, _ = plan_trials(*varied(tiny_recipe))
+    plain, _, _, _, twice, _ = plan_trials(varied(tiny_recipe))
     assert plain.recipe.sft is None and plain.outcome == "pretrained"
     assert plain.recipe.evaluate is not None and plain.recipe.evaluate.models == ("pretrained",)
     assert twice.recipe.sft is not None and twice.outcome == "final" and twice.recipe.sft.seed == 1
     assert twice.recipe.evaluate is not None and twice.recipe.evaluate.models == ("pretrained", "final")
-    recipe, folder = varied(tiny_recipe, variants={"plain": {}, "other": {"sft.steps": 3}})
-    assert [t.recipe.sft and t.recipe.sft.steps for t in plan_trials(recipe, folder)] == [None, None, 3, 3]
+    recipe = varied(tiny_recipe, variants={"plain": {}, "other": {"sft.steps": 3}})
+    assert [t.recipe.sft and t.recipe.sft.steps for t in plan_trials(recipe)] == [None, None, 3, 3]
     bare = recipe.model_copy(update={"sft": None})
     with pytest.raises(UserError, match="plain-1 and other-1 train the same thing"):
-        plan_trials(bare, folder)
+        plan_trials(bare)
     own = {"steps": 4, "sequence_length": 256, "max_sample_tokens": 256, "global_batch_sequences": 1}
     sft = {**own, "learning_rate": 1e-3, "sources": [{"kind": "installed"}]}
-    _, bare_tuned = varied(tiny_recipe, variants={"plain": {}, "other": {"sft": sft}})
     tune = TuneConfig.model_validate({"variants": {"plain": {}, "other": {"sft": sft}}})
-    plain, other = plan_trials(bare.model_copy(update={"tune": tune}), bare_tuned)
+    plain, other = plan_trials(bare.model_copy(update={"tune": tune}))
     assert plain.outcome == "pretrained" and other.recipe.sft is not None and other.recipe.sft.steps == 4
 
 
 def test_trials_of_one_pretraining_run_one_after_the_other(tiny_recipe: Callable[..., Recipe]) -> None:
     variants = {**VARIANTS, "tuned": {}, "longer": {"sft.steps": 3}}
-    names = [[trial.name for trial in wave] for wave in waves(plan_trials(*varied(tiny_recipe, variants=variants)))]
+    names = [[trial.name for trial in wave] for wave in waves(plan_trials(varied(tiny_recipe, variants=variants)))]
     assert names[1:] == [["tuned-1", "tuned-2"], ["longer-1", "longer-2"]]
     assert names[0] == ["plain-1", "plain-2", "none-1", "none-2", "twice-1", "twice-2"]
     assert waves([]) == []
 
 
+def test_a_first_training_of_two_variants_is_made_once(tiny_recipe: Callable[..., Recipe]) -> None:
+    first = {**HALF, "pretrain.steps": 3}
+    variants = {"short": {"pretrain.steps": 5, "first": first}, "long": {"pretrain.steps": 9, "first": first}}
+    short, long = plan_trials(varied(tiny_recipe, variants=variants, seeds=[1]))
+    assert stage_directory(short.steps[0], "pretrain") == stage_directory(long.steps[0], "pretrain")
+    assert waves([short, long]) == [[short], [long]]
+
+
 def test_further_variants_and_seeds_keep_the_folder(tiny_recipe: Callable[..., Recipe]) -> None:
-    _, folder = varied(tiny_recipe)
-    assert varied(tiny_recipe, variants={**VARIANTS, "tuned": {}}, seeds=[1, 2, 3])[1] == folder
-    assert varied(tiny_recipe, search={RATES: [1e-4]})[1] != folder
+    def folder(**more: Any) -> Location:
+        return stage_directory(varied(tiny_recipe, **more), "tune").location
+
+    assert folder(variants={**VARIANTS, "tuned": {}}, seeds=[1, 2, 3]) == folder()
+    assert folder(search={RATES: [1e-4]}) != folder()
 
 
 def test_the_ablations_of_the_reproduction_are_trials() -> None:
     recipe = load_recipe(str(ABLATIONS))
-    planned = plan_trials(recipe, stage_directory(recipe, "tune").location)
+    planned = plan_trials(recipe)
     assert len({trial.name for trial in planned}) == len(planned) == 60
     assert {trial.variant for trial in planned if trial.outcome == "final"} == {"sft_short", "sft_with_long"}
     assert [len(trial.steps) for trial in planned if trial.variant == "two_steps"] == [2, 2, 2]

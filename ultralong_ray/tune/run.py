@@ -39,7 +39,7 @@ def tune(recipe: Recipe, recipe_path: str, only: tuple[str, ...] = ()) -> None:
     Raises UserError for a search that cannot be, and at the end for the trials that failed.
     """
     folder = stage_directory(recipe, "tune").location
-    planned = plan_trials(recipe, folder)
+    planned = plan_trials(recipe)
     chosen = chosen_trials(planned, only)
     todo = [trial for trial in chosen if not is_over(trial, folder)]
     log.info("tune: %d trials, %d of them over; %s", len(chosen), len(chosen) - len(todo), folder)
@@ -63,10 +63,9 @@ def tune(recipe: Recipe, recipe_path: str, only: tuple[str, ...] = ()) -> None:
 
 def _make_inputs(todo: list[Trial], recipe_path: str) -> None:
     """What trials share is made once, before any starts: two would write the same folder."""
-    for trial in todo:
-        if len(trial.steps) == 1:
-            for stage in stages(trial.recipe)[: stages(trial.recipe).index("pretrain")]:
-                run_stage(trial.recipe, stage, recipe_path)
+    for first in [trial.steps[0] for trial in todo]:
+        for stage in stages(first)[: stages(first).index("pretrain")]:
+            run_stage(first, stage, recipe_path)
 
 
 def _run(recipe: Recipe, todo: list[Trial], folder: Location, recipe_path: str) -> None:

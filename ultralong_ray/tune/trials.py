@@ -8,7 +8,6 @@ from __future__ import annotations
 import itertools
 import math
 import random
-from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
@@ -80,14 +79,14 @@ def _draw(limits: RangeConfig, seed: str) -> float:
     return math.exp(math.log(limits.low) + share * (math.log(limits.high) - math.log(limits.low)))
 
 
-def plan_trials(recipe: Recipe, folder: Location) -> list[Trial]:
-    """The trials of a recipe whose search writes to `folder`: variants, with each seed, with each combination.
+def plan_trials(recipe: Recipe) -> list[Trial]:
+    """The trials of a recipe: its variants, with each seed, with each combination.
 
     Raises UserError for values that make no valid recipe, and for trials that would train the same thing.
     """
     tune = section(recipe)
     found = [
-        _trial(recipe, variant, seed, number if tune.search else None, values, folder)
+        _trial(recipe, variant, seed, number if tune.search else None, values)
         for variant in tune.variants or (None,)
         for seed in tune.seeds or (None,)
         for number, values in enumerate(combinations(tune))
@@ -118,20 +117,21 @@ def chosen_trials(planned: list[Trial], only: tuple[str, ...]) -> list[Trial]:
 
 
 def waves(trials: list[Trial]) -> list[list[Trial]]:
-    """Trials that may run at once. Those whose pretraining is the same, as before different SFTs, do it one by one."""
-    found: list[list[Trial]] = []
-    before: Counter[str] = Counter()
+    """Trials that may run at once. Two that share a pretraining, as before different SFTs, are in different waves:
+    the later one finds it done."""
+    found: list[tuple[list[Trial], set[str]]] = []
     for trial in trials:
-        pretraining = stage_fingerprint(trial.recipe, "pretrain")
-        found += [[]] if before[pretraining] == len(found) else []
-        found[before[pretraining]].append(trial)
-        before[pretraining] += 1
-    return found
+        own = {stage_fingerprint(step, "pretrain") for step in trial.steps}
+        free = next((wave for wave in found if not wave[1] & own), None)
+        if free is None:
+            found.append(([trial], own))
+        else:
+            free[0].append(trial)
+            free[1].update(own)
+    return [members for members, _ in found]
 
 
-def _trial(
-    recipe: Recipe, variant: str | None, seed: int | None, number: int | None, found: dict[str, Any], folder: Location
-) -> Trial:
+def _trial(recipe: Recipe, variant: str | None, seed: int | None, number: int | None, found: dict[str, Any]) -> Trial:
     tune = section(recipe)
     own = {} if variant is None else tune.variants[variant]
     counts = [] if number is None else [f"{number:02d}"]
@@ -147,18 +147,17 @@ def _trial(
     trained = {key: value for key, value in changed.items() if not _is_of_sft(key)}
     before = [{**trained, **first} for first in ([own[FIRST]] if FIRST in own else [])]
     before += [{**trained, **step} for step in (tune.staged if found.get(STAGED) else ())]
-    earlier = _earlier_steps(recipe, before, folder / name, what)
+    earlier = _earlier_steps(recipe, before, what)
     last = _last_recipe(recipe, changed, {**trained, "tune": None, "sft": None, **_starting_from(earlier)}, what)
     return Trial(name, variant, values, (*before, changed), (*earlier, last))
 
 
-def _earlier_steps(recipe: Recipe, changes: list[dict[str, Any]], folder: Location, what: str) -> list[Recipe]:
+def _earlier_steps(recipe: Recipe, changes: list[dict[str, Any]], what: str) -> list[Recipe]:
     """Recipes that end with pretraining, each of the model that the one before it made."""
     found: list[Recipe] = []
-    for number, changed in enumerate(changes, start=1):
-        # a folder of its own: the first steps of two trials may be equal, and both may run at once
-        own = {"workdir": (folder / f"step-{number}").uri, "tune": None, "sft": None}
-        found.append(with_values(recipe, {**changed, **_starting_from(found), **own, "evaluate": None}, what))
+    for changed in changes:
+        own = {**changed, **_starting_from(found), "tune": None, "sft": None, "evaluate": None}
+        found.append(with_values(recipe, own, what))
     return found
 
 
