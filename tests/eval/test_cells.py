@@ -73,7 +73,7 @@ def test_a_cell_is_asked_and_kept_with_its_answers(tiny_llama: Path) -> None:
     engine: Any = Engine(tiny_llama, precision="float32", prefill_chunk_tokens=64, device="cpu")
     expected: list[str] = []
 
-    def answer(ids: list[int], max_new_tokens: int, stop: tuple[str, ...]) -> str:
+    def answer(ids: list[int], max_new_tokens: int, stop: tuple[str, ...], exact: bool) -> str:
         """Reads the key from the prompt, as a perfect model would; has no idea the first time."""
         expected.append(engine.tokenizer.decode(ids).split("The pass key is ", 1)[1][:5])
         return f" {expected[-1]}." if len(expected) > 1 else "no idea"

@@ -165,7 +165,7 @@ def prefill_of(options: argparse.Namespace) -> Prefill:
     ulysses, ring = _degrees(options)
     return Prefill(
         shape=options.shape,
-        layers=options.layers or SHAPES[options.shape]["num_hidden_layers"],
+        layers=options.layers or _shape(options)["num_hidden_layers"],
         length=options.length,
         decode=options.decode,
         num_gpus=options.gpus,
@@ -185,7 +185,7 @@ def checkpoints_of(options: argparse.Namespace) -> Checkpoints:
     """Raises UserError for a shape or degrees that there are not, or a snapshot without its folder."""
     if options.snapshot == "disk" and options.local is None:
         raise UserError("--snapshot disk needs --local, a folder on the own disk")
-    layers = options.layers or SHAPES[options.shape]["num_hidden_layers"]
+    layers = options.layers or _shape(options)["num_hidden_layers"]
     benchmark = Benchmark(
         shape=options.shape,
         num_gpus=options.gpus,
@@ -218,7 +218,7 @@ def _setup(options: argparse.Namespace, length: int, layers: int) -> Setup:
 
 def benchmark_of(options: argparse.Namespace) -> Benchmark:
     """Raises UserError for a shape, a field or degrees that there are not."""
-    layers = options.layers or (1 if options.long else SHAPES[options.shape]["num_hidden_layers"])
+    layers = options.layers or (1 if options.long else _shape(options)["num_hidden_layers"])
     base = _setup(options, options.long or options.length, layers)
     setups = (base, *(base.changed(text) for text in options.also))
     if options.compare_degrees:
@@ -241,13 +241,17 @@ def benchmark_of(options: argparse.Namespace) -> Benchmark:
     )
 
 
-def _degrees(options: argparse.Namespace) -> tuple[int, int]:
+def _shape(options: argparse.Namespace) -> dict[str, Any]:
     if options.shape not in SHAPES:
         raise UserError(f"--shape {options.shape}: no such shape; there are {', '.join(SHAPES)}")
+    return SHAPES[options.shape]
+
+
+def _degrees(options: argparse.Namespace) -> tuple[int, int]:
     if options.ulysses or options.ring:
         ulysses = options.ulysses or max(1, options.gpus // options.ring)
         return parse_degrees(f"{ulysses}x{options.ring or max(1, options.gpus // ulysses)}")
-    shape = SHAPES[options.shape]
+    shape = _shape(options)
     heads, kv_heads = shape["num_attention_heads"], shape["num_key_value_heads"]
     divisors = (degree for degree in range(options.gpus, 0, -1) if options.gpus % degree == 0)
     ulysses = next(degree for degree in divisors if heads_can_split(heads, kv_heads, degree))
