@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import Annotated, Any
+from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -15,6 +16,19 @@ PositiveFloat = Annotated[float, Field(gt=0.0)]
 def operational(default: Any, **kwargs: Any) -> Any:
     """A field that does not change what a stage computes: left out of fingerprints."""
     return Field(default, json_schema_extra={"operational": True}, **kwargs)
+
+
+def server_address(value: str, section: str) -> str:
+    """The `base_url` of a section that names a server, without a slash at its end. Raises ValueError in words."""
+    parts = urlsplit(value)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise ValueError(f"{section}.base_url {value!r} is no address; give one like https://host:8000/v1")
+    if parts.username or parts.password or parts.query:
+        raise ValueError(
+            f"{section}.base_url must not carry a user name, a password or a query, which would end up in files; put "
+            f"the key into the environment variable that {section}.api_key_env names"
+        )
+    return value.rstrip("/")
 
 
 class Section(BaseModel):

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from typing import Annotated, Any, Literal
-from urllib.parse import urlsplit
 
 from pydantic import Field, field_validator
 
-from ultralong_ray.config.base import NonNegative, Positive, PositiveFloat, Section, operational
+from ultralong_ray.config.base import NonNegative, Positive, PositiveFloat, Section, operational, server_address
 
 
 class InProcessEngine(Section):
@@ -64,15 +63,7 @@ class EndpointEngine(Section):
     @field_validator("base_url")
     @classmethod
     def _is_an_address(cls, value: str) -> str:
-        parts = urlsplit(value)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise ValueError(f"evaluate.engine.base_url {value!r} is no address; give one like http://host:8000/v1")
-        if parts.username or parts.password or parts.query:
-            raise ValueError(
-                "evaluate.engine.base_url must not carry a user name, a password or a query, which would end up in "
-                "files; put the key into the environment variable that evaluate.engine.api_key_env names"
-            )
-        return value.rstrip("/")
+        return server_address(value, "evaluate.engine")
 
 
 class VllmEngine(Section):

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import re
 from typing import Annotated, Any
-from urllib.parse import urlsplit
 
 from pydantic import Field, field_validator, model_validator
 
-from ultralong_ray.config.base import NonNegative, Positive, PositiveFloat, Section, operational
+from ultralong_ray.config.base import NonNegative, Positive, PositiveFloat, Section, operational, server_address
 from ultralong_ray.config.sections import SourceConfig
 
 DEFAULT_PROMPT = """Below are a question and an answer to it. Write a better answer: correct, complete, well explained \
@@ -76,15 +75,7 @@ class RefineConfig(Section):
     @field_validator("base_url")
     @classmethod
     def _is_an_address(cls, value: str) -> str:
-        parts = urlsplit(value)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise ValueError(f"refine.base_url {value!r} is no address; give one like https://api.openai.com/v1")
-        if parts.username or parts.password or parts.query:
-            raise ValueError(
-                "refine.base_url must not carry a user name, a password or a query, which would end up in files; put "
-                "the key into the environment variable that refine.api_key_env names"
-            )
-        return value.rstrip("/")
+        return server_address(value, "refine")
 
     @field_validator("refusals")
     @classmethod
