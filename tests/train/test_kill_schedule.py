@@ -7,6 +7,7 @@ Without those variables four kills, one of each kind. A killed driver is submitt
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import platform
@@ -14,7 +15,7 @@ import random
 import signal
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +51,8 @@ class Kill:
     while_starting: bool  # instead: so many seconds after the kill before
     reached_step: int = 0
     seconds_to_next_attempt: float = 0.0
-    resumed_from: int = field(default=-1)
+    resumed_from: int = -1
+    struck: bool = True  # False: the run had ended before, as it may when the kill before did no harm
 
 
 def draw_schedule(kills: int, seed: int) -> list[Kill]:
@@ -91,6 +93,9 @@ class KilledRun:
             self.submit()
         return sum(event["event"] in ("start", "resume") for event in read_events(self.stage))
 
+    def over(self) -> bool:
+        return self.driver.poll() == 0
+
     def last_step(self) -> int:
         return max((record.step for record in read_metrics(self.stage)), default=0)
 
@@ -99,8 +104,8 @@ class KilledRun:
         folders = list(root.iterdir()) if root.is_dir() else []
         return any(not (folder / MANIFEST_FILE).exists() for folder in folders)
 
-    def strike(self, kill: Kill) -> None:
-        """Wait for the moment of `kill`, then kill."""
+    def moment_of(self, kill: Kill) -> None:
+        """Wait for the moment of `kill`, or for the end of the run."""
         if kill.while_starting:
             time.sleep(10 * (kill.at_step % 1))
         else:
@@ -108,8 +113,14 @@ class KilledRun:
             if kill.kind != "upload":
                 time.sleep(kill.at_step % 1)
         if kill.kind == "upload":
-            wait_for(self.uncommitted, BEGIN_SECONDS, f"an upload for {kill}", every=0.001)
-        kill.reached_step = self.last_step()
+            wait_for(lambda: self.uncommitted() or self.over(), BEGIN_SECONDS, f"an upload for {kill}", every=0.001)
+
+    def strike(self, kill: Kill) -> None:
+        """Kill at the moment of `kill`, unless the run is over by then."""
+        self.moment_of(kill)
+        kill.reached_step, kill.struck = self.last_step(), not self.over()
+        if not kill.struck:
+            return
         if kill.kind == "driver":
             self.driver.kill()
             self.driver.wait()
@@ -118,8 +129,12 @@ class KilledRun:
             self.node = self.cluster.add_node(1)
         else:
             name = "TrainController" if kill.kind == "controller" else "RayTrainWorker"
-            processes = wait_for(lambda: self.cluster.workers(name), BEGIN_SECONDS, f"a process for {kill}")
-            os.kill(processes[-1].pid, signal.SIGKILL)
+            wait_for(lambda: self.cluster.workers(name) or self.over(), BEGIN_SECONDS, f"a process for {kill}")
+            kill.struck = False
+            for process in self.cluster.workers(name)[-1:]:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(process.pid, signal.SIGKILL)
+                    kill.struck = True
 
     def go_through(self, schedule: list[Kill]) -> None:
         wait_for(lambda: self.begun() >= 1, BEGIN_SECONDS, "the first attempt")
@@ -129,8 +144,10 @@ class KilledRun:
             struck = time.monotonic()
             if place + 1 < len(schedule) and schedule[place + 1].while_starting:
                 continue
-            wait_for(lambda before=before: self.begun() > before, BEGIN_SECONDS, f"an attempt after {kill}")
+            wait_for(lambda before=before: self.begun() > before or self.over(), BEGIN_SECONDS, f"a start after {kill}")
             kill.seconds_to_next_attempt = round(time.monotonic() - struck, 1)
+            if self.begun() == before:
+                continue
             begins = [event for event in read_events(self.stage) if event["event"] in ("start", "resume")]
             kill.resumed_from = begins[-1].get("step", 0)
             print(kill, flush=True)
@@ -158,6 +175,7 @@ def test_a_run_killed_at_random_moments_ends_as_the_undisturbed_one(cluster: Sma
     wanted, have = weights_of(undisturbed), weights_of(run.stage)
     assert wanted.keys() == have.keys() and all(np.array_equal(wanted[key], have[key]) for key in wanted)
     events = read_events(run.stage)
+    assert sum(kill.struck for kill in schedule) > kills / 2, "the run ended before most kills"
     lost = [kill.reached_step - kill.resumed_from for kill in schedule if kill.resumed_from >= 0]
     assert max(lost) <= 1, "more than the step in flight was lost"
     assert sum(event["event"] == "submit" for event in events) == run.submissions
