@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from ultralong_ray.config import Recipe, TrainConfig
 from ultralong_ray.config.degrees import Heads, model_heads
-from ultralong_ray.config.tasks import StandardTask
+from ultralong_ray.config.made_tasks import ShortSkillsTask
+from ultralong_ray.config.read_tasks import StandardTask
 from ultralong_ray.flops import ModelShape
 from ultralong_ray.planner.hardware import Hardware
 from ultralong_ray.planner.plan import Planned, hardware_of, plan_training
@@ -186,6 +187,9 @@ def _evaluate_lines(recipe: Recipe) -> list[str]:
         if isinstance(task, StandardTask):
             rows = f"the first {task.limit} rows of every subject" if task.limit else "all rows"
             lines.append(f"  {task.kind:<9} {', '.join(task.names)}: {rows}")
+            continue
+        if isinstance(task, ShortSkillsTask):
+            lines.append(f"  {task.kind:<9} {', '.join(task.names)}: {task.samples_per_cell} samples")
             continue
         samples = f"{task.samples_per_cell} samples" if task.samples_per_cell else "all rows"
         lines.append(

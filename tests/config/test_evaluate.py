@@ -11,19 +11,13 @@ from pydantic import ValidationError
 
 from ultralong_ray.config import EvaluateConfig, Recipe
 from ultralong_ray.config.evaluate import even_lengths
-from ultralong_ray.config.tasks import (
-    MADE_INFINITEBENCH,
-    InfinitebenchName,
-    InfinitebenchTask,
-    Level,
-    LvevalName,
-    RulerName,
-    RulerTask,
-)
+from ultralong_ray.config.made_tasks import RulerName, RulerTask, SkillName
+from ultralong_ray.config.read_tasks import MADE_INFINITEBENCH, InfinitebenchName, InfinitebenchTask, Level, LvevalName
 from ultralong_ray.eval.tasks.infinitebench import INFINITEBENCH_TASKS
 from ultralong_ray.eval.tasks.infinitebench_made import MAKERS
 from ultralong_ray.eval.tasks.lveval import LEVELS, SETS
 from ultralong_ray.eval.tasks.ruler import RULER_TASKS
+from ultralong_ray.eval.tasks.short_skills import SKILLS
 from ultralong_ray.recipe import load_recipe
 from ultralong_ray.stages import stage_fingerprint
 from ultralong_ray.types import UserError
@@ -34,7 +28,7 @@ QUICKSTART = Path(__file__).resolve().parents[2] / "jobs/recipes/quickstart.toml
 
 
 def test_names_are_those_of_the_tasks() -> None:
-    assert get_args(RulerName) == RULER_TASKS
+    assert get_args(RulerName) == RULER_TASKS and get_args(SkillName) == tuple(SKILLS)
     assert set(get_args(LvevalName)) == set(SETS) and get_args(Level) == LEVELS
     assert set(get_args(InfinitebenchName)) == set(INFINITEBENCH_TASKS)
     assert set(MADE_INFINITEBENCH) == set(MAKERS)
@@ -120,3 +114,11 @@ def test_lveval_and_infinitebench_name_the_files_they_read() -> None:
         kind="infinitebench", names=("code_debug",), context_lengths=(512,), data_folder="s3://b/x/"
     )
     assert section.paths() == [("data_folder", "s3://b/x/code_debug.jsonl")]
+
+
+def test_losses_are_asked_of_engines_that_give_them() -> None:
+    section = {"kind": "perplexity", "documents": ["a.txt"], "context_lengths": [128], "samples_per_cell": 1}
+    served = {"kind": "openai", "served": {"base": "b"}}
+    with pytest.raises(ValidationError, match=r"kind perplexity need the loss of every token, which .* openai does"):
+        EvaluateConfig.model_validate({"models": ["base"], "tasks": [section], "engine": served})
+    EvaluateConfig.model_validate({"tasks": [section], "engine": {"kind": "sharded", "degree": 2}})

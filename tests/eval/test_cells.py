@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from ultralong_ray.config import EvaluateConfig, Recipe
-from ultralong_ray.config.tasks import RulerTask
+from ultralong_ray.config.made_tasks import RulerTask
 from ultralong_ray.eval.cells import Cell, grid, run_cell, store_cell, stored_score
 from ultralong_ray.eval.generate import Engine
 from ultralong_ray.eval.making import Maker
@@ -158,6 +158,23 @@ def test_malformed_answers_score_nothing_and_are_kept(tiny_llama: Path, tmp_path
     store_cell(result, cell, Location.of(tmp_path))
     assert stored_score(TASKS, cell, Location.of(tmp_path)) == 0.0
     assert cell.result_file(Location.of(tmp_path)).read_json()["samples"][0]["answer"] == answer
+
+
+def test_a_cell_of_documents_keeps_their_losses(tiny_llama: Path, tmp_path: Path) -> None:
+    engine = Engine(tiny_llama, precision="float32", prefill_chunk_tokens=64, device="cpu")
+    file = tmp_path / "a.txt"
+    file.write_text("The grass is green. " * 60)
+    fields = {"kind": "perplexity", "name": "grass", "documents": [str(file)], "context_lengths": [128]}
+    config = EvaluateConfig.model_validate({"passkey": False, "tasks": [{**fields, "samples_per_cell": 1}]})
+    maker = Maker({str(file): Location.of(file)})
+    (cell,) = grid(config, ["base"], None, maker)
+    assert (cell.task, cell.tokens) == ("perplexity/grass", 128)
+    assert cell.file == "cells/base/perplexity/grass/128-shard0.json"
+    (row,) = run_cell(engine, config, cell, maker, _no_prompts).samples
+    losses = engine.token_losses(np.array(engine.tokenizer(file.read_text())["input_ids"][:128], np.int32))
+    assert row["facts"]["loss"] == pytest.approx(losses.mean(), abs=1e-6)
+    assert row["facts"]["bucket_end_tokens"] == [128]
+    assert row["score"] == pytest.approx(np.exp(-losses.mean()), abs=1e-6)
 
 
 def test_perplexity_curve(tiny_llama: Path, tmp_path: Path, tiny_recipe: Callable[..., Recipe]) -> None:

@@ -10,7 +10,8 @@ import pytest
 from pydantic import TypeAdapter
 
 from ultralong_ray.config import EvaluateConfig
-from ultralong_ray.config.tasks import Task, Work
+from ultralong_ray.config.task_section import Work
+from ultralong_ray.config.tasks import Task
 from ultralong_ray.eval.making import Maker, check_sections
 from ultralong_ray.eval.tasks.made_texts import made_haystack, made_questions, made_two_hop_questions
 from ultralong_ray.eval.tasks.prompt import Prompts
@@ -53,6 +54,34 @@ def test_every_kind_makes_samples_that_fit_without_files(prompts: Prompts, field
         assert len(prompts.ids(prompts.text(second))) + second.max_new_tokens <= LENGTH
         right = ", ".join(map(str, second.references))
         assert score(second, right) == 1.0 and score(second, "") == 0.0
+
+
+def test_short_skills_are_short_and_right_answers_count(prompts: Prompts) -> None:
+    section = section_of(kind="short_skills", samples_per_cell=3, context_lengths=[0])
+    assert [work.task for work in section.works()] == [f"short_skills/{name}" for name in section.names]
+    for work in section.works():
+        samples = list(Maker({}).samples(section, work, prompts, 0, 3))
+        assert len({sample.references for sample in samples}) == 3
+        for sample in samples:
+            assert sample.references[0] in sample.context or work.task.endswith("arithmetic")
+            assert score(sample, f" {sample.references[0]}.") >= 11 / 12 and score(sample, "no idea") == 0.0
+    (total,) = Maker({}).samples(section, Work("short_skills/arithmetic", 0, None), prompts, 7, 1)
+    assert eval(total.answer_prefix.removesuffix("=")) == int(total.references[0])
+
+
+def test_too_few_documents_are_refused_before_anything_is_asked(prompts: Prompts, tmp_path: Path) -> None:
+    file = tmp_path / "a.jsonl"
+    file.write_text("\n".join(json.dumps({"text": "The grass is green. " * size}) for size in (40, 1, 60)))
+    maker = Maker({str(file): Location.of(file)})
+    fields = {"kind": "perplexity", "name": "grass", "documents": [str(file)], "context_lengths": [32, 64]}
+    section = section_of(samples_per_cell=2, **fields)
+    found = list(maker.documents(section, 64, prompts.tokenizer, 1, 1))
+    whole = prompts.tokenizer("The grass is green. " * 60)["input_ids"]
+    assert [ids.tolist() for ids in found] == [whole[:64]]
+    check_sections(EvaluateConfig(passkey=False, tasks=(section,)), maker, lambda chat: prompts)
+    more = EvaluateConfig(passkey=False, tasks=(section_of(samples_per_cell=3, **fields),))
+    with pytest.raises(UserError, match=r"evaluate.tasks.0: perplexity at 64 tokens: .* hold 2 documents"):
+        check_sections(more, maker, lambda chat: prompts)
 
 
 def test_made_questions_have_their_answer_in_the_text_once() -> None:

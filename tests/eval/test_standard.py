@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from ultralong_ray.config import EvaluateConfig
-from ultralong_ray.config.tasks import StandardTask
+from ultralong_ray.config.read_tasks import StandardTask
 from ultralong_ray.eval.cells import grid, run_cell
 from ultralong_ray.eval.engine import Request
 from ultralong_ray.eval.generate import Engine

@@ -8,8 +8,10 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from ultralong_ray.config.base import Positive, Section, operational
-from ultralong_ray.config.engines import EndpointEngine, EngineConfig, InProcessEngine
-from ultralong_ray.config.tasks import Depths, Task
+from ultralong_ray.config.engines import EndpointEngine, EngineConfig, InProcessEngine, ShardedEngine
+from ultralong_ray.config.read_tasks import PerplexityTask
+from ultralong_ray.config.task_section import Depths
+from ultralong_ray.config.tasks import Task
 
 ModelName = Literal["base", "extended", "pretrained", "final"]
 GRID_LENGTHS = 40  # of the default passkey grid, as in the paper's heat maps
@@ -57,6 +59,17 @@ class EvaluateConfig(Section):
                     f"evaluate.engine.served does not say what the server calls {unserved[0]!r}; add "
                     f'{unserved[0]} = "...", or take it out of evaluate.models'
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _engine_gives_losses(self) -> EvaluateConfig:
+        if any(isinstance(section, PerplexityTask) for section in self.tasks) and not isinstance(
+            self.engine, InProcessEngine | ShardedEngine
+        ):
+            raise ValueError(
+                f"evaluate.tasks of kind perplexity need the loss of every token, which an engine of kind "
+                f"{self.engine.kind} does not give; set evaluate.engine.kind to in_process or sharded, or remove them"
+            )
         return self
 
     @model_validator(mode="after")

@@ -13,11 +13,13 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from ultralong_ray.config import EvaluateConfig
-from ultralong_ray.config.tasks import StandardTask, Task, Work
+from ultralong_ray.config.read_tasks import PerplexityTask, StandardTask
+from ultralong_ray.config.task_section import Work
+from ultralong_ray.config.tasks import Task
 from ultralong_ray.eval.engine import Request
 from ultralong_ray.eval.making import Maker
 from ultralong_ray.eval.passkey import build_prompt, encode_prompt, is_right
-from ultralong_ray.eval.perplexity import holdout_tokens
+from ultralong_ray.eval.perplexity import document_rows, holdout_tokens
 from ultralong_ray.eval.tasks.prompt import Prompts
 from ultralong_ray.eval.tasks.sample import Sample
 from ultralong_ray.eval.tasks.score import score
@@ -28,7 +30,7 @@ logger = logging.getLogger(__name__)
 
 PASSKEY = "passkey"
 PROMPT_END_CHARACTERS = 400  # of every prompt, kept for a reader
-STANDARD_TOKENS = 1024  # about, of a question of a standard test, for the order of cells and the time left
+SHORT_TOKENS = 1024  # about, of a question without a context length, for the order of cells and the time left
 STOP_AT_NEWLINE = ("\n",)  # of passkeys: what follows the line of the key does not count
 
 
@@ -97,7 +99,7 @@ def _task_cells(config: EvaluateConfig, model: str, maker: Maker) -> Iterator[Ce
             total, size = maker.num_samples(section, work.task), config.samples_per_shard
             for shard, first in enumerate(range(0, total, size)):
                 count = min(size, total - first)
-                tokens = count * (work.context_length_tokens or STANDARD_TOKENS)
+                tokens = count * (work.context_length_tokens or SHORT_TOKENS)
                 place = (work.context_length_tokens, work.depth_percent, tokens, work.task)
                 yield Cell(model, *place, number, shard, first, count)
 
@@ -105,8 +107,12 @@ def _task_cells(config: EvaluateConfig, model: str, maker: Maker) -> Iterator[Ce
 def run_cell(engine: Any, config: EvaluateConfig, cell: Cell, maker: Maker, prompts: PromptsOf) -> CellResult:
     """Ask every sample of a cell. `engine` is an `engine.Engine`, `prompts` writes for its model."""
     started = time.monotonic()
-    if cell.section >= 0 and isinstance(section := config.tasks[cell.section], StandardTask):
+    section = config.tasks[cell.section] if cell.section >= 0 else None
+    if isinstance(section, StandardTask):
         rows = _standard_rows(engine, section, cell, maker, _chat_template(config, cell))
+        return _result(config, cell, rows, started)
+    if isinstance(section, PerplexityTask):
+        rows = _document_rows(engine, section, cell, maker)
         return _result(config, cell, rows, started)
     if cell.task == PASSKEY:
         asked = _passkey_requests(engine, config, cell)
@@ -152,6 +158,12 @@ def _standard_rows(
     rows, few_shot = maker.standard(section, cell.task)
     chosen = rows[cell.first_sample : cell.first_sample + cell.num_samples]
     return run_standard(engine, section, cell.task.split("/")[1], chosen, few_shot, chat_template=chat_template)
+
+
+def _document_rows(engine: Any, section: PerplexityTask, cell: Cell, maker: Maker) -> list[dict[str, Any]]:
+    assert cell.context_length_tokens is not None
+    place = (cell.context_length_tokens, engine.tokenizer, cell.first_sample, cell.num_samples)
+    return document_rows(engine, maker.documents(section, *place), cell.first_sample)
 
 
 PromptsOf = Callable[[bool], Prompts]  # from whether the chat template is used

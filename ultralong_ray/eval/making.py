@@ -7,21 +7,24 @@ one as they are taken. A `Maker` lives as long as its worker and reads every fil
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from itertools import islice
 from typing import Any, TypeVar
 
+import numpy as np
+from numpy.typing import NDArray
+
 from ultralong_ray.config import EvaluateConfig
-from ultralong_ray.config.tasks import (
-    InfinitebenchTask,
-    LvevalTask,
+from ultralong_ray.config.made_tasks import (
     ManyshotTask,
     MultiroundTask,
     NeedleTask,
     RetrievedTask,
     RulerTask,
-    StandardTask,
-    Task,
-    Work,
+    ShortSkillsTask,
 )
+from ultralong_ray.config.read_tasks import InfinitebenchTask, LvevalTask, PerplexityTask, StandardTask
+from ultralong_ray.config.task_section import Work
+from ultralong_ray.config.tasks import Task
 from ultralong_ray.eval.tasks.haystack import Haystack, load_haystack
 from ultralong_ray.eval.tasks.infinitebench import infinitebench_samples
 from ultralong_ray.eval.tasks.infinitebench_made import made_sample
@@ -30,12 +33,14 @@ from ultralong_ray.eval.tasks.made_texts import built_in_words, made_haystack, m
 from ultralong_ray.eval.tasks.manyshot import LabelledTexts, load_labelled, made_labelled, manyshot_sample
 from ultralong_ray.eval.tasks.multiround import multiround_sample
 from ultralong_ray.eval.tasks.needle import needle_sample
+from ultralong_ray.eval.tasks.perplexity import long_documents
 from ultralong_ray.eval.tasks.prompt import Prompts
 from ultralong_ray.eval.tasks.reading import read_text
 from ultralong_ray.eval.tasks.retrieved import retrieved_sample
 from ultralong_ray.eval.tasks.ruler import RulerData, ruler_sample
 from ultralong_ray.eval.tasks.ruler_questions import load_hotpotqa, load_squad
 from ultralong_ray.eval.tasks.sample import Sample
+from ultralong_ray.eval.tasks.short_skills import short_skills_sample
 from ultralong_ray.eval.tasks.standard import Row, few_shot_rows, standard_rows
 from ultralong_ray.eval.tasks.words import load_words
 from ultralong_ray.storage import Location
@@ -78,6 +83,16 @@ class Maker:
         return self._once(
             (section, task), lambda: (standard_rows(name, folder, section.limit), few_shot_rows(name, folder))
         )
+
+    def documents(
+        self, section: PerplexityTask, length_tokens: int, tokenizer: Any, first: int, count: int
+    ) -> Iterator[NDArray[np.int32]]:
+        """Documents `first` to `first + count - 1` of those that are long enough, cut: each int32 [length_tokens].
+
+        Raises: UserError for an absent or damaged file, and when there are fewer documents of that length.
+        """
+        files, end = [self._files[path] for path in section.documents], first + count
+        yield from islice(long_documents(files, tokenizer, length_tokens=length_tokens, count=end), first, end)
 
     def _rows_file(self, section: Task, task: str) -> Location | None:
         """The JSON-lines file of a task that is read and not made."""
@@ -128,6 +143,8 @@ class Maker:
                 section, lambda: load_squad(self._files[section.squad]) if section.squad else made_questions()
             )
             return lambda i: retrieved_sample(pool, prompts, depth_percent=depth, index=i, **common)
+        if isinstance(section, ShortSkillsTask):
+            return lambda i: short_skills_sample(name, built_in_words(), prompts, index=i, seed=section.seed)
         assert isinstance(section, InfinitebenchTask)
         template = section.template
         return lambda i: made_sample(name, prompts, index=i, template=template, depth_percent=depth, **common)
@@ -158,7 +175,8 @@ class Maker:
 
 
 def check_sections(config: EvaluateConfig, maker: Maker, prompts_of: Callable[[bool], Prompts]) -> None:
-    """Make the first sample of every task at its shortest length, before hours are spent on the others.
+    """Make the first sample of every task at its shortest length, before hours are spent on the others; of documents
+    for perplexity all at the greatest length, since there may be too few.
 
     Raises: UserError naming the section: its data is broken, or its prompt does not fit into the length.
     """
@@ -167,9 +185,20 @@ def check_sections(config: EvaluateConfig, maker: Maker, prompts_of: Callable[[b
         shortest = min(section.context_lengths)
         if isinstance(section, StandardTask):
             continue  # every row was read when the cells were counted
+        if isinstance(section, PerplexityTask):
+            _check_documents(section, f"evaluate.tasks.{number}", maker, prompts.tokenizer)
+            continue
         for name in section.names_of_tasks():
             work = Work(name, shortest, section.depths()[0])
             try:
                 next(iter(maker.samples(section, work, prompts, 0, 1)))
             except UserError as error:
                 raise UserError(f"evaluate.tasks.{number} ({name} at {shortest} tokens): {error}") from error
+
+
+def _check_documents(section: PerplexityTask, field: str, maker: Maker, tokenizer: Any) -> None:
+    try:
+        for _ in maker.documents(section, max(section.context_lengths), tokenizer, 0, section.samples_per_cell):
+            pass
+    except UserError as error:
+        raise UserError(f"{field}: {error}") from error

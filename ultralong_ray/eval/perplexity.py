@@ -1,8 +1,14 @@
-"""Perplexity by position over the held-out sequences of `prepare`: Parquet in, a mean loss per bucket out. No Ray."""
+"""Perplexity by position, of the held-out sequences of `prepare` or of documents of a benchmark section. No Ray.
+
+Token ids go in, mean losses by position come out. Held-out sequences have even buckets, and one curve for all of them;
+documents have buckets that double, and a row each.
+"""
 
 from __future__ import annotations
 
 import itertools
+import math
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -10,8 +16,11 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from ultralong_ray.config import EvaluateConfig
+from ultralong_ray.eval.tasks.perplexity import losses_by_position
 from ultralong_ray.storage import Location
 from ultralong_ray.types import UserError
+
+PROMPT_END_TOKENS = 100  # of every document, kept for a reader
 
 
 def holdout_tokens(holdout: Location) -> int:
@@ -29,6 +38,30 @@ def run_perplexity(engine: Any, config: EvaluateConfig, model: str, holdout: Loc
         losses = [engine.token_losses(ids) for ids in _sequences(file)]
     ends, means = bucket_means(losses, config.perplexity_buckets)
     return {"model": model, "bucket_end_tokens": ends, "loss": means, "num_sequences": len(losses)}
+
+
+def document_rows(engine: Any, documents: Iterable[NDArray[np.int32]], first: int) -> list[dict[str, Any]]:
+    """A row of every document as cells store it: its losses under `facts`; the score is 1 / perplexity.
+
+    documents: int32 [seq] each. `first` is the number of the first one.
+    """
+    rows = []
+    for index, ids in enumerate(documents, start=first):
+        losses = losses_by_position(engine.token_losses(ids))
+        rows.append(
+            {
+                "index": index,
+                "prompt_end": engine.tokenizer.decode(ids[-PROMPT_END_TOKENS:]),
+                "prompt_tokens": len(ids),
+                "expected": [],
+                "metric": "inverse_perplexity",
+                "facts": losses,
+                "answer": f"{losses['loss']:.4f} nats a token",
+                "score": math.exp(-losses["loss"]),
+                "right": False,
+            }
+        )
+    return rows
 
 
 def bucket_means(losses: list[NDArray[np.float32]], buckets: int) -> tuple[list[int], list[float]]:

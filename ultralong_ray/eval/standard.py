@@ -31,7 +31,7 @@ from lm_eval.api.task import ConfigurableTask
 from lm_eval.evaluator import evaluate
 from lm_eval.tasks._yaml_loader import load_yaml
 
-from ultralong_ray.config.tasks import StandardTask
+from ultralong_ray.config.read_tasks import StandardTask
 from ultralong_ray.eval.engine import Engine, Request
 from ultralong_ray.eval.sandbox import Limits, run_program
 from ultralong_ray.eval.tasks.standard import OTHERS, TEXTS, Row

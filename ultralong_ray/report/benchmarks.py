@@ -30,6 +30,8 @@ TITLES = {
     "multiround": "Multi-round retrieval",
     "manyshot": "Many-shot classification",
     "retrieved": "Retrieval-augmented questions",
+    "short_skills": "Short skills",
+    "perplexity": "Inverse perplexity of documents",
     "standard": "Standard tests",
 }
 NUM_TASKS = {"ruler": 13, "lveval": 11, "infinitebench": 12}  # of the whole benchmark, as published means have them

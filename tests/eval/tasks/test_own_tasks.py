@@ -17,11 +17,12 @@ from ultralong_ray.eval.tasks.haystack import Haystack
 from ultralong_ray.eval.tasks.manyshot import load_labelled, made_labelled, manyshot_sample
 from ultralong_ray.eval.tasks.multiround import final_request, mrcr_samples, multiround_sample, sequence_ratio
 from ultralong_ray.eval.tasks.needle import NUMBER, SENTENCE, SENTENCE_ANSWER, needle_sample, word_recall
-from ultralong_ray.eval.tasks.perplexity import bucket_edges, long_documents, position_means
+from ultralong_ray.eval.tasks.perplexity import bucket_edges, long_documents, losses_by_position
 from ultralong_ray.eval.tasks.prompt import Prompts
 from ultralong_ray.eval.tasks.retrieved import retrieved_sample, substring_exact_match
 from ultralong_ray.eval.tasks.ruler_questions import QuestionPool
 from ultralong_ray.eval.tasks.score import score
+from ultralong_ray.eval.tasks.short_skills import words_repeated
 from ultralong_ray.eval.tasks.words import Words
 from ultralong_ray.storage import Location
 from ultralong_ray.types import UserError
@@ -173,15 +174,19 @@ def test_perplexity_of_long_documents(tmp_path: Path, tiny_llama: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
     (tmp_path / "a.jsonl").write_text('{"text": "short"}\n' + json.dumps({"text": "The grass is green. " * 300}) + "\n")
     files = [Location.of(tmp_path / "a.jsonl")]
-    documents = list(long_documents(files, tokenizer, length_tokens=700))
+    documents = list(long_documents(files, tokenizer, length_tokens=700, count=1))
     assert [ids.shape for ids in documents] == [(700,)] and documents[0][0] == tokenizer.bos_token_id
-    with pytest.raises(UserError, match=r"perplexity at 90000 tokens: the longest document of .*a.jsonl has \d+"):
-        list(long_documents(files, tokenizer, length_tokens=90_000))
+    words = r"samples_per_cell is 2, and .*a.jsonl hold 1 documents as long, the longest of \d+ tokens"
+    with pytest.raises(UserError, match=rf"perplexity at 700 tokens: {words}"):
+        list(long_documents(files, tokenizer, length_tokens=700, count=2))
     assert bucket_edges(700) == [1, 256, 512, 700]
     losses = np.concatenate([np.full(255, 2.0), np.full(256, 1.0), np.full(188, 0.5)]).astype(np.float32)
-    result = position_means([losses, losses + 1], 700)
-    assert result["loss"] == [2.5, 1.5, 1.0] and result["bucket_end_tokens"] == [256, 512, 700]
-    assert result["perplexity"] == pytest.approx(np.exp(result["loss"])) and result["num_documents"] == 2
-    assert result["loss_standard_error"] == pytest.approx([0.5, 0.5, 0.5])
-    with pytest.raises(ValueError, match="698 losses of a document of 700 tokens"):
-        position_means([losses[1:]], 700)
+    result = losses_by_position(losses)
+    assert result["bucket_loss"] == [2.0, 1.0, 0.5] and result["bucket_end_tokens"] == [256, 512, 700]
+    assert result["loss"] == pytest.approx((255 * 2 + 256 + 94) / 699)
+
+
+def test_words_repeated_counts_to_the_first_wrong_one() -> None:
+    assert words_repeated(" a b c d", ["a b c d"]) == 1.0 == words_repeated("a b c d e", ["a b c d"])
+    assert words_repeated("a b x d", ["a b c d"]) == 0.5 and words_repeated("", ["a b"]) == 0.0
+    assert words_repeated("b a", ["a b"]) == 0.0 and words_repeated("a", ["a b"]) == 0.5

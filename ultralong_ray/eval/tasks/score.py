@@ -17,6 +17,7 @@ from ultralong_ray.eval.tasks.needle import word_recall
 from ultralong_ray.eval.tasks.retrieved import substring_exact_match
 from ultralong_ray.eval.tasks.ruler import ruler_mean, string_match_all, string_match_part
 from ultralong_ray.eval.tasks.sample import Sample
+from ultralong_ray.eval.tasks.short_skills import words_repeated
 
 # LV-Eval's evaluation.py looks at the first answer only.
 METRICS: dict[str, Callable[[str, Sample], float]] = {
@@ -26,6 +27,7 @@ METRICS: dict[str, Callable[[str, Sample], float]] = {
     "word_recall": lambda answer, sample: word_recall(answer, sample.references),
     # A model without a chat template begins its answer with a space; MRCR's rule is for messages, which do not.
     "sequence_ratio": lambda answer, sample: sequence_ratio(answer.lstrip(), sample.references, sample.facts["prefix"]),
+    "words_repeated": lambda answer, sample: words_repeated(answer, sample.references),
     "substring_exact_match": lambda answer, sample: substring_exact_match(answer, sample.references),
     "lveval_english_f1": lambda answer, sample: lveval_metrics.english_f1(answer, sample.references[0]),
     "lveval_english_gated_f1": lambda answer, sample: lveval_metrics.english_gated_f1(
