@@ -16,6 +16,7 @@ from ultralong_ray.train.failures import kind_of
 from ultralong_ray.train.notices import NONE, Interrupted
 from ultralong_ray.train.status import describe_run, restarts_of
 from ultralong_ray.train.watchdog import LEAST_CHECKPOINT_SECONDS, checkpoint_seconds
+from ultralong_ray.types import UserError
 
 LAYOUT: dict[str, Any] = {"cluster": {"num_workers": 2}, "sequence_parallel_degree": 2}
 SLOW_SECONDS = 5.0
@@ -65,6 +66,47 @@ def test_the_watchdog_waits_for_uploads_that_take_longer_than_a_step_may(tmp_pat
 def test_a_large_checkpoint_may_take_longer() -> None:
     assert checkpoint_seconds(10**9) == LEAST_CHECKPOINT_SECONDS
     assert checkpoint_seconds(10**11) == 2 * 10**11 / 5e6
+
+
+def errors_beside_uploads(folder: Path) -> list[str]:
+    """Step 5 fails for want of its data while the files of step 4 are written; then again, and rank 1 never has its.
+
+    The checkpoint of step 2 was committed before.
+    """
+    import torch
+    import torch.distributed as dist
+
+    from ultralong_ray.train import checkpoint_write
+    from ultralong_ray.train.loop import run
+
+    write_file, stuck = checkpoint_write.write_file, [False]
+
+    def slow(target: Location, pieces: Any) -> Any:
+        if "step-00000004" in target.uri:
+            time.sleep(60.0 if stuck[0] and dist.get_rank() == 1 else 1.0)
+        return write_file(target, pieces)
+
+    checkpoint_write.write_file = slow
+    said = []
+    for name in ("slow", "stuck"):
+        try:
+            run(job(folder, name, **LAYOUT, checkpoint_every_steps=2), torch.device("cpu"), lambda metrics: None)
+        except UserError as error:
+            said.append(str(error))
+        stuck[0], checkpoint_write.FINISH_SECONDS = True, 2.0
+    return said
+
+
+def test_an_error_does_not_cost_the_checkpoint_on_its_way(tmp_path: Path) -> None:
+    write_inputs(tmp_path)
+    manifest = Location.of(tmp_path / "packed" / "manifest.json")
+    described = manifest.read_json()
+    manifest.write_json({**described, "files": [{**described["files"][0], "num_sequences": 8}]})
+    for words in run_distributed(errors_beside_uploads, 2, tmp_path):
+        assert len(words) == 2 and all("names no file for sequence 8" in text for text in words)
+    for name, kept in (("slow", 4), ("stuck", 2)):
+        (newest, *_) = committed(Location.of(tmp_path / name) / CHECKPOINTS)
+        assert newest.startswith(f"step-{kept:08d}-")
 
 
 def given_up(folder: Path) -> str:

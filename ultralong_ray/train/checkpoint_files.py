@@ -16,6 +16,7 @@ import json
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 from ultralong_ray.object_store import retried
@@ -104,6 +105,13 @@ def write_file(target: Location, pieces: Callable[[], Iterable[Buffer]]) -> File
         return checksum.entry()
 
     return target.write_with(fill)
+
+
+def pieces_of(file: Path) -> Iterator[Buffer]:
+    """A file of this machine, for `write_file`."""
+    with file.open("rb") as source:
+        while piece := source.read(BLOCK_BYTES):
+            yield piece
 
 
 class _Checksum:

@@ -21,7 +21,7 @@ import shutil
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -38,9 +38,10 @@ from ultralong_ray.train.checkpoint_files import (
     FileEntry,
     Manifest,
     PartEntry,
+    pieces_of,
     write_file,
 )
-from ultralong_ray.train.partition import KINDS, Part, parts_of
+from ultralong_ray.train.partition import KINDS, Part, parts_of, share_of
 from ultralong_ray.train.random_state import random_state
 from ultralong_ray.train.snapshot import HostCopy
 from ultralong_ray.types import UserError
@@ -50,7 +51,7 @@ logger = logging.getLogger(__name__)
 RECORD_FILE = "part-{:05d}.json"
 LONGEST_POLL_SECONDS = 1.0
 OUTAGES_OUTLASTED = 4  # each as long as object_store.PATIENCE_SECONDS allows
-LOCAL_PIECE_BYTES = 16 * 2**20
+FINISH_SECONDS = 60.0
 
 Snapshot = Literal["memory", "disk", "none"]
 Value = TypeVar("Value")
@@ -82,6 +83,7 @@ class _Pending:
     waited_seconds: float = 0.0
     blocked_seconds: float = 0.0
     taken: float = 0.0  # time.perf_counter() when the loop went on
+    started: bool = False
     error: BaseException | None = None
     written: threading.Event = field(default_factory=threading.Event)  # this rank's part is there, or failed
     done: threading.Event = field(default_factory=threading.Event)
@@ -144,6 +146,7 @@ class CheckpointWriter:
         """Let a thread write and commit what was taken."""
         pending = self.pending
         assert pending is not None
+        pending.started = True
         thread = threading.Thread(target=self._finish, args=(pending,), name="checkpoint", daemon=True)
         thread.start()
 
@@ -169,6 +172,23 @@ class CheckpointWriter:
             pending.done.wait()
         self._raise_any(pending)
         self.known_step, self.pending = pending.about.step, None
+
+    def finish(self) -> None:
+        """Let the checkpoint on its way be committed though the run ends in an error. Not collective: every rank's
+        thread writes on by itself. What takes longer than FINISH_SECONDS is lost; an error is not held back for it."""
+        pending, deadline = self.pending, time.monotonic() + FINISH_SECONDS
+        while pending is not None and pending.started and time.monotonic() < deadline:
+            if self._stop.is_set() or pending.error is not None or self._is_sealed(pending):
+                break
+            time.sleep(LONGEST_POLL_SECONDS / 4)
+        self.abandon()
+
+    def _is_sealed(self, pending: _Pending) -> bool:
+        if self.rank == 0:
+            return pending.done.is_set()
+        with suppress(OSError, UserError):  # a storage that is away
+            return (self.root / pending.name / MANIFEST_FILE).exists()
+        return False
 
     def abandon(self) -> None:
         """Stop to wait for other ranks: the run ends without this checkpoint."""
@@ -206,7 +226,7 @@ class CheckpointWriter:
 
     def _shares(self) -> list[Part]:
         """What this rank writes."""
-        shares = [_share(part, self.rank, self.world_size) for part in parts_of(self.engine)]
+        shares = [share_of(part, self.rank, self.world_size) for part in parts_of(self.engine)]
         return [part for part in shares if part.numel]
 
     @property
@@ -248,7 +268,7 @@ class CheckpointWriter:
             assert copy is not None
             return self._patiently(lambda: write_file(folder / self._state_file, copy.pieces))
         source = self.local / pending.name / self._state_file
-        entry = self._patiently(lambda: write_file(folder / self._state_file, lambda: _pieces_of(source)))
+        entry = self._patiently(lambda: write_file(folder / self._state_file, lambda: pieces_of(source)))
         if entry != pending.state:
             raise RuntimeError(f"{source} is not what was written there before: the disk is at fault")
         source.unlink()
@@ -316,20 +336,6 @@ def _emptied(local: Path, attempt: str) -> Path:
         if not left.name.endswith(attempt):
             shutil.rmtree(left, ignore_errors=True)
     return local
-
-
-def _pieces_of(file: Path) -> Iterable[Buffer]:
-    with file.open("rb") as source:
-        while piece := source.read(LOCAL_PIECE_BYTES):
-            yield piece
-
-
-def _share(part: Part, rank: int, world_size: int) -> Part:
-    """What this rank writes of a part: all of it, or of what every rank has an equal share."""
-    if not part.replicated:
-        return part
-    begin, end = part.numel * rank // world_size, part.numel * (rank + 1) // world_size
-    return replace(part, start=begin, numel=end - begin, get=lambda kind: part.get(kind)[begin:end])
 
 
 def _joined(about: Manifest, records: list[dict[str, Any]]) -> Manifest:

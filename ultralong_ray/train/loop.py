@@ -251,6 +251,9 @@ def run(job: TrainJob, device: torch.device, report: Report, asked: Callable[[],
     try:
         with Watchdog(job.stage, trainer.attempt, restored + 1, job.train.hang_timeout_seconds) as watchdog:
             notices = _train_on(trainer, restored, writer, report, asked, watchdog)
+    except Exception:
+        trainer.saver.finish()  # what was taken before the error is worth keeping
+        raise
     except BaseException:
         trainer.saver.abandon()
         raise

@@ -11,7 +11,7 @@ rank's cut (DeepSpeed's universal checkpoint reads it too). At stage 0 there is 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -35,6 +35,14 @@ class Part:
     replicated: bool  # every rank has the same part
     get: Callable[[str], torch.Tensor]  # kind -> float32 [numel]
     put: Callable[[str, torch.Tensor], None]  # kind, float32 [numel]
+
+
+def share_of(part: Part, rank: int, world_size: int) -> Part:
+    """What this rank writes of a part: all of it, or of what every rank has an equal share."""
+    if not part.replicated:
+        return part
+    begin, end = part.numel * rank // world_size, part.numel * (rank + 1) // world_size
+    return replace(part, start=begin, numel=end - begin, get=lambda kind: part.get(kind)[begin:end])
 
 
 def parts_of(engine: Any) -> list[Part]:
