@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
@@ -33,7 +33,7 @@ def score_colour(score: float) -> str:
 
 
 def heatmap(grid: dict[str, Any], passkey: dict[str, Any], what: str = "Passkey retrieval") -> Markup:
-    """One model's grid (`evaluation._passkey`). Missing cells are hollow and crossed out, failed ones red."""
+    """One model's grid (`evaluation.passkey_facts`). Missing cells are hollow and crossed out, failed ones red."""
     lengths, depths = passkey["context_lengths_tokens"], passkey["depths_percent"]
     cell_width = 44 if len(lengths) <= 10 else 34 if len(lengths) <= 20 else 27
     cell_height = 32 if len(depths) <= 8 else 25
@@ -148,12 +148,16 @@ def _window_edge(window: int, lengths: list[int], left: float, width: float, top
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """One curve; a None in `ys` interrupts it. `style` is a class of the style sheet that sets colour and dashes."""
+    """One curve; a None in `ys` interrupts it. `style` is a class of the style sheet that sets colour and dashes.
+
+    `bounds`: (low, high) of the interval of every point, or none at all.
+    """
 
     label: str
     style: str
     xs: list[float]
     ys: list[float | None]
+    bounds: list[tuple[float, float]] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,7 +179,8 @@ def line_chart(
         return Markup("")
     left, right, top, bottom = 58.0, 548.0, 26.0, height - 42
     across = _scale(x, [p[0] for p in points], left, right, padded=False)
-    up = _scale(y, [p[1] for p in points], bottom, top, padded=True)
+    bounds = [bound for line in lines for pair in line.bounds for bound in pair]
+    up = _scale(y, [*(p[1] for p in points), *bounds], bottom, top, padded=True)
     parts = _frame(across, up, x, y, ticks_up=max(2, round((bottom - top) / 30)))
     if edge is not None and across.low <= edge <= across.high:
         at = across(edge)
@@ -245,7 +250,11 @@ def _curve(line: Line, across: Scale, up: Scale, x: Axis, y: Axis) -> list[str]:
         if py is not None:
             path.append(f"{'L' if pen_down else 'M'}{across(px):.1f} {up(py):.1f}")
         pen_down = py is not None
-    parts = [element("path", d="".join(path), class_=f"line {line.style}")]
+    parts = [
+        element("path", d=f"M{across(px):.1f} {up(low):.1f}V{up(high):.1f}", class_=f"interval {line.style}")
+        for px, (low, high) in zip(line.xs, line.bounds, strict=False)
+    ]
+    parts.append(element("path", d="".join(path), class_=f"line {line.style}"))
     if len(drawn) <= 64:
         parts += [
             element(

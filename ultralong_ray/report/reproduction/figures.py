@@ -1,0 +1,228 @@
+"""`jobs/figures.py`: the JSON of `gather` in, five SVG files out. The same JSON gives the same bytes.
+
+    niah.svg        passkey grids of the base model and of both extensions, as the paper draws them
+    ruler.svg       RULER by context length
+    perplexity.svg  perplexity of held-out books by position
+    ablations.svg   every variant of the ablations against the recipe
+    paid.svg        RULER and short skills within the base model's window, before and after
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from ultralong_ray.report import words
+from ultralong_ray.report.benchmarks import TITLES
+from ultralong_ray.report.figures import Axis, Line, heatmap, line_chart
+from ultralong_ray.report.intervals import WORDS
+from ultralong_ray.report.reproduction.dots import Mark, Panel, Row, dot_chart
+from ultralong_ray.report.reproduction.sheet import Placed, sheet
+from ultralong_ray.report.reproduction.subjects import (
+    BASE,
+    EXTENSIONS,
+    FINAL,
+    PRETRAINED,
+    SUBJECTS,
+    Subject,
+    base_window,
+    curve_of,
+    grid_of,
+    means_of,
+    num_tasks,
+    paid,
+    paid_rows,
+    parts_of,
+)
+from ultralong_ray.report.reproduction.trials import AT_END, BEYOND, RECIPE, WITHIN, exp_or_none
+from ultralong_ray.report.reproduction.variants import RECIPE_LABEL, grouped, label
+from ultralong_ray.report.words import percent, short_tokens
+
+WIDE = 10.0  # values that span more have a logarithmic axis
+
+
+def draw(results: dict[str, Any], out: Path) -> None:
+    """Write the figures whose numbers are there, and say of the others that they are not."""
+    out.mkdir(parents=True, exist_ok=True)
+    for name, (figure, needs) in FIGURES.items():
+        drawn = figure(results)
+        if drawn is None:
+            print(f"{name} is not drawn: it needs {needs}, which the results lack")
+            continue
+        (out / name).write_text(drawn)
+        print(f"{out / name}")
+
+
+def niah(results: dict[str, Any]) -> str | None:
+    """The base model and, of each extension, the last model that was asked."""
+    window = base_window(results)
+    named = [(BASE, "The base model")]
+    for part, reached in EXTENSIONS.items():
+        of_part = [(FINAL[part], f"Extended to {reached}"), (PRETRAINED[part], f"Extended to {reached}, before SFT")]
+        named += [next(((s, name) for s, name in of_part if grid_of(results, s)), of_part[0])]
+    charts = []
+    for subject, name in named:
+        grid = grid_of(results, subject)
+        if grid is None or window is None:
+            continue
+        right = f"{grid['num_cells_all_right']} of {grid['num_cells']} cells all right"
+        heading = f"{name}: {right}, mean {percent(grid['mean'])}"
+        charts.append(Placed(heatmap(*_heatmap_input(grid, subject, window)), heading))
+    if not charts:
+        return None
+    samples = sorted({grid["samples_per_cell"] for s, _ in named if (grid := grid_of(results, s))})
+    asked = " or ".join(f"{n} question" + ("s" if n > 1 else "") for n in samples)
+    notes = [f"{asked} a cell; greedy answers. The line marks the base model's window of {window:,} tokens."]
+    return sheet("Passkey retrieval", "by context length and depth of the passkey", charts, ramp=True, notes=notes)
+
+
+def _heatmap_input(grid: dict[str, Any], subject: Subject, window: int) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The two arguments of the report's heatmap."""
+    samples = grid["samples_per_cell"]
+    cells = [
+        [None if s is None else {"score": s, "num_right": round(s * samples), "num_samples": samples} for s in row]
+        for row in grid["scores"]
+    ]
+    identity = {"model": subject.style.replace(" ", "-"), "label": subject.label, "cells": cells}
+    return {**grid, **identity}, {**grid, "base_window_tokens": window}
+
+
+def ruler(results: dict[str, Any]) -> str | None:
+    lines = []
+    for subject in SUBJECTS:
+        means = means_of(results, subject, "ruler")
+        if means:
+            bounds = [(mean["low"], mean["high"]) for mean in means.values()]
+            ys: list[float | None] = [mean["percent"] for mean in means.values()]
+            lines.append(Line(subject.label, subject.style, [float(length) for length in means], ys, bounds))
+    x = Axis("context length, tokens", "log2", lambda length: short_tokens(round(length)))
+    y = Axis("mean of the tasks, per cent", "linear", words.tick, from_zero=True)
+    chart = line_chart("ruler", "RULER by context length", lines, x, y, height=300, edge=base_window(results))
+    if not chart:
+        return None
+    subtitle = f"mean of {num_tasks(results, 'ruler')} tasks, with 95 % intervals"
+    legend = [(line.style, line.label) for line in lines]
+    return sheet("RULER by context length", subtitle, [Placed(chart, scale=1.5)], legend=legend, notes=_lines(WORDS))
+
+
+def _lines(text: str, characters: int = 118) -> list[str]:
+    """Broken between words."""
+    lines = [""]
+    for word in text.split():
+        if len(lines[-1]) + len(word) >= characters:
+            lines.append("")
+        lines[-1] = f"{lines[-1]} {word}".strip()
+    return [f"{line[0].upper()}{line[1:]}" if number == 0 else line for number, line in enumerate(lines)]
+
+
+def perplexity(results: dict[str, Any]) -> str | None:
+    """One chart for each extension: its models, and the base model on the same books."""
+    charts, legend = [], {}
+    window = base_window(results)
+    for part, reached in EXTENSIONS.items():
+        if part not in results["parts"]:
+            continue
+        lines = []
+        for name, subject in (("base", BASE), ("pretrained", PRETRAINED[part]), ("final", FINAL[part])):
+            curve = curve_of(results["parts"][part], name)
+            if curve is not None:
+                ends = [float(end) for end in curve["bucket_end_tokens"]]
+                lines.append(Line(subject.label, subject.style, ends, [exp_or_none(loss) for loss in curve["loss"]]))
+                legend[subject.style] = subject.label
+        values = [value for line in lines for value in line.ys if value is not None]
+        wide = bool(values) and max(values) > WIDE * min(values)
+        x = Axis("position in the book, tokens", "log2", lambda end: short_tokens(round(end)))
+        y = Axis("perplexity", "log10" if wide else "linear", words.tick)
+        title = f"Perplexity by position to {reached}"
+        chart = line_chart(f"perplexity-{part}", title, lines, x, y, height=300, edge=window)
+        if chart:
+            charts.append(Placed(chart, f"To {reached}"))
+    if not charts:
+        return None
+    title = "Perplexity by position"
+    subtitle = "held-out books; each point is the mean loss of the tokens up to its position, since the point before"
+    return sheet(title, subtitle, charts, legend=list(legend.items()), side_by_side=True)
+
+
+def ablations(results: dict[str, Any]) -> str | None:
+    variants = results.get("ablations", {}).get("variants", {})
+    if not variants:
+        return None
+    measures = {name: found["measures"] for name, found in variants.items()}
+    ends = [found[AT_END]["mean"] for found in measures.values() if AT_END in found]
+    wide = bool(ends) and max(ends) > WIDE * min(ends)
+    window = short_tokens(base_window(results) or 0)
+    shown = [
+        (BEYOND, Panel(f"passkey beyond {window}", _percent, reference=_mean(measures, BEYOND), limits=(0.0, 1.0))),
+        (WITHIN, Panel(f"passkey within {window}", _percent, reference=_mean(measures, WITHIN), limits=(0.0, 1.0))),
+        (AT_END, Panel("perplexity at the end", words.number, "log10" if wide else "linear", _mean(measures, AT_END))),
+    ]
+    keys = [key for key, _ in shown]
+    rows = [_variant(RECIPE_LABEL, measures[RECIPE], keys, "")] if RECIPE in measures else []
+    for group, names in grouped(variants).items():
+        rows.append(Row(group))
+        rows += [_variant(label(name), measures[name], keys, "muted") for name in names]
+    seeds = sorted({len(found["seeds"]) for found in variants.values()})
+    said = f"{seeds[0]} to {seeds[-1]}" if len(seeds) > 1 else f"{seeds[0]}"
+    subtitle = f"one choice of the recipe changed at a time; mean and 95 % interval over {said} seeds (Student's t)"
+    chart = dot_chart("ablations", "Ablations", subtitle, rows, [panel for _, panel in shown])
+    notes = ["The dashed line is the unchanged recipe. Intervals of shares are cut at 0 and 100 %."]
+    return sheet("Ablations at 128K", subtitle, [Placed(chart)], notes=notes)
+
+
+def _percent(share: float) -> str:
+    return percent(share)
+
+
+def _mean(measures: dict[str, Any], key: str) -> float | None:
+    return measures.get(RECIPE, {}).get(key, {}).get("mean")
+
+
+def _variant(name: str, measures: dict[str, Any], keys: list[str], style: str) -> Row:
+    marks = []
+    for key in keys:
+        found = measures.get(key)
+        said = found and f"{name}, {key}: {found['mean']:.4g} over {found['num_seeds']} seeds"
+        marks.append((Mark(found["mean"], found["low"], found["high"], style, said),) if found else ())
+    return Row(name, tuple(marks))
+
+
+def paid_and_restored(results: dict[str, Any]) -> str | None:
+    """Base, after continued pretraining, after SFT: a panel for each extension."""
+    shown = [part for part in EXTENSIONS if any(parts_of(results, s) for s in (PRETRAINED[part], FINAL[part]))]
+    rows: list[Row] = []
+    for suite, task in paid_rows(results):
+        means = paid(results, suite, task)
+        name = f"mean of {num_tasks(results, suite)} tasks" if task is None else task.split("/", 1)[1]
+        if (heading := TITLES.get(suite, suite.replace("_", " "))) not in [row.label for row in rows]:
+            rows.append(Row(heading))
+        rows.append(Row(name.replace("_", " "), tuple(_three(part, means) for part in shown)))
+    if not shown or not rows:
+        return None
+    window = short_tokens(base_window(results) or 0)
+    panels = [Panel(f"extended to {EXTENSIONS[part]}", words.tick, limits=(0.0, 100.0)) for part in shown]
+    subtitle = f"per cent within the base model's window of {window}, with 95 % intervals"
+    chart = dot_chart("paid", "Paid and restored", subtitle, rows, panels)
+    subjects = [BASE, *(subject for part in shown for subject in (PRETRAINED[part], FINAL[part]))]
+    legend = [(subject.style, subject.label) for subject in subjects]
+    return sheet("What extension costs, and what SFT restores", subtitle, [Placed(chart, scale=1.2)], legend=legend)
+
+
+def _three(part: str, means: dict[str, dict[str, Any]]) -> tuple[Mark, ...]:
+    found = [(subject, means.get(subject.label)) for subject in (BASE, PRETRAINED[part], FINAL[part])]
+    return tuple(
+        Mark(mean["percent"], mean["low"], mean["high"], subject.style, f"{subject.label}: {mean['percent']:.1f} %")
+        for subject, mean in found
+        if mean is not None
+    )
+
+
+Figure = Callable[[dict[str, Any]], str | None]
+FIGURES: dict[str, tuple[Figure, str]] = {
+    "niah.svg": (niah, "passkey grids of base_4k, extend_128k or extend_1m"),
+    "ruler.svg": (ruler, "RULER scores of base_4k, extend_128k or extend_1m"),
+    "perplexity.svg": (perplexity, "perplexity curves of extend_128k or extend_1m"),
+    "ablations.svg": (ablations, "trials of ablations"),
+    "paid.svg": (paid_and_restored, "benchmarks within the base window of extend_128k or extend_1m"),
+}
