@@ -27,7 +27,9 @@ VARIANTS = (
 )
 
 
-def extension_recipe(workdir: Path, target: int, lengths: Sequence[int], depths: Sequence[float], models: Any) -> Recipe:
+def extension_recipe(
+    workdir: Path, target: int, lengths: Sequence[int], depths: Sequence[float], models: Any
+) -> Recipe:
     made = made_recipe(workdir).model_dump(mode="json", exclude_unset=True)
     made["model"] |= {"original_context_length": WINDOW, "base_context_length": WINDOW}
     made["model"] |= {"target_context_length": target, "rope": {"scheme": "llama3", "factor": target / WINDOW}}
@@ -111,7 +113,10 @@ def trial_record(variant: str, seed: int, beyond: float, *, final: bool = False,
         scores["pretrained/passkey/131072"] = 0.0
     curve = {"bucket_end_tokens": [WINDOW, 131072], "loss": [2.0, 2.0 - beyond], "num_sequences": 3}
     pretrain = {"fingerprint": shared or f"{variant}-{seed}", "seconds": 50.0, "steps": 30, "tokens": 7_864_320}
-    training = {"pretrain": pretrain, **({"sft": {"fingerprint": f"sft-{variant}-{seed}", "seconds": 20.0}} if final else {})}
+    training = {
+        "pretrain": pretrain,
+        **({"sft": {"fingerprint": f"sft-{variant}-{seed}", "seconds": 20.0}} if final else {}),
+    }
     return {
         "trial": f"{variant}-{seed}",
         "status": "done",

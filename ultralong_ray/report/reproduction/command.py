@@ -1,7 +1,7 @@
 """Results of the reproduction: finished runs to one JSON, and that to figures and tables.
 
-    python jobs/figures.py gather RUNS [--out jobs/results/reproduction.json] [--note key=value ...]
-    python jobs/figures.py [--results jobs/results] [--out jobs/results/figures]
+python jobs/figures.py gather RUNS [--out jobs/results/reproduction.json] [--note key=value ...]
+python jobs/figures.py [--results jobs/results] [--out jobs/results/figures]
 """
 
 from __future__ import annotations
@@ -30,7 +30,9 @@ def figures_command(arguments: list[str]) -> int:
         parser.add_argument("--note", action="append", default=[], metavar="KEY=VALUE", help=what)
     else:
         parser.add_argument("--results", type=Path, default=RESULTS, help=f"folder of {FILE}: %(default)s")
-        parser.add_argument("--out", type=Path, default=RESULTS / "figures", help="folder of the SVG files: %(default)s")
+        parser.add_argument(
+            "--out", type=Path, default=RESULTS / "figures", help="folder of the SVG files: %(default)s"
+        )
     parsed = parser.parse_args(arguments[gathering:])
     try:
         if gathering:

@@ -1,4 +1,4 @@
-"""Means with intervals, one row each, in one or several panels that share the rows. Pure: numbers in, inline SVG out."""
+"""Means with intervals, one row each, in panels that share the rows. Pure: numbers in, inline SVG out."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from markupsafe import Markup
 
 from ultralong_ray.report.svg import Scale, ScaleKind, element, figure
 
-LABELS, PANEL, GAP, ROW, HEADING = 196.0, 208.0, 62.0, 25.0, 34.0  # pixels
-TOP, BOTTOM = 44.0, 34.0
+LABELS, PANEL, GAP, ROW, MARK, HEADING = 204.0, 208.0, 66.0, 17.0, 8.0, 34.0  # pixels
+TOP, BOTTOM = 34.0, 34.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,16 +46,18 @@ class Panel:
 
 def dot_chart(identity: str, title: str, description: str, rows: Sequence[Row], panels: Sequence[Panel]) -> Markup:
     """Rows from top to bottom; a mean is written beside its panel where the row has one mark there."""
-    bottom = TOP + sum(ROW if row.marks else HEADING for row in rows)
+    heights = [ROW + MARK * max(map(len, row.marks)) if row.marks else HEADING for row in rows]
+    bottom = TOP + sum(heights)
     scales = [_scale(panel, index, rows) for index, panel in enumerate(panels)]
     parts = [part for panel, scale in zip(panels, scales, strict=True) for part in _frame(panel, scale, bottom)]
     y = TOP
-    for row in rows:
-        height = ROW if row.marks else HEADING
+    for row, height in zip(rows, heights, strict=True):
         class_ = "tick row-label" if row.marks else "group-label"
         middle = y + height / 2 if row.marks else y + height - 9
         parts.append(element("text", text=row.label, class_=class_, x=0, y=middle, dominant_baseline="central"))
         for panel, scale, marks in zip(panels, scales, row.marks, strict=False):
+            guide = f"M{scale.start:g} {middle:g}H{scale.end:g}"
+            parts.append(element("path", d=guide, class_="guide"))
             parts += _marks(panel, scale, marks, middle)
         y += height
     width = LABELS + len(panels) * (PANEL + GAP) - 8
@@ -83,19 +85,19 @@ def _frame(panel: Panel, scale: Scale, bottom: float) -> list[str]:
     parts = [element("text", text=panel.title, class_="panel-label", **caption)]
     for tick in scale.ticks(4):
         at = scale(tick)
-        parts.append(element("path", d=f"M{at:.1f} {TOP - 12:g}V{bottom + 6:g}", class_="grid"))
+        parts.append(element("path", d=f"M{at:.1f} {TOP - 8:g}V{bottom + 6:g}", class_="grid"))
         label = {"x": at, "y": bottom + 22, "text_anchor": "middle"}
         parts.append(element("text", text=panel.write(tick), class_="tick", **label))
     if panel.reference is not None:
         at = scale(panel.reference)
-        parts.append(element("path", d=f"M{at:.1f} {TOP - 18:g}V{bottom + 6:g}", class_="reference"))
+        parts.append(element("path", d=f"M{at:.1f} {TOP - 12:g}V{bottom + 6:g}", class_="reference"))
     return parts
 
 
 def _marks(panel: Panel, scale: Scale, marks: Sequence[Mark], middle: float) -> list[str]:
     parts = []
     for index, mark in enumerate(marks):
-        y = middle + 6.0 * (index - (len(marks) - 1) / 2)
+        y = middle + MARK * (index - (len(marks) - 1) / 2)
         if mark.low is not None and mark.high is not None:
             # an interval of a share may pass 0 or 1, which no panel shows
             low, high = (min(max(scale(v), scale.start), scale.end) for v in (mark.low, mark.high))
@@ -103,6 +105,6 @@ def _marks(panel: Panel, scale: Scale, marks: Sequence[Mark], middle: float) -> 
         title = element("title", text=mark.words)
         parts.append(element("circle", title, cx=scale(mark.value), cy=y, r=4.2, class_=f"dot {mark.style}"))
     if len(marks) == 1:
-        place = {"x": scale.end + 8, "y": middle, "dominant_baseline": "central"}
+        place = {"x": scale.end + 52, "y": middle, "text_anchor": "end", "dominant_baseline": "central"}
         parts.append(element("text", text=panel.write(marks[0].value), class_="tick value", **place))
     return parts

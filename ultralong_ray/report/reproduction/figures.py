@@ -1,10 +1,10 @@
 """`jobs/figures.py`: the JSON of `gather` in, five SVG files out. The same JSON gives the same bytes.
 
-    niah.svg        passkey grids of the base model and of both extensions, as the paper draws them
-    ruler.svg       RULER by context length
-    perplexity.svg  perplexity of held-out books by position
-    ablations.svg   every variant of the ablations against the recipe
-    paid.svg        RULER and short skills within the base model's window, before and after
+niah.svg        passkey grids of the base model and of both extensions, as the paper draws them
+ruler.svg       RULER by context length
+perplexity.svg  perplexity of held-out books by position
+ablations.svg   every variant of the ablations against the recipe
+paid.svg        RULER and short skills within the base model's window, before and after
 """
 
 from __future__ import annotations
@@ -37,8 +37,10 @@ from ultralong_ray.report.reproduction.subjects import (
 )
 from ultralong_ray.report.reproduction.trials import AT_END, BEYOND, RECIPE, WITHIN, exp_or_none
 from ultralong_ray.report.reproduction.variants import RECIPE_LABEL, grouped, label
-from ultralong_ray.report.words import percent, short_tokens
+from ultralong_ray.report.words import near_tokens, percent, short_tokens
 
+BESIDE = 0.07  # octaves between the points of two models at one length
+SUITES = TITLES | {"short_skills": "Short skills", "perplexity": "Text, 1 / perplexity"}
 WIDE = 10.0  # values that span more have a logarithmic axis
 
 
@@ -68,7 +70,8 @@ def niah(results: dict[str, Any]) -> str | None:
             continue
         right = f"{grid['num_cells_all_right']} of {grid['num_cells']} cells all right"
         heading = f"{name}: {right}, mean {percent(grid['mean'])}"
-        charts.append(Placed(heatmap(*_heatmap_input(grid, subject, window)), heading))
+        chart = heatmap(*_heatmap_input(grid, subject, window), write_length=near_tokens)
+        charts.append(Placed(chart, heading))
     if not charts:
         return None
     samples = sorted({grid["samples_per_cell"] for s, _ in named if (grid := grid_of(results, s))})
@@ -89,21 +92,24 @@ def _heatmap_input(grid: dict[str, Any], subject: Subject, window: int) -> tuple
 
 
 def ruler(results: dict[str, Any]) -> str | None:
+    found = {subject: means for subject in SUBJECTS if (means := means_of(results, subject, "ruler"))}
+    lengths = sorted({length for means in found.values() for length in means})
     lines = []
-    for subject in SUBJECTS:
-        means = means_of(results, subject, "ruler")
-        if means:
-            bounds = [(mean["low"], mean["high"]) for mean in means.values()]
-            ys: list[float | None] = [mean["percent"] for mean in means.values()]
-            lines.append(Line(subject.label, subject.style, [float(length) for length in means], ys, bounds))
-    x = Axis("context length, tokens", "log2", lambda length: short_tokens(round(length)))
-    y = Axis("mean of the tasks, per cent", "linear", words.tick, from_zero=True)
-    chart = line_chart("ruler", "RULER by context length", lines, x, y, height=300, edge=base_window(results))
+    for number, (subject, means) in enumerate(found.items()):
+        aside = 2 ** (BESIDE * (number - (len(found) - 1) / 2))  # equal points would hide each other
+        bounds = [(mean["low"], mean["high"]) for mean in means.values()]
+        ys: list[float | None] = [mean["percent"] for mean in means.values()]
+        lines.append(Line(subject.label, subject.style, [length * aside for length in means], ys, bounds))
+    x = Axis("context length, tokens", "log2", lambda at: short_tokens(min(lengths, key=lambda n: abs(n - at))))
+    y = Axis("per cent", "linear", words.tick, from_zero=True)
+    window = base_window(results)
+    chart = line_chart("ruler", "RULER by context length", lines, x, y, height=350, width=760, edge=window)
     if not chart:
         return None
     subtitle = f"mean of {num_tasks(results, 'ruler')} tasks, with 95 % intervals"
     legend = [(line.style, line.label) for line in lines]
-    return sheet("RULER by context length", subtitle, [Placed(chart, scale=1.5)], legend=legend, notes=_lines(WORDS))
+    placed = [Placed(chart, scale=1.1)]
+    return sheet("RULER by context length", subtitle, placed, legend=legend, notes=_lines(WORDS))
 
 
 def _lines(text: str, characters: int = 118) -> list[str]:
@@ -182,9 +188,13 @@ def _mean(measures: dict[str, Any], key: str) -> float | None:
 def _variant(name: str, measures: dict[str, Any], keys: list[str], style: str) -> Row:
     marks = []
     for key in keys:
-        found = measures.get(key)
-        said = found and f"{name}, {key}: {found['mean']:.4g} over {found['num_seeds']} seeds"
-        marks.append((Mark(found["mean"], found["low"], found["high"], style, said),) if found else ())
+        found = [measures[key]] if key in measures else []
+        marks.append(
+            tuple(
+                Mark(m["mean"], m["low"], m["high"], style, f"{name}, {key}: {m['mean']:.4g}, {m['num_seeds']} seeds")
+                for m in found
+            )
+        )
     return Row(name, tuple(marks))
 
 
@@ -195,18 +205,23 @@ def paid_and_restored(results: dict[str, Any]) -> str | None:
     for suite, task in paid_rows(results):
         means = paid(results, suite, task)
         name = f"mean of {num_tasks(results, suite)} tasks" if task is None else task.split("/", 1)[1]
-        if (heading := TITLES.get(suite, suite.replace("_", " "))) not in [row.label for row in rows]:
+        if (heading := SUITES.get(suite, suite.replace("_", " "))) not in [row.label for row in rows]:
             rows.append(Row(heading))
         rows.append(Row(name.replace("_", " "), tuple(_three(part, means) for part in shown)))
     if not shown or not rows:
         return None
     window = short_tokens(base_window(results) or 0)
-    panels = [Panel(f"extended to {EXTENSIONS[part]}", words.tick, limits=(0.0, 100.0)) for part in shown]
-    subtitle = f"per cent within the base model's window of {window}, with 95 % intervals"
+    marks = [mark for row in rows for panel in row.marks for mark in panel]
+    lowest = min(mark.value if mark.low is None else mark.low for mark in marks)
+    limits = (10.0 * (lowest // 10), 100.0)  # the same for both
+    panels = [Panel(f"extended to {EXTENSIONS[part]}", words.tick, limits=limits) for part in shown]
+    subtitle = f"per cent over lengths to {window}, with 95 % intervals"
     chart = dot_chart("paid", "Paid and restored", subtitle, rows, panels)
     subjects = [BASE, *(subject for part in shown for subject in (PRETRAINED[part], FINAL[part]))]
     legend = [(subject.style, subject.label) for subject in subjects]
-    return sheet("What extension costs, and what SFT restores", subtitle, [Placed(chart, scale=1.2)], legend=legend)
+    return sheet(
+        "What extension costs within the base model's window", subtitle, [Placed(chart, scale=1.2)], legend=legend
+    )
 
 
 def _three(part: str, means: dict[str, dict[str, Any]]) -> tuple[Mark, ...]:

@@ -3,8 +3,8 @@
     {"parts": {name of the run's folder: runs.read_part}, "ablations": trials.ablations, "notes": {...},
      "tables": {name: Markdown}}
 
-Parts are run on different days and machines: what the JSON has and RUNS has not, stays. Trials of the ablations stay one
-by one.
+Parts are run on different days and machines: what the JSON has and RUNS has not, stays. Of the ablations it is the
+trials that stay, one by one.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from ultralong_ray.report.reproduction.tables import tables
 from ultralong_ray.report.reproduction.trials import ablations, read_trials
 from ultralong_ray.types import UserError
 
+ORDER = ("base_512", "base_4k", "extend_128k", "extend_1m")
 DIGITS = 6
 
 
@@ -53,7 +54,8 @@ def gather(runs: Path, out: Path, notes: list[str]) -> dict[str, Any]:
             f"gather {runs}: no finished run there; it is a folder with runs in it, such as runs/reproduction with "
             "base_4k, extend_128k, and ablations/tune-*/trials/*.json"
         )
-    results["parts"] = dict(sorted((results["parts"] | parts).items()))
+    merged = results["parts"] | parts
+    results["parts"] = {name: merged[name] for name in sorted(merged, key=_order)}
     for problem in [*problems, *(f"{name}: {note}" for name, part in parts.items() for note in part["notes"])]:
         print(f"note: {problem}")
     print(f"gathered: {', '.join([*parts, *([f'{len(trials)} trials'] if trials else [])])}")
@@ -62,6 +64,11 @@ def gather(runs: Path, out: Path, notes: list[str]) -> dict[str, Any]:
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(as_json(results))
     return results
+
+
+def _order(name: str) -> tuple[int, str]:
+    """Parts as they were made, unknown ones last."""
+    return (ORDER.index(name) if name in ORDER else len(ORDER), name)
 
 
 def read_results(file: Path) -> dict[str, Any]:

@@ -13,8 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
-
 from ultralong_ray.config import Recipe
 from ultralong_ray.report.evaluation import passkey_facts, perplexity_facts
 from ultralong_ray.report.facts import training_facts
@@ -88,8 +86,9 @@ def _finished(folder: Path, notes: list[str]) -> Iterable[Finished]:
             continue
         try:
             yield Finished(directory, Recipe.model_validate(written), success.stat().st_mtime)
-        except ValidationError as error:
-            notes.append(f"{success.parent.name}/recipe.json is of another version ({error.error_count()} mistakes).")
+        except ValueError as error:  # pydantic's complaint is one
+            where = f"{success.parent.name}/recipe.json"
+            notes.append(f"{where} is no recipe of this version, its stage is left out ({str(error).splitlines()[0]}).")
 
 
 def _same(first: Recipe, second: Recipe, stage: str) -> bool:

@@ -21,14 +21,18 @@ FONT = 'system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", "DejaVu 
 COLOURS = {"base": "#c2540a", "extend_128k": "#0b62a8", "extend_1m": "#0a7a55"}
 STYLE = f"""
 text {{ font: 12px {FONT}; fill: #1b2430; }}
+.chart {{ overflow: visible; }}
 .title {{ font-size: 21px; font-weight: 650; }} .subtitle {{ font-size: 14px; fill: #586271; }}
 .chart-title {{ font-size: 15px; font-weight: 650; }} .note {{ font-size: 12.5px; fill: #586271; }}
 .legend-label {{ font-size: 13.5px; }}
 .tick, .axis-label {{ fill: #586271; font-variant-numeric: tabular-nums; }}
 .row-label {{ fill: #1b2430; font-size: 13px; }} .value {{ fill: #1b2430; }}
-.group-label {{ font-weight: 650; font-size: 13px; fill: #586271; }} .panel-label {{ font-weight: 650; font-size: 13px; }}
-.cell-value {{ fill: #10151b; font-weight: 600; font-variant-numeric: tabular-nums; }} .cell-value.small {{ font-size: 10px; }}
+.group-label {{ font-weight: 650; font-size: 13px; fill: #586271; }}
+.panel-label {{ font-weight: 650; font-size: 13px; }}
+.cell-value {{ fill: #10151b; font-weight: 600; font-variant-numeric: tabular-nums; }}
+.cell-value.small {{ font-size: 9px; font-weight: 400; fill-opacity: 0.6; }}
 .grid {{ stroke: #dce0e6; fill: none; }} .axis {{ stroke: #586271; fill: none; }}
+.guide {{ stroke: #eceff3; fill: none; }}
 .missing {{ fill: none; stroke: #586271; stroke-dasharray: 3 3; }} .missing-cross {{ stroke: #586271; fill: none; }}
 .failed-cross {{ stroke: #10151b; stroke-width: 1.5; fill: none; }}
 .window-edge {{ stroke: #1b2430; stroke-width: 2; fill: none; }} .window-label {{ font-weight: 600; }}
@@ -121,7 +125,7 @@ def _legend(entries: Sequence[tuple[str, str]], y: float, right: float) -> tuple
     """Lines with their labels, in as many rows as they need, and the height of those."""
     parts, x, first = [], MARGIN, y
     for class_, label in entries:
-        wide = 44 + 7.4 * len(label)
+        wide = 44 + 7.1 * len(label)
         if x + wide > right and x > MARGIN:
             x, y = MARGIN, y + 22
         parts.append(element("path", d=f"M{x:g} {y:g}h30", class_=f"line {class_}"))
@@ -129,7 +133,7 @@ def _legend(entries: Sequence[tuple[str, str]], y: float, right: float) -> tuple
         place = {"x": x + 37, "y": y, "dominant_baseline": "central"}
         parts.append(element("text", text=label, class_="legend-label", **place))
         x += wide + 16
-    return parts, y - first + 24
+    return parts, y - first + 32
 
 
 def _ramp(right: float, y: float) -> list[str]:

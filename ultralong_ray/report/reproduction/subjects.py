@@ -24,13 +24,10 @@ class Subject:
 
 BASE = Subject("base model", "base", (*((part, "base") for part in EXTENSIONS), (BASE_PART, "final")))
 PRETRAINED = {
-    part: Subject(f"{window}, continued pretraining", f"{part} pretrained", ((part, "pretrained"),))
+    part: Subject(f"{window}, before SFT", f"{part} pretrained", ((part, "pretrained"),))
     for part, window in EXTENSIONS.items()
 }
-FINAL = {
-    part: Subject(f"{window}, and SFT: final", f"{part} final", ((part, "final"),))
-    for part, window in EXTENSIONS.items()
-}
+FINAL = {part: Subject(f"{window}, final", f"{part} final", ((part, "final"),)) for part, window in EXTENSIONS.items()}
 SUBJECTS = (BASE, *(subject for part in EXTENSIONS for subject in (PRETRAINED[part], FINAL[part])))
 
 

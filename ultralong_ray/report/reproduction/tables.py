@@ -81,14 +81,18 @@ def _with_half(mean: dict[str, Any] | None) -> str:
     return f"{mean['percent']:.1f} ± {(mean['high'] - mean['low']) / 2:.1f}"
 
 
+def _with_bounds(mean: dict[str, Any] | None) -> str:
+    return ABSENT if mean is None else f"{mean['percent']:.1f} [{mean['low']:.1f}, {mean['high']:.1f}]"
+
+
 def _paid(results: dict[str, Any]) -> str:
     rows = []
     asked = [subject.label for subject in SUBJECTS]
     for suite, task in paid_rows(results):
         means = paid(results, suite, task)
-        rows.append([task or f"{suite}, mean of all tasks", *(_with_half(means.get(name)) for name in asked)])
+        rows.append([task or f"{suite}, mean of all tasks", *(_with_bounds(means.get(name)) for name in asked)])
     window = short_tokens(base_window(results) or 0)
-    return _table([f"within {window}", *asked], rows, "Per cent, ± half of the 95 % interval.") if rows else ""
+    return _table([f"within {window}", *asked], rows, "Per cent with 95 % intervals.") if rows else ""
 
 
 def _ablations(results: dict[str, Any]) -> str:

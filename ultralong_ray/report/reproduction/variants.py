@@ -43,7 +43,7 @@ def label(variant: str) -> str:
 
 
 def grouped(variants: Iterable[str]) -> dict[str, list[str]]:
-    """Group -> those of `variants` that are in it, in the order above; unknown ones come last, the recipe is left out."""
+    """Group -> those of `variants` in it, in the order above; unknown ones come last, the recipe is left out."""
     left = [variant for variant in variants if variant != "recipe"]
     found = {group: [name for name in names if name in left] for group, names in GROUPS.items()}
     known = {name for names in GROUPS.values() for name in names}
