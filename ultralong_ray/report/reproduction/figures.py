@@ -162,7 +162,15 @@ def ablations(results: dict[str, Any]) -> str | None:
     shown = [
         (BEYOND, Panel(f"passkey beyond {window}", _percent, reference=_mean(measures, BEYOND), limits=(0.0, 1.0))),
         (WITHIN, Panel(f"passkey within {window}", _percent, reference=_mean(measures, WITHIN), limits=(0.0, 1.0))),
-        (AT_END, Panel("perplexity at the end", words.number, "log10" if wide else "linear", _mean(measures, AT_END))),
+        (
+            AT_END,
+            Panel(
+                f"perplexity at {_reached(results)}",
+                words.number,
+                "log10" if wide else "linear",
+                _mean(measures, AT_END),
+            ),
+        ),
     ]
     keys = [key for key, _ in shown]
     rows = [_variant(RECIPE_LABEL, measures[RECIPE], keys, "")] if RECIPE in measures else []
@@ -174,7 +182,13 @@ def ablations(results: dict[str, Any]) -> str | None:
     subtitle = f"one choice of the recipe changed at a time; mean and 95 % interval over {said} seeds (Student's t)"
     chart = dot_chart("ablations", "Ablations", subtitle, rows, [panel for _, panel in shown])
     notes = ["The dashed line is the unchanged recipe. Intervals of shares are cut at 0 and 100 %."]
-    return sheet("Ablations at 128K", subtitle, [Placed(chart)], notes=notes)
+    return sheet(f"Ablations at {_reached(results)}", subtitle, [Placed(chart)], notes=notes)
+
+
+def _reached(results: dict[str, Any]) -> str:
+    """The position that the trials' losses end at, as a label."""
+    curves = [trial["perplexity"] for trial in results["ablations"]["trials"].values() if trial["perplexity"]]
+    return short_tokens(max((curve["bucket_end_tokens"][-1] for curve in curves), default=0)) if curves else "the end"
 
 
 def _percent(share: float) -> str:

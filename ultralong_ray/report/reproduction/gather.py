@@ -30,22 +30,12 @@ def gather(runs: Path, out: Path, notes: list[str]) -> dict[str, Any]:
     notes: "key=value" or "part.key=value", of what a run folder does not know; the value is JSON or plain text.
     Raises UserError where there is no run, and for a note that is none.
     """
-    results: dict[str, Any] = {"parts": {}, "notes": {}}
-    if out.exists():
-        results = read_results(out)
-    said = [parse_note(note) for note in notes]
-    for path, value in said:
-        place = results["notes"]
-        for key in path[:-1]:
-            place = place.setdefault(key, {})
-        place[path[-1]] = value
+    results = read_results(out) if out.exists() else {"parts": {}, "notes": {}}
+    for note in notes:
+        _add_note(results["notes"], note)
     problems: list[str] = []
-    folders = [path for path in sorted(runs.glob("*/")) if path.is_dir()]
+    folders = [path for path in sorted(runs.glob("*")) if path.is_dir()]
     trials = {name: trial for folder in folders for name, trial in read_trials(folder, problems).items()}
-    if trials:
-        stored = results.get("ablations", {}).get("trials", {})
-        gpus = results["notes"].get("ablations", {}).get("gpus_per_trial", 1)
-        results["ablations"] = ablations(dict(sorted((stored | trials).items())), gpus)
     # the trials' own trainings lie beside their records, and are no runs
     found = {folder.name: read_part(folder) for folder in folders if not any(folder.glob("tune-*"))}
     parts = {name: part for name, part in found.items() if part is not None}
@@ -54,16 +44,25 @@ def gather(runs: Path, out: Path, notes: list[str]) -> dict[str, Any]:
             f"gather {runs}: no finished run there; it is a folder with runs in it, such as runs/reproduction with "
             "base_4k, extend_128k, and ablations/tune-*/trials/*.json"
         )
-    merged = results["parts"] | parts
-    results["parts"] = {name: merged[name] for name in sorted(merged, key=_order)}
     for problem in [*problems, *(f"{name}: {note}" for name, part in parts.items() for note in part["notes"])]:
         print(f"note: {problem}")
     print(f"gathered: {', '.join([*parts, *([f'{len(trials)} trials'] if trials else [])])}")
-    results = _rounded(json_safe(results))
-    results["tables"] = tables(results)
+    results = _merged(results, parts, trials)
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(as_json(results))
     return results
+
+
+def _merged(results: dict[str, Any], parts: dict[str, Any], trials: dict[str, Any]) -> dict[str, Any]:
+    """What is new in place of what was there under its name, and the tables of all."""
+    there = {**results["parts"], **parts}
+    merged: dict[str, Any] = {"parts": {name: there[name] for name in sorted(there, key=_order)}}
+    known = {**results.get("ablations", {}).get("trials", {}), **trials}
+    if known:
+        gpus = results["notes"].get("ablations", {}).get("gpus_per_trial", 1)
+        merged["ablations"] = ablations(dict(sorted(known.items())), gpus)
+    merged = _rounded(json_safe({**merged, "notes": results["notes"]}))
+    return {**merged, "tables": tables(merged)}
 
 
 def _order(name: str) -> tuple[int, str]:
@@ -82,15 +81,21 @@ def read_results(file: Path) -> dict[str, Any]:
     return results
 
 
-def parse_note(text: str) -> tuple[list[str], Any]:
-    """`base.seconds=537` to (["base", "seconds"], 537)."""
-    key, equals, value = text.partition("=")
-    if not equals or not all(key.split(".")):
+def _add_note(notes: dict[str, Any], text: str) -> None:
+    """`base.seconds=537` as {"base": {"seconds": 537}}."""
+    name, equals, value = text.partition("=")
+    *above, key = name.split(".")
+    if not equals or not all([*above, key]):
         raise UserError(f"--note {text}: it has the form key=value or part.key=value")
+    place = notes
+    for part in above:
+        place = place.setdefault(part, {})
+        if not isinstance(place, dict):
+            raise UserError(f"--note {text}: {part} is a note already, so it has no key {key}; choose another name")
     try:
-        return key.split("."), json.loads(value)
+        place[key] = json.loads(value)
     except ValueError:
-        return key.split("."), value
+        place[key] = value
 
 
 def _rounded(value: Any) -> Any:

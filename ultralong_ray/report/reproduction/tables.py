@@ -15,7 +15,7 @@ from ultralong_ray.report.reproduction.subjects import (
     paid,
     paid_rows,
 )
-from ultralong_ray.report.reproduction.trials import AT_END, BEYOND, RECIPE, WITHIN
+from ultralong_ray.report.reproduction.trials import AT_END, BEYOND, RECIPE, RULER, WITHIN
 from ultralong_ray.report.reproduction.variants import RECIPE_LABEL, grouped, label
 from ultralong_ray.report.words import ABSENT, number, percent, short_tokens
 
@@ -99,65 +99,70 @@ def _ablations(results: dict[str, Any]) -> str:
     variants = results.get("ablations", {}).get("variants", {})
     if not variants:
         return ""
-    heads = ["variant", "seeds", "passkey within", "passkey beyond", "beyond, less the recipe's", "perplexity at end"]
-    rows = [_ablation(RECIPE, variants[RECIPE])] if RECIPE in variants else []
-    for names in grouped(variants).values():
-        rows += [_ablation(name, variants[name]) for name in names]
+    names = [RECIPE] if RECIPE in variants else []
+    names += [name for group in grouped(variants).values() for name in group]
+    # the paper's numbers are RULER's; where trials were not asked that, the passkey stands in
+    compared = RULER if any(RULER in found["measures"] for found in variants.values()) else BEYOND
+    what = {RULER: "RULER", BEYOND: "passkey beyond"}[compared]
+    heads = ["variant", "seeds", "passkey within", "passkey beyond"]
+    heads += ["RULER"] if compared == RULER else []
+    heads += [
+        f"{what}, less the recipe's",
+        "perplexity at end",
+        f"paper, RULER {ABLATION_COLUMN}",
+        "side of the recipe",
+    ]
     paper = variants.get(RECIPE, {}).get("paper_percent")
-    for row, name in zip(rows, [n for n in (RECIPE,) if n in variants] + _in_order(variants), strict=True):
-        row += _paper(name, variants[name], paper)
+    rows = [[*_ablation(name, variants[name], compared), *_paper(variants[name], compared, paper)] for name in names]
     below = (
-        "Mean and 95 % interval over seeds (Student's t; differences over pairs of equal seeds). Within and beyond the "
-        f"base model's window. Paper: {ABLATIONS_SOURCE}."
+        "Mean and 95 % interval over seeds (Student's t, cut at 0 and 100; differences over pairs of equal seeds). "
+        f"Within and beyond the base model's window. Paper: {ABLATIONS_SOURCE}."
     )
-    return _table([*heads, f"paper, RULER {ABLATION_COLUMN}", "order"], rows, below)
+    return _table(heads, rows, below)
 
 
-def _in_order(variants: dict[str, Any]) -> list[str]:
-    return [name for names in grouped(variants).values() for name in names]
-
-
-def _ablation(name: str, found: dict[str, Any]) -> list[str]:
+def _ablation(name: str, found: dict[str, Any], compared: str) -> list[str]:
     measures, against = found["measures"], found.get("against_recipe", {})
     return [
-        RECIPE_LABEL if name == RECIPE else label(name),
+        RECIPE_LABEL if name == RECIPE else label(name).replace("<s>", "`<s>`"),  # Markdown would take it as a tag
         str(len(found["seeds"])),
         _share(measures.get(WITHIN)),
         _share(measures.get(BEYOND)),
-        _share(against.get(BEYOND), sign="+"),
-        _interval(measures.get(AT_END)),
+        *([_share(measures.get(RULER))] if compared == RULER else []),
+        _difference(against.get(compared)),
+        _perplexity(measures.get(AT_END)),
     ]
 
 
-def _share(measure: dict[str, Any] | None, sign: str = "") -> str:
-    if measure is None:
-        return ABSENT
-    text = f"{100 * measure['mean']:{sign}.1f}"
-    if measure["low"] is None:
-        return text
-    return f"{text} [{100 * measure['low']:{sign}.1f}, {100 * measure['high']:{sign}.1f}]"
+def _share(measure: dict[str, Any] | None) -> str:
+    if measure is None or measure["low"] is None:
+        return ABSENT if measure is None else f"{100 * measure['mean']:.1f}"
+    low, high = (100 * min(max(bound, 0.0), 1.0) for bound in (measure["low"], measure["high"]))
+    return f"{100 * measure['mean']:.1f} [{low:.1f}, {high:.1f}]"
 
 
-def _interval(measure: dict[str, Any] | None) -> str:
-    if measure is None:
-        return ABSENT
-    text = number(measure["mean"])
-    return text if measure["low"] is None else f"{text} [{number(measure['low'])}, {number(measure['high'])}]"
+def _difference(measure: dict[str, Any] | None) -> str:
+    if measure is None or measure["low"] is None:
+        return ABSENT if measure is None else f"{100 * measure['mean']:+.1f}"
+    return f"{100 * measure['mean']:+.1f} [{100 * measure['low']:+.1f}, {100 * measure['high']:+.1f}]"
 
 
-def _paper(name: str, found: dict[str, Any], recipe_percent: float | None) -> list[str]:
+def _perplexity(measure: dict[str, Any] | None) -> str:
+    if measure is None or measure["low"] is None:
+        return ABSENT if measure is None else number(measure["mean"])
+    return f"{number(measure['mean'])} [{number(measure['low'])}, {number(measure['high'])}]"
+
+
+def _paper(found: dict[str, Any], compared: str, recipe_percent: float | None) -> list[str]:
     """The paper's number, and whether our variant stands on the same side of the recipe."""
-    theirs = found["paper_percent"]
-    if theirs is None:
-        return ["", ""]
-    ours = found.get("against_recipe", {}).get(BEYOND)
-    if name == RECIPE or ours is None or recipe_percent is None:
-        return [f"{theirs:.2f}", ""]
+    theirs, ours = found["paper_percent"], found.get("against_recipe", {}).get(compared)
+    if theirs is None or ours is None or recipe_percent is None:
+        return ["" if theirs is None else f"{theirs:.2f}", ""]
     # an interval from below zero to above it, or none at all, tells no side
     if ours["low"] is None or ours["low"] <= 0 <= ours["high"]:
         return [f"{theirs:.2f}", "not decided"]
     same = (ours["mean"] > 0) == (theirs > recipe_percent)
-    return [f"{theirs:.2f}", "as in the paper" if same else "the other way"]
+    return [f"{theirs:.2f}", "as in the paper" if same else "the other one"]
 
 
 def _training(results: dict[str, Any]) -> str:

@@ -28,7 +28,12 @@ VARIANTS = (
 
 
 def extension_recipe(
-    workdir: Path, target: int, lengths: Sequence[int], depths: Sequence[float], models: Any
+    workdir: Path,
+    target: int,
+    lengths: Sequence[int],
+    depths: Sequence[float],
+    models: Sequence[str],
+    learning_rate: float = 5e-4,
 ) -> Recipe:
     made = made_recipe(workdir).model_dump(mode="json", exclude_unset=True)
     made["model"] |= {"original_context_length": WINDOW, "base_context_length": WINDOW}
@@ -36,6 +41,7 @@ def extension_recipe(
     made["prepare"] |= {"sequence_length": target, "token_budget": 10 * target}
     asked = {"context_lengths": list(lengths), "depths_percent": list(depths), "models": list(models)}
     made["evaluate"] |= asked | {"samples_per_cell": 5}
+    made["pretrain"] |= {"global_batch_sequences": 2, "learning_rate": learning_rate}
     made["sft"] |= {"global_batch_sequences": 2}
     made["cluster"] = {"num_workers": 2, "gpus_per_worker": 1}
     return Recipe.model_validate(made)
@@ -48,9 +54,10 @@ def write_extension(
     depths: Sequence[float],
     tasks: dict[str, Sequence[int]],
     models: Sequence[str] = ("base", "pretrained", "final"),
+    learning_rate: float = 5e-4,
 ) -> Recipe:
     """A finished run: trainings of 5 and 3 steps of 8 s, passkey grid, `tasks` at their lengths, perplexity."""
-    recipe = extension_recipe(folder, target, lengths, depths, models)
+    recipe = extension_recipe(folder, target, lengths, depths, models, learning_rate)
     directories = {name: stage_directory(recipe, name) for name in stages(recipe)}
     write_lines(directories["pretrain"], "metrics.jsonl", made_metrics(5, 4.0))
     write_lines(directories["sft"], "metrics.jsonl", made_metrics(3, 2.0))
