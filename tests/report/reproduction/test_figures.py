@@ -47,7 +47,10 @@ def test_all_figures_are_drawn_and_stand_alone(results: Path, tmp_path: Path) ->
         assert len(ids) == len(set(ids)), name
         styled = "".join(style.text or "" for style in root.iter(f"{SVG}style"))
         classes = {c for element in root.iter() for c in element.get("class", "").split()}
-        missing = {c for c in classes if f".{c}" not in styled} - {"cell", "final"}  # names that need no style of their own
+        missing = {c for c in classes if f".{c}" not in styled} - {
+            "cell",
+            "final",
+        }  # names that need no style of their own
         assert not missing, (name, missing)
 
 
@@ -109,6 +112,14 @@ def test_marks_stand_at_their_values_and_intervals_stay_in_the_panel() -> None:
     interval = next(p.get("d", "") for p in root.iter(f"{SVG}path") if p.get("class") == "interval muted")
     assert interval.startswith(f"M{left:.1f} ") and interval.endswith(f"H{left + 0.75 * (right - left):.1f}")
     assert {"group", "a <b>"} <= set(_texts(root))
+
+
+def test_an_interval_below_zero_ends_at_the_edge_of_a_logarithmic_panel() -> None:
+    rows = [Row("a", ((Mark(10.0, -5.0, 25.0, "muted", "w"),),)), Row("b", ((Mark(1000.0, None, None, "", "w"),),))]
+    root = ElementTree.fromstring(dot_chart("d", "t", "d", rows, [Panel("perplexity", str, "log10")]))
+    interval = next(p.get("d", "") for p in root.iter(f"{SVG}path") if p.get("class") == "interval muted")
+    circles = [float(circle.get("cx", "")) for circle in root.iter(f"{SVG}circle")]
+    assert float(interval.split(" ")[0][1:]) < circles[0] < float(interval.split("H")[1]) < circles[1]
 
 
 def test_a_sheet_is_as_large_as_its_charts() -> None:

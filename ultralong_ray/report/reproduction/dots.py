@@ -66,7 +66,7 @@ def dot_chart(identity: str, title: str, description: str, rows: Sequence[Row], 
 
 def _scale(panel: Panel, index: int, rows: Sequence[Row]) -> Scale:
     marks = [mark for row in rows if row.marks for mark in row.marks[index]]
-    values = [v for m in marks for v in (m.value, m.low, m.high) if v is not None]
+    values = [v for m in marks for v in (m.value, m.low, m.high) if v is not None and _has_place(panel.kind, v)]
     if panel.reference is not None:
         values.append(panel.reference)
     low, high = panel.limits or (min(values, default=0.0), max(values, default=1.0))
@@ -77,6 +77,10 @@ def _scale(panel: Panel, index: int, rows: Sequence[Row]) -> Scale:
         low, high = low / 1.1, high * 1.1
     start = LABELS + index * (PANEL + GAP)
     return Scale(panel.kind, low, high, start, start + PANEL)
+
+
+def _has_place(kind: ScaleKind, value: float) -> bool:
+    return kind == "linear" or value > 0
 
 
 def _frame(panel: Panel, scale: Scale, bottom: float) -> list[str]:
@@ -99,8 +103,9 @@ def _marks(panel: Panel, scale: Scale, marks: Sequence[Mark], middle: float) -> 
     for index, mark in enumerate(marks):
         y = middle + MARK * (index - (len(marks) - 1) / 2)
         if mark.low is not None and mark.high is not None:
-            # an interval of a share may pass 0 or 1, which no panel shows
-            low, high = (min(max(scale(v), scale.start), scale.end) for v in (mark.low, mark.high))
+            # an interval may pass what can be: 0 and 1 of a share, 0 of a perplexity
+            ends = [scale(v) if _has_place(panel.kind, v) else scale.start for v in (mark.low, mark.high)]
+            low, high = (min(max(end, scale.start), scale.end) for end in ends)
             parts.append(element("path", d=f"M{low:.1f} {y:.1f}H{high:.1f}", class_=f"interval {mark.style}"))
         title = element("title", text=mark.words)
         parts.append(element("circle", title, cx=scale(mark.value), cy=y, r=4.2, class_=f"dot {mark.style}"))

@@ -22,6 +22,7 @@ from ultralong_ray.types import UserError
 
 ORDER = ("base_512", "base_4k", "extend_128k", "extend_1m")
 DIGITS = 6
+OBJECT_CHARACTERS = 320
 
 
 def gather(runs: Path, out: Path, notes: list[str]) -> dict[str, Any]:
@@ -110,7 +111,12 @@ def _rounded(value: Any) -> Any:
 
 
 def as_json(value: Any) -> str:
-    """Indented, but for lists and objects of plain values, which stand on one line each: a grid is read by its rows."""
+    """Indented, but for lists and short objects of plain values, on one line each: a grid is read by its rows."""
     text = json.dumps(value, indent=1, ensure_ascii=False)
     inner = re.compile(r"([\[{])\n\s+([^\[\]{}]*?)\n\s+([\]}])")  # JSON strings hold no line breaks
-    return inner.sub(lambda found: found[1] + re.sub(r",\n\s+", ", ", found[2]) + found[3], text) + "\n"
+    return inner.sub(_on_one_line, text) + "\n"
+
+
+def _on_one_line(found: re.Match[str]) -> str:
+    line = found[1] + re.sub(r",\n\s+", ", ", found[2]) + found[3]
+    return found[0] if found[1] == "{" and len(line) > OBJECT_CHARACTERS else line

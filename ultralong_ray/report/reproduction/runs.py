@@ -203,8 +203,9 @@ def _perplexity(readers: Readers) -> list[dict[str, Any]]:
     for found, reader, models in readers:
         for curve in (perplexity_facts(found.recipe, reader) or {"models": []})["models"]:
             if curve["model"] in models:
-                kept = {key: curve[key] for key in ("model", "num_sequences", "bucket_end_tokens", "loss")}
-                curves[curve["model"], *curve["bucket_end_tokens"]] = kept
+                ends = [int(end) for end in curve["bucket_end_tokens"]]
+                kept = {"model": curve["model"], "num_sequences": curve["num_sequences"]}
+                curves[curve["model"], *ends] = {**kept, "bucket_end_tokens": ends, "loss": curve["loss"]}
     return list(curves.values())
 
 
