@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +52,7 @@ def write_extension(
     target: int,
     lengths: Sequence[int],
     depths: Sequence[float],
-    tasks: dict[str, Sequence[int]],
+    tasks: Mapping[str, Sequence[int]],
     models: Sequence[str] = ("base", "pretrained", "final"),
     learning_rate: float = 5e-4,
 ) -> Recipe:
@@ -76,7 +76,7 @@ def write_evaluation(
     target: int,
     lengths: Sequence[int],
     depths: Sequence[float],
-    tasks: dict[str, Sequence[int]],
+    tasks: Mapping[str, Sequence[int]],
     models: Sequence[str],
 ) -> None:
     plan: list[dict[str, Any]] = []

@@ -75,7 +75,8 @@ def test_only_trials_that_are_done_count_and_the_newer_of_two(tmp_path: Path) ->
     write_trials(tmp_path, [trial_record("recipe", 1, 0.1), {**trial_record("recipe", 2, 0.1), "status": "stopped"}])
     write_trials(tmp_path, [trial_record("recipe", 1, 0.8)], "tune-ba9876543210")
     older = tmp_path / "tune-0123456789ab/trials/recipe-1.json"
-    os.utime(older, (older.stat().st_mtime - 60,) * 2)
+    before = older.stat().st_mtime - 60
+    os.utime(older, (before, before))
     trials = read_trials(tmp_path, [])
     assert list(trials) == ["recipe-1"] and trials["recipe-1"][BEYOND] == 0.8
 
