@@ -122,6 +122,26 @@ def test_an_interval_below_zero_ends_at_the_edge_of_a_logarithmic_panel() -> Non
     assert float(interval.split(" ")[0][1:]) < circles[0] < float(interval.split("H")[1]) < circles[1]
 
 
+def test_a_mean_beyond_the_limits_is_an_arrow_at_the_edge() -> None:
+    row = Row("a", ((Mark(9.0, None, None, "muted", "nine"),),))
+    root = ElementTree.fromstring(dot_chart("d", "t", "d", [row], [Panel("p", str, limits=(0.0, 1.0))]))
+    arrow = next(p for p in root.iter(f"{SVG}path") if "beyond" in (p.get("class") or ""))
+    edges = [float(p.get("d", "").split(" ")[0][1:]) for p in root.iter(f"{SVG}path") if p.get("class") == "grid"]
+    assert float(arrow.get("d", "").split(" ")[0][1:]) == max(edges)
+    assert not list(root.iter(f"{SVG}circle")) and "9.0" in _texts(root)
+
+
+def test_a_variant_that_broke_does_not_hide_the_others(tmp_path: Path) -> None:
+    trials = [trial_record(name, 1, beyond) for name, beyond in (("recipe", 0.5), ("a", 0.6), ("b", 0.7), ("c", -6.0))]
+    write_trials(tmp_path / "runs/ablations", trials)
+    figures_command(["gather", str(tmp_path / "runs"), "--out", str(tmp_path / "reproduction.json")])
+    root = _drawn(tmp_path, tmp_path / "svg")["ablations.svg"]
+    places = [
+        float(c.get("cx", "")) for c in root.iter(f"{SVG}circle") if "perplexity" in (c.findtext(f"{SVG}title") or "")
+    ]
+    assert len(places) == 3 and max(places) - min(places) > 100
+
+
 def test_a_sheet_is_as_large_as_its_charts() -> None:
     chart = dot_chart("d", "t", "d", [Row("a", ((Mark(1.0, None, None, "", "w"),),))], [Panel("p", str)])
     one = ElementTree.fromstring(sheet("T", "s", [Placed(chart, "heading", 2.0)]))

@@ -41,11 +41,12 @@ class Panel:
     kind: ScaleKind = "linear"
     reference: float | None = None
     limits: tuple[float, float] | None = None
-    """Default: the smallest and the largest value or bound."""
+    """Default: the smallest and the largest value or bound. A mean beyond them is an arrow at the edge."""
 
 
 def dot_chart(identity: str, title: str, description: str, rows: Sequence[Row], panels: Sequence[Panel]) -> Markup:
-    """Rows from top to bottom; a mean is written beside its panel where the row has one mark there."""
+    """Rows from top to bottom; means are written beside the panels where no row has several marks."""
+    written = all(len(marks) <= 1 for row in rows for marks in row.marks)
     heights = [ROW + MARK * max(map(len, row.marks)) if row.marks else HEADING for row in rows]
     bottom = TOP + sum(heights)
     scales = [_scale(panel, index, rows) for index, panel in enumerate(panels)]
@@ -59,6 +60,9 @@ def dot_chart(identity: str, title: str, description: str, rows: Sequence[Row], 
             guide = f"M{scale.start:g} {middle:g}H{scale.end:g}"
             parts.append(element("path", d=guide, class_="guide"))
             parts += _marks(panel, scale, marks, middle)
+            if written and marks:
+                place = {"x": scale.end + 52, "y": middle, "text_anchor": "end", "dominant_baseline": "central"}
+                parts.append(element("text", text=panel.write(marks[0].value), class_="tick value", **place))
         y += height
     width = LABELS + len(panels) * (PANEL + GAP) - 8
     return figure(identity, title, description, width, bottom + BOTTOM, parts)
@@ -87,7 +91,7 @@ def _frame(panel: Panel, scale: Scale, bottom: float) -> list[str]:
     """Caption, grid lines with their values below, and the line of the reference."""
     caption = {"x": (scale.start + scale.end) / 2, "y": 14.0, "text_anchor": "middle"}
     parts = [element("text", text=panel.title, class_="panel-label", **caption)]
-    for tick in scale.ticks(4):
+    for tick in scale.ticks(4 if panel.kind == "linear" else 2):
         at = scale(tick)
         parts.append(element("path", d=f"M{at:.1f} {TOP - 8:g}V{bottom + 6:g}", class_="grid"))
         label = {"x": at, "y": bottom + 22, "text_anchor": "middle"}
@@ -108,8 +112,10 @@ def _marks(panel: Panel, scale: Scale, marks: Sequence[Mark], middle: float) -> 
             low, high = (min(max(end, scale.start), scale.end) for end in ends)
             parts.append(element("path", d=f"M{low:.1f} {y:.1f}H{high:.1f}", class_=f"interval {mark.style}"))
         title = element("title", text=mark.words)
-        parts.append(element("circle", title, cx=scale(mark.value), cy=y, r=4.2, class_=f"dot {mark.style}"))
-    if len(marks) == 1:
-        place = {"x": scale.end + 52, "y": middle, "text_anchor": "end", "dominant_baseline": "central"}
-        parts.append(element("text", text=panel.write(marks[0].value), class_="tick value", **place))
+        if scale.low <= mark.value <= scale.high:
+            parts.append(element("circle", title, cx=scale(mark.value), cy=y, r=4.2, class_=f"dot {mark.style}"))
+        else:
+            tip, back = (scale.end, -9) if mark.value > scale.high else (scale.start, 9)
+            arrow = f"M{tip:g} {y:g}l{back} -5v10z"
+            parts.append(element("path", title, d=arrow, class_=f"dot beyond {mark.style}"))
     return parts

@@ -9,6 +9,8 @@ paid.svg        RULER and short skills within the base model's window, before an
 
 from __future__ import annotations
 
+import math
+import statistics
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -41,6 +43,7 @@ from ultralong_ray.report.words import near_tokens, percent, short_tokens
 
 BESIDE = 0.07  # octaves between the points of two models at one length
 SUITES = TITLES | {"short_skills": "Short skills", "perplexity": "Text, 1 / perplexity"}
+FAR = 2.5  # times the median
 WIDE = 10.0  # values that span more have a logarithmic axis
 
 
@@ -156,21 +159,16 @@ def ablations(results: dict[str, Any]) -> str | None:
     if not variants:
         return None
     measures = {name: found["measures"] for name, found in variants.items()}
-    ends = [found[AT_END]["mean"] for found in measures.values() if AT_END in found]
-    wide = bool(ends) and max(ends) > WIDE * min(ends)
-    window = short_tokens(base_window(results) or 0)
+    reads = base_window(results)
+    window = "the window" if reads is None else short_tokens(reads)
+    panels = {
+        BEYOND: (f"passkey beyond {window}", _percent, _share_limits(measures, BEYOND)),
+        WITHIN: (f"passkey within {window}", _percent, _share_limits(measures, WITHIN)),
+        AT_END: (f"perplexity at {_reached(results)}", words.number, _most(measures, AT_END)),
+    }
     shown = [
-        (BEYOND, Panel(f"passkey beyond {window}", _percent, reference=_mean(measures, BEYOND), limits=(0.0, 1.0))),
-        (WITHIN, Panel(f"passkey within {window}", _percent, reference=_mean(measures, WITHIN), limits=(0.0, 1.0))),
-        (
-            AT_END,
-            Panel(
-                f"perplexity at {_reached(results)}",
-                words.number,
-                "log10" if wide else "linear",
-                _mean(measures, AT_END),
-            ),
-        ),
+        (key, Panel(title, write, reference=_mean(measures, key), limits=limits))
+        for key, (title, write, limits) in panels.items()
     ]
     keys = [key for key, _ in shown]
     rows = [_variant(RECIPE_LABEL, measures[RECIPE], keys, "")] if RECIPE in measures else []
@@ -181,7 +179,7 @@ def ablations(results: dict[str, Any]) -> str | None:
     said = f"{seeds[0]} to {seeds[-1]}" if len(seeds) > 1 else f"{seeds[0]}"
     subtitle = f"one choice of the recipe changed at a time; mean and 95 % interval over {said} seeds (Student's t)"
     chart = dot_chart("ablations", "Ablations", subtitle, rows, [panel for _, panel in shown])
-    notes = ["The dashed line is the unchanged recipe. Intervals of shares are cut at 0 and 100 %."]
+    notes = ["The dashed line is the unchanged recipe. Intervals are cut at the edges; an arrow is a mean beyond them."]
     return sheet(f"Ablations at {_reached(results)}", subtitle, [Placed(chart)], notes=notes)
 
 
@@ -189,6 +187,28 @@ def _reached(results: dict[str, Any]) -> str:
     """The position that the trials' losses end at, as a label."""
     curves = [trial["perplexity"] for trial in results["ablations"]["trials"].values() if trial["perplexity"]]
     return short_tokens(max((curve["bucket_end_tokens"][-1] for curve in curves), default=0)) if curves else "the end"
+
+
+def _bounds(measures: dict[str, Any], key: str) -> list[float]:
+    found = [measure[key] for measure in measures.values() if key in measure]
+    return [v for measure in found for v in (measure["mean"], measure["low"], measure["high"]) if v is not None]
+
+
+def _share_limits(measures: dict[str, Any], key: str) -> tuple[float, float]:
+    """From the tenth below all to 1."""
+    lowest = max(0.0, min(_bounds(measures, key), default=0.0))
+    return (min(math.floor(10 * lowest) / 10, 0.9), 1.0)
+
+
+def _most(measures: dict[str, Any], key: str) -> tuple[float, float] | None:
+    """Limits that leave out what is many times the median: a variant that broke would hide how the others differ."""
+    means = [measure[key]["mean"] for measure in measures.values() if key in measure]
+    if not means or max(means) <= FAR * statistics.median(means):
+        return None
+    near = {name: m for name, m in measures.items() if key in m and m[key]["mean"] <= FAR * statistics.median(means)}
+    bounds = [bound for bound in _bounds(near, key) if 0 < bound <= FAR * statistics.median(means)]
+    margin = 0.06 * (max(bounds) - min(bounds))
+    return min(bounds) - margin, max(bounds) + 3 * margin
 
 
 def _percent(share: float) -> str:
