@@ -14,7 +14,12 @@ from ultralong_ray.report.reproduction.figures import FIGURES
 from ultralong_ray.report.reproduction.sheet import Placed, sheet
 
 SVG = "{http://www.w3.org/2000/svg}"
-TASKS = {"ruler/vt": [1024, 4096, 8192], "ruler/cwe": [1024, 4096, 8192], "short_skills/copying": [0]}
+TASKS = {
+    "ruler/vt": [1024, 4096, 8192],
+    "ruler/cwe": [1024, 4096, 8192],
+    "short_skills/copying": [0],
+    "perplexity/code": [4096],
+}
 
 
 @pytest.fixture(scope="module")
@@ -90,6 +95,15 @@ def test_the_recipe_is_the_line_that_variants_are_held_against(results: Path, tm
         assert float(line.split(" ")[0][1:]) == pytest.approx(float(dot.get("cx", "")), abs=0.06)
     texts = _texts(root)
     assert texts.index("RoPE") < texts.index("NTK-aware") < texts.index("Other") < texts.index("new")
+
+
+def test_costs_are_shown_by_task_with_three_models_a_panel(results: Path, tmp_path: Path) -> None:
+    root = _drawn(results, tmp_path)["paid.svg"]
+    texts = _texts(root)
+    for text in ("RULER", "mean of 2 tasks", "Short skills", "copying", "Text, 100 / perplexity", "code"):
+        assert text in texts
+    of_base = [circle for circle in root.iter(f"{SVG}circle") if circle.get("class") == "dot base"]
+    assert len(of_base) == 1 + 3 * 2  # the legend, and three rows in two panels
 
 
 def test_a_part_that_is_not_there_is_skipped_and_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

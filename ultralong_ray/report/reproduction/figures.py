@@ -15,6 +15,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from markupsafe import Markup
+
 from ultralong_ray.report import words
 from ultralong_ray.report.benchmarks import TITLES
 from ultralong_ray.report.figures import Axis, Line, heatmap, line_chart
@@ -42,7 +44,8 @@ from ultralong_ray.report.reproduction.variants import RECIPE_LABEL, grouped, la
 from ultralong_ray.report.words import near_tokens, percent, short_tokens
 
 BESIDE = 0.07  # octaves between the points of two models at one length
-SUITES = TITLES | {"short_skills": "Short skills", "perplexity": "Text, 1 / perplexity"}
+TEXT = "perplexity"  # a suite whose scores are 1 / perplexity
+SUITES = TITLES | {"short_skills": "Short skills", TEXT: "Text, 100 / perplexity"}
 FAR = 2.5  # times the median
 WIDE = 10.0  # values that span more have a logarithmic axis
 
@@ -233,29 +236,38 @@ def _variant(name: str, measures: dict[str, Any], keys: list[str], style: str) -
 
 
 def paid_and_restored(results: dict[str, Any]) -> str | None:
-    """Base, after continued pretraining, after SFT: a panel for each extension."""
+    """Base, after continued pretraining, after SFT: a panel for each extension; loss on text has a scale of its own."""
     shown = [part for part in EXTENSIONS if any(parts_of(results, s) for s in (PRETRAINED[part], FINAL[part]))]
-    rows: list[Row] = []
-    for suite, task in paid_rows(results):
-        means = paid(results, suite, task)
-        name = f"mean of {num_tasks(results, suite)} tasks" if task is None else task.split("/", 1)[1]
-        if (heading := SUITES.get(suite, suite.replace("_", " "))) not in [row.label for row in rows]:
-            rows.append(Row(heading))
-        rows.append(Row(name.replace("_", " "), tuple(_three(part, means) for part in shown)))
-    if not shown or not rows:
+    asked = paid_rows(results)
+    halves = ([row for row in asked if row[0] != TEXT], [row for row in asked if row[0] == TEXT])
+    charts = [
+        Placed(_paid_chart(results, half, shown, f"paid-{number}"), scale=1.2)
+        for number, half in enumerate(halves)
+        if half
+    ]
+    if not charts:
         return None
     window = short_tokens(base_window(results) or 0)
-    marks = [mark for row in rows for panel in row.marks for mark in panel]
-    lowest = min(mark.value if mark.low is None else mark.low for mark in marks)
-    limits = (10.0 * (lowest // 10), 100.0)  # the same for both
-    panels = [Panel(f"extended to {EXTENSIONS[part]}", words.tick, limits=limits) for part in shown]
     subtitle = f"per cent over lengths to {window}, with 95 % intervals"
-    chart = dot_chart("paid", "Paid and restored", subtitle, rows, panels)
     subjects = [BASE, *(subject for part in shown for subject in (PRETRAINED[part], FINAL[part]))]
     legend = [(subject.style, subject.label) for subject in subjects]
-    return sheet(
-        "What extension costs within the base model's window", subtitle, [Placed(chart, scale=1.2)], legend=legend
-    )
+    return sheet("What extension costs within the base model's window", subtitle, charts, legend=legend)
+
+
+def _paid_chart(results: dict[str, Any], asked: list[tuple[str, str | None]], shown: list[str], name: str) -> Markup:
+    """asked: rows of (suite, task). Both panels have the same limits: those of all marks, to the next ten."""
+    rows: list[Row] = []
+    for suite, task in asked:
+        means = paid(results, suite, task)
+        label = f"mean of {num_tasks(results, suite)} tasks" if task is None else task.split("/", 1)[1]
+        if (heading := SUITES.get(suite, suite.replace("_", " "))) not in [row.label for row in rows]:
+            rows.append(Row(heading))
+        rows.append(Row(label.replace("_", " "), tuple(_three(part, means) for part in shown)))
+    marks = [mark for row in rows for panel in row.marks for mark in panel]
+    ends = [end for mark in marks for end in (mark.value, mark.low, mark.high) if end is not None]
+    limits = (10.0 * math.floor(min(ends) / 10), 10.0 * math.ceil(max(ends) / 10))
+    panels = [Panel(f"extended to {EXTENSIONS[part]}", words.tick, limits=limits) for part in shown]
+    return dot_chart(name, "Paid and restored", "Base, before SFT, final", rows, panels)
 
 
 def _three(part: str, means: dict[str, dict[str, Any]]) -> tuple[Mark, ...]:

@@ -92,7 +92,11 @@ def _paid(results: dict[str, Any]) -> str:
         means = paid(results, suite, task)
         rows.append([task or f"{suite}, mean of all tasks", *(_with_bounds(means.get(name)) for name in asked)])
     window = short_tokens(base_window(results) or 0)
-    return _table([f"within {window}", *asked], rows, "Per cent with 95 % intervals.") if rows else ""
+    return (
+        _table([f"within {window}", *asked], rows, "Per cent with 95 % intervals; of perplexity, 100 / perplexity.")
+        if rows
+        else ""
+    )
 
 
 def _ablations(results: dict[str, Any]) -> str:
