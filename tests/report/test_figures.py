@@ -9,7 +9,7 @@ import pytest
 
 from ultralong_ray.report.figures import Axis, Line, heatmap, length_histogram, line_chart, score_colour
 from ultralong_ray.report.svg import Scale, element
-from ultralong_ray.report.words import duration, number, percent, short_tokens
+from ultralong_ray.report.words import duration, near_tokens, number, percent, short_tokens
 
 SVG = "{http://www.w3.org/2000/svg}"
 
@@ -134,6 +134,21 @@ def test_bars_are_as_high_as_their_shares() -> None:
     assert heights["bar-after1"] / heights["bar-after3"] == pytest.approx(1 / 3, abs=1e-3)
 
 
+def test_intervals_are_drawn_and_fit_into_the_frame() -> None:
+    line = Line("l", "loss", [1.0, 2.0], [0.5, 0.6], [(0.1, 0.9), (0.5, 0.7)])
+    root = _parse(line_chart("c", "t", [line], Axis("x", "linear", str), Axis("y", "linear", str)))
+    paths = [p.get("d", "") for p in root.iter(f"{SVG}path") if p.get("class") == "interval loss"]
+    (low, high), (_, other) = [tuple(map(float, path.split(" ")[1].split("V"))) for path in paths]
+    assert 26 <= high < other < low <= 208
+
+
+@pytest.mark.parametrize(("edge", "anchor"), [(2, "start"), (10, "end")])
+def test_the_label_of_the_window_stays_in_the_picture(edge: int, anchor: str) -> None:
+    root = _chart([1.0] * 10, edge=edge)
+    label = next(text for text in root.iter(f"{SVG}text") if text.get("class") == "window-label")
+    assert label.get("text-anchor") == anchor
+
+
 def test_scales_and_ticks() -> None:
     assert Scale("log2", 256, 4096, 0, 4)(1024) == 2
     assert Scale("log2", 256, 4096, 0, 1).ticks(8) == [256, 512, 1024, 2048, 4096]
@@ -155,5 +170,13 @@ def test_shares_never_round_to_whole() -> None:
 
 def test_numbers_as_words() -> None:
     assert [short_tokens(n) for n in (512, 4096, 131072, 2**20, 1000)] == ["512", "4K", "128K", "1M", "1,000"]
+    assert [near_tokens(n) for n in (512, 3277, 131072, 104858, 2**20, 1572864)] == [
+        "512",
+        "3.2K",
+        "128K",
+        "102K",
+        "1M",
+        "1.5M",
+    ]
     assert [number(x) for x in (3.1, 99.99, 1234.6, 0.0005, 0)] == ["3.10", "100", "1,235", "0.000500", "0"]
     assert [duration(s) for s in (4.25, 59.4, 185, 7620)] == ["4.2 s", "59 s", "3 min 5 s", "2 h 7 min"]

@@ -36,8 +36,8 @@ def evaluation_facts(recipe: Recipe, reader: StageReader) -> dict[str, Any]:
     """Keys passkey, perplexity, benchmarks, each a dict or None; every cell and curve names its file."""
     assert recipe.evaluate is not None
     return {
-        "passkey": _passkey(recipe, reader) if recipe.evaluate.passkey else None,
-        "perplexity": _perplexity(recipe, reader),
+        "passkey": passkey_facts(recipe, reader) if recipe.evaluate.passkey else None,
+        "perplexity": perplexity_facts(recipe, reader),
         "benchmarks": _benchmarks(recipe, list(recipe.evaluate.models), reader),
     }
 
@@ -55,7 +55,7 @@ def _benchmarks(recipe: Recipe, models: list[str], reader: StageReader) -> dict[
     }
 
 
-def _passkey(recipe: Recipe, reader: StageReader) -> dict[str, Any]:
+def passkey_facts(recipe: Recipe, reader: StageReader) -> dict[str, Any]:
     """Grids by model: `cells[row][column]` at depth `depths_percent[row]`, `context_lengths_tokens[column]`."""
     assert recipe.evaluate is not None
     cells = _read_cells(reader) | _failed_cells(reader)
@@ -216,7 +216,7 @@ def _where_found(grid: dict[str, Any], window: int) -> str:
     return " and in ".join(parts)
 
 
-def _perplexity(recipe: Recipe, reader: StageReader) -> dict[str, Any] | None:
+def perplexity_facts(recipe: Recipe, reader: StageReader) -> dict[str, Any] | None:
     """Curves by model: `perplexity[i]` = exp(mean loss in nats) of the tokens up to position `bucket_end_tokens[i]`."""
     curves = []
     for name in reader.relative_names("perplexity"):

@@ -48,7 +48,7 @@ def run_facts(recipe: Recipe, directories: dict[str, StageDirectory]) -> dict[st
         "model": _model_facts(recipe),
         "verdict": verdict(evaluation["passkey"], evaluation["benchmarks"]),
         **evaluation,
-        "training": {name: _training_facts(readers.get(name)) for name in ("pretrain", "sft")},
+        "training": {name: training_facts(readers.get(name)) for name in ("pretrain", "sft")},
         "tuning": tuning_facts(recipe, notes),
         "data": _data_facts(readers.get("prepare")),
         "sft_data": _sft_data_facts(readers.get("prepare_sft")),
@@ -101,7 +101,7 @@ def _stage_facts(reader: StageReader) -> dict[str, Any]:
     }
 
 
-def _training_facts(reader: StageReader | None) -> dict[str, Any] | None:
+def training_facts(reader: StageReader | None) -> dict[str, Any] | None:
     """Curves and totals of `metrics.jsonl`; a step logged twice (a resumed run) counts as logged last."""
     rows = [] if reader is None else reader.read_json_lines("metrics.jsonl")
     by_step = {int(step): row for row in rows if (step := finite(row.get("step"))) is not None}

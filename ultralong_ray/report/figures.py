@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
@@ -20,6 +20,7 @@ from ultralong_ray.report.words import UNIT, percent, short_tokens, tokens
 
 COLOUR_STOPS = ((0.0, (0xF0, 0x49, 0x6E)), (0.5, (0xEB, 0xB8, 0x39)), (1.0, (0x0C, 0xD7, 0x9F)))
 PRINTED_VALUE_PIXELS = 26  # narrower cells have no room for "100"
+EDGE_LABEL_PIXELS = 130  # "base window 131,072"
 MAX_POINTS = 600  # per drawn line; report.json keeps every step
 
 
@@ -32,8 +33,13 @@ def score_colour(score: float) -> str:
     raise ValueError(f"score {score} is above 1")
 
 
-def heatmap(grid: dict[str, Any], passkey: dict[str, Any], what: str = "Passkey retrieval") -> Markup:
-    """One model's grid (`evaluation._passkey`). Missing cells are hollow and crossed out, failed ones red."""
+def heatmap(
+    grid: dict[str, Any],
+    passkey: dict[str, Any],
+    what: str = "Passkey retrieval",
+    write_length: Callable[[int], str] = short_tokens,
+) -> Markup:
+    """One model's grid (`evaluation.passkey_facts`). Missing cells are hollow and crossed out, failed ones red."""
     lengths, depths = passkey["context_lengths_tokens"], passkey["depths_percent"]
     cell_width = 44 if len(lengths) <= 10 else 34 if len(lengths) <= 20 else 27
     cell_height = 32 if len(depths) <= 8 else 25
@@ -58,8 +64,8 @@ def heatmap(grid: dict[str, Any], passkey: dict[str, Any], what: str = "Passkey 
             parts.append(_cell(grid["cells"][row][column], length, depth, x, y, cell_width, cell_height))
     for column, length in enumerate(lengths):
         x = left + (column + 0.5) * cell_width
-        parts.append(_length_label(short_tokens(length), x, bottom + (10 if turned else 17), turned))
-    label_depth = _turned_pixels(map(short_tokens, lengths)) if turned else 26
+        parts.append(_length_label(write_length(length), x, bottom + (10 if turned else 17), turned))
+    label_depth = _turned_pixels(map(write_length, lengths)) if turned else 26
     parts += [
         element(
             "text",
@@ -148,12 +154,16 @@ def _window_edge(window: int, lengths: list[int], left: float, width: float, top
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """One curve; a None in `ys` interrupts it. `style` is a class of the style sheet that sets colour and dashes."""
+    """One curve; a None in `ys` interrupts it. `style` is a class of the style sheet that sets colour and dashes.
+
+    `bounds`: (low, high) of the interval of every point, or none at all.
+    """
 
     label: str
     style: str
     xs: list[float]
     ys: list[float | None]
+    bounds: list[tuple[float, float]] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,22 +177,31 @@ class Axis:
 
 
 def line_chart(
-    identity: str, title: str, lines: list[Line], x: Axis, y: Axis, *, height: float = 250, edge: int | None = None
+    identity: str,
+    title: str,
+    lines: list[Line],
+    x: Axis,
+    y: Axis,
+    *,
+    height: float = 250,
+    width: float = 560,
+    edge: int | None = None,
 ) -> Markup:
     """Curves over one pair of axes; `edge` marks a position on x, the base window. Empty when no point is finite."""
     points = [(px, py) for line in lines for px, py in zip(line.xs, line.ys, strict=True) if py is not None]
     if not points:
         return Markup("")
-    left, right, top, bottom = 58.0, 548.0, 26.0, height - 42
+    left, right, top, bottom = 58.0, width - 12, 26.0, height - 42
     across = _scale(x, [p[0] for p in points], left, right, padded=False)
-    up = _scale(y, [p[1] for p in points], bottom, top, padded=True)
+    bounds = [bound for line in lines for pair in line.bounds for bound in pair]
+    up = _scale(y, [*(p[1] for p in points), *bounds], bottom, top, padded=True)
     parts = _frame(across, up, x, y, ticks_up=max(2, round((bottom - top) / 30)))
     if edge is not None and across.low <= edge <= across.high:
         at = across(edge)
-        parts += [
-            element("path", d=f"M{at:.1f} {top - 14:g}V{bottom:g}", class_="window-edge"),
-            element("text", text=f"base window {tokens(edge)}", class_="window-label", x=at + 5, y=top - 6),
-        ]
+        anchor, aside = ("end", -5) if at > right - EDGE_LABEL_PIXELS else ("start", 5)
+        place = {"x": at + aside, "y": top - 6, "text_anchor": anchor}
+        parts.append(element("path", d=f"M{at:.1f} {top - 14:g}V{bottom:g}", class_="window-edge"))
+        parts.append(element("text", text=f"base window {tokens(edge)}", class_="window-label", **place))
     for line in lines:
         parts += _curve(line, across, up, x, y)
     values = [p[1] for p in points]
@@ -190,7 +209,7 @@ def line_chart(
         f"{y.label} against {x.label}: {', '.join(line.label for line in lines)}. From {y.write(min(values))} to "
         f"{y.write(max(values))}."
     )
-    return figure(identity, title, description, 560, height, parts)
+    return figure(identity, title, description, width, height, parts)
 
 
 def _scale(axis: Axis, values: list[float], start: float, end: float, *, padded: bool) -> Scale:
@@ -231,7 +250,7 @@ def _frame(across: Scale, up: Scale, x: Axis, y: Axis, ticks_up: int) -> list[st
         *parts,
         element("path", d=f"M{left:g} {bottom:g}H{right:g}", class_="axis"),
         element("text", text=x.label, class_="axis-label", x=right, y=bottom + 34, text_anchor="end"),
-        element("text", text=y.label, class_="axis-label", x=2, y=top - 12),
+        element("text", text=y.label, class_="axis-label", x=2, y=top - 17),
     ]
 
 
@@ -245,7 +264,11 @@ def _curve(line: Line, across: Scale, up: Scale, x: Axis, y: Axis) -> list[str]:
         if py is not None:
             path.append(f"{'L' if pen_down else 'M'}{across(px):.1f} {up(py):.1f}")
         pen_down = py is not None
-    parts = [element("path", d="".join(path), class_=f"line {line.style}")]
+    parts = [
+        element("path", d=f"M{across(px):.1f} {up(low):.1f}V{up(high):.1f}", class_=f"interval {line.style}")
+        for px, (low, high) in zip(line.xs, line.bounds, strict=False)
+    ]
+    parts.append(element("path", d="".join(path), class_=f"line {line.style}"))
     if len(drawn) <= 64:
         parts += [
             element(

@@ -2,7 +2,7 @@
 
 Where every score is 0 or 1 the interval is Wilson's (JASA 22, 1927), which stays sensible at 0 and at 1 and for few
 samples. Where scores lie between, and for means over tasks, it is the percentile bootstrap over samples (Efron, 1979)
-with a fixed seed, each task drawn from its own samples.
+with a fixed seed, each task drawn from its own samples. Means over trainings with different seeds have Student's.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 Z_95 = 1.959963984540054
+# Quantile 0.975 of Student's t with 1, 2, ... degrees of freedom
+T_95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
 DRAWS = 1000
 WORDS = (
     "95 % intervals: Wilson's where every sample is right or wrong; else, and for means over tasks, the percentile "
@@ -36,6 +38,17 @@ def wilson(right: float, count: int) -> tuple[float, float]:
     centre = (share + z2 / (2 * count)) / (1 + z2 / count)
     half = Z_95 / (1 + z2 / count) * math.sqrt(share * (1 - share) / count + z2 / (4 * count**2))
     return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def of_seeds(values: Sequence[float]) -> tuple[float, float] | None:
+    """Student's interval of the mean of a few independent runs; None for one run, which has no spread."""
+    if len(values) < 2:
+        return None
+    freedom = len(values) - 1
+    mean = math.fsum(values) / len(values)
+    variance = math.fsum((value - mean) ** 2 for value in values) / freedom
+    half = T_95[min(freedom, len(T_95)) - 1] * math.sqrt(variance / len(values))  # wide for more than eleven runs
+    return mean - half, mean + half
 
 
 def stratified(groups: Sequence[Sequence[float]]) -> tuple[float, float]:

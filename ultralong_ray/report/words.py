@@ -32,6 +32,13 @@ def short_tokens(count: int) -> str:
     return f"{count:,}"
 
 
+def near_tokens(count: int) -> str:
+    """A context length to three figures, on an axis that has others: 3.2K for 3,277, 128K, 1M."""
+    if count < 2**10 or count % 2**20 == 0:
+        return short_tokens(count)
+    return f"{count / 2**10:.3g}K" if count < 2**20 else f"{count / 2**20:.3g}M"
+
+
 def number(value: float | None) -> str:
     """A measured quantity to three significant figures, whole numbers from 100 on, scientific where tiny."""
     if value is None:

@@ -1,0 +1,127 @@
+"""One JSON grows part by part, and its tables say what is in it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.report.reproduction.made_reproduction import trial_record, write_extension, write_trials
+from ultralong_ray.report.reproduction.command import figures_command
+from ultralong_ray.report.reproduction.gather import gather
+from ultralong_ray.types import UserError
+
+LENGTHS = [4096, 8192]
+TASKS = {"ruler/vt": [4096, 8192], "ruler/cwe": [4096, 8192], "short_skills/copying": [0]}
+
+
+def _runs(folder: Path, name: str, **options: Any) -> Path:
+    write_extension(folder / name, 131072, LENGTHS, [0.0, 100.0], TASKS, **options)
+    return folder
+
+
+def _row(table: str, start: str) -> list[str]:
+    found = next(line for line in table.splitlines() if line.startswith(f"| {start} |"))
+    return [cell.strip() for cell in found.strip("|").split("|")][1:]
+
+
+def test_parts_that_are_gathered_later_join_and_replace(tmp_path: Path) -> None:
+    out = tmp_path / "results.json"
+    first = gather(_runs(tmp_path / "a", "extend_128k"), out, ["128k.seconds_of_the_whole_command=90", "128k.gpus=2"])
+    second = gather(_runs(tmp_path / "b", "extend_1m"), out, [])
+    assert list(second["parts"]) == ["extend_128k", "extend_1m"]
+    assert second["parts"]["extend_128k"] == first["parts"]["extend_128k"] and second["notes"] == first["notes"]
+    third = gather(_runs(tmp_path / "c", "extend_128k", models=("base",)), out, [])
+    assert {grid["model"] for grid in third["parts"]["extend_128k"]["passkey"]} == {"base"}
+    assert json.loads(out.read_text()) == third
+
+
+def test_trials_of_several_machines_join(tmp_path: Path) -> None:
+    out = tmp_path / "results.json"
+    write_trials(tmp_path / "a/ablations", [trial_record("recipe", seed, 0.5) for seed in (1, 2)])
+    write_trials(tmp_path / "b/ablations", [trial_record("recipe", 3, 0.8), trial_record("rope_ntk", 3, 0.7)])
+    gather(tmp_path / "a", out, [])
+    found = gather(tmp_path / "b", out, ["ablations.gpus_per_trial=2"])["ablations"]
+    assert found["variants"]["recipe"]["seeds"] == [1, 2, 3] and len(found["trials"]) == 4
+    assert found["gpu_seconds"] == 2 * 4 * 60
+
+
+def test_gathering_again_gives_the_same_bytes(tmp_path: Path) -> None:
+    runs, out = _runs(tmp_path, "extend_128k"), tmp_path / "results.json"
+    write_trials(runs / "ablations", [trial_record("recipe", seed, 1 / (seed + 2)) for seed in (1, 2, 3)])
+    gather(runs, out, [])
+    first = out.read_bytes()
+    gather(runs, out, [])
+    assert out.read_bytes() == first
+
+
+def test_a_trials_own_trainings_are_no_part(tmp_path: Path) -> None:
+    write_trials(_runs(tmp_path, "ablations") / "ablations", [trial_record("recipe", 1, 0.5)])
+    assert gather(tmp_path, tmp_path / "results.json", [])["parts"] == {}
+
+
+def test_mistakes_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(UserError, match="no finished run"):
+        gather(tmp_path, tmp_path / "results.json", [])
+    runs = _runs(tmp_path, "extend_128k")
+    for note, said in (("seconds", "key=value"), (".a=1", "key=value")):
+        with pytest.raises(UserError, match=said):
+            gather(runs, tmp_path / "results.json", [note])
+    with pytest.raises(UserError, match="a note already"):
+        gather(runs, tmp_path / "results.json", ["base=1", "base.gpus=2"])
+    (tmp_path / "results.json").write_text('{"command": []}')
+    assert figures_command(["gather", str(runs), "--out", str(tmp_path / "results.json")]) == 2
+    assert "has no parts" in capsys.readouterr().err
+
+
+def test_tables_of_scores(tmp_path: Path) -> None:
+    tables = gather(_runs(tmp_path, "extend_128k"), tmp_path / "results.json", [])["tables"]
+    assert _row(tables["passkey"], "base model") == [
+        "2 x 2 to 8K",
+        "2 of 4",
+        "100\N{NO-BREAK SPACE}%",
+        "0\N{NO-BREAK SPACE}%",
+        "50\N{NO-BREAK SPACE}%",
+    ]
+    assert [cell.split(" ")[0] for cell in _row(tables["ruler_by_length"], "base model")] == ["81.2", "0.0"]
+    assert _row(tables["paid_and_restored"], "short_skills/copying")[0].startswith("100.0 [")
+    assert _row(tables["paid_and_restored"], "ruler, mean of all tasks")[3] == "\N{EN DASH}"  # 1M was not gathered
+
+
+def test_the_base_of_its_own_recipe_stands_in_only_for_what_was_asked_alike(tmp_path: Path) -> None:
+    """Scores over 4K alone are not set against a base model that was asked at 1K as well."""
+    runs = _runs(tmp_path, "extend_128k", models=("pretrained", "final"))
+    made = {"ruler/vt": [1024, 4096], "ruler/cwe": [1024, 4096], "short_skills/copying": [0]}
+    write_extension(runs / "base_4k", 4096, [4096], [0.0], made, models=("final",))
+    tables = gather(runs, tmp_path / "results.json", [])["tables"]
+    assert _row(tables["paid_and_restored"], "ruler, mean of all tasks")[0] == "\N{EN DASH}"
+    assert _row(tables["paid_and_restored"], "short_skills/copying")[0] != "\N{EN DASH}"
+    assert _row(tables["ruler_by_length"], "base model")[0] != "\N{EN DASH}"
+
+
+@pytest.mark.parametrize(
+    ("beyond", "side"),
+    [([0.3, 0.31, 0.32], "as in the paper"), ([0.7, 0.71, 0.7], "the other one"), ([0.2, 0.5, 0.9], "not decided")],
+)
+def test_the_ablation_table_tells_which_side_the_paper_has(tmp_path: Path, beyond: list[float], side: str) -> None:
+    trials = [trial_record("recipe", seed, 0.5) for seed in (1, 2, 3)]
+    trials += [trial_record("separator_none", seed, share) for seed, share in enumerate(beyond, start=1)]
+    trials += [trial_record("document_mask", 1, 0.4), trial_record("separator_bos_eos", 1, 0.4)]
+    write_trials(tmp_path / "ablations", trials)
+    table = gather(tmp_path, tmp_path / "results.json", [])["tables"]["ablations"]
+    assert _row(table, "no separator")[-2:] == ["79.15", side]
+    assert _row(table, "the recipe")[:3] == ["3", "100.0 [100.0, 100.0]", "50.0 [50.0, 50.0]"]
+    assert _row(table, "mask between documents") == ["1", "100.0", "40.0", "-10.0", "4.95", "", ""]
+    assert "`<s>`" in table
+
+
+def test_gpu_time_is_stated_by_part_and_in_sum(tmp_path: Path) -> None:
+    runs = _runs(tmp_path, "extend_128k")
+    write_trials(runs / "ablations", [trial_record("recipe", 1, 0.5)])
+    notes = ["128k.seconds_of_the_whole_command=900", '128k.gpus=["a", "a"]']
+    table = gather(runs, tmp_path / "results.json", notes)["tables"]["gpu_time"]
+    assert _row(table, "extend_128k")[0] == "600" and _row(table, "ablations")[0] == "60"
+    assert _row(table, "all") == ["660", "0.18"]
+    assert "The whole command of 128k: 900 s on 2 GPUs, 0.50 GPU-hours." in table

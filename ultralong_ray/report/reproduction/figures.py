@@ -1,0 +1,289 @@
+"""`jobs/figures.py`: the JSON of `gather` in, five SVG files out. The same JSON gives the same bytes.
+
+niah.svg        passkey grids of the base model and of both extensions, as the paper draws them
+ruler.svg       RULER by context length
+perplexity.svg  perplexity of held-out books by position
+ablations.svg   every variant of the ablations against the recipe
+paid.svg        RULER and short skills within the base model's window, before and after
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from markupsafe import Markup
+
+from ultralong_ray.report import words
+from ultralong_ray.report.benchmarks import TITLES
+from ultralong_ray.report.figures import Axis, Line, heatmap, line_chart
+from ultralong_ray.report.intervals import WORDS
+from ultralong_ray.report.reproduction.dots import Mark, Panel, Row, dot_chart
+from ultralong_ray.report.reproduction.sheet import Placed, sheet
+from ultralong_ray.report.reproduction.subjects import (
+    BASE,
+    EXTENSIONS,
+    FINAL,
+    PRETRAINED,
+    SUBJECTS,
+    Subject,
+    base_window,
+    curve_of,
+    grid_of,
+    means_of,
+    num_tasks,
+    paid,
+    paid_rows,
+    parts_of,
+)
+from ultralong_ray.report.reproduction.trials import AT_END, BEYOND, RECIPE, WITHIN, exp_or_none
+from ultralong_ray.report.reproduction.variants import RECIPE_LABEL, grouped, label
+from ultralong_ray.report.words import near_tokens, percent, short_tokens
+
+BESIDE = 0.07  # octaves between the points of two models at one length
+TEXT = "perplexity"  # a suite whose scores are 1 / perplexity
+SUITES = TITLES | {"short_skills": "Short skills", TEXT: "Text, 100 / perplexity"}
+FAR = 2.5  # times the median
+WIDE = 10.0  # values that span more have a logarithmic axis
+
+
+def draw(results: dict[str, Any], out: Path) -> None:
+    """Write the figures whose numbers are there, and say of the others that they are not."""
+    out.mkdir(parents=True, exist_ok=True)
+    for name, (figure, needs) in FIGURES.items():
+        drawn = figure(results)
+        if drawn is None:
+            print(f"{name} is not drawn: it needs {needs}, which the results lack")
+            continue
+        (out / name).write_text(drawn)
+        print(f"{out / name}")
+
+
+def niah(results: dict[str, Any]) -> str | None:
+    """The base model and, of each extension, the last model that was asked."""
+    window = base_window(results)
+    named = [(BASE, "The base model")]
+    for part, reached in EXTENSIONS.items():
+        of_part = [(FINAL[part], f"Extended to {reached}"), (PRETRAINED[part], f"Extended to {reached}, before SFT")]
+        named += [next(((s, name) for s, name in of_part if grid_of(results, s)), of_part[0])]
+    charts = []
+    for subject, name in named:
+        grid = grid_of(results, subject)
+        if grid is None or window is None:
+            continue
+        right = f"{grid['num_cells_all_right']} of {grid['num_cells']} cells all right"
+        heading = f"{name}: {right}, mean {percent(grid['mean'])}"
+        chart = heatmap(*_heatmap_input(grid, subject, window), write_length=near_tokens)
+        charts.append(Placed(chart, heading))
+    if not charts:
+        return None
+    samples = sorted({grid["samples_per_cell"] for s, _ in named if (grid := grid_of(results, s))})
+    asked = " or ".join(f"{n} question" + ("s" if n > 1 else "") for n in samples)
+    notes = [f"{asked} a cell; greedy answers. The line marks the base model's window of {window:,} tokens."]
+    return sheet("Passkey retrieval", "by context length and depth of the passkey", charts, ramp=True, notes=notes)
+
+
+def _heatmap_input(grid: dict[str, Any], subject: Subject, window: int) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The two arguments of the report's heatmap."""
+    samples = grid["samples_per_cell"]
+    cells = [
+        [None if s is None else {"score": s, "num_right": round(s * samples), "num_samples": samples} for s in row]
+        for row in grid["scores"]
+    ]
+    identity = {"model": subject.style.replace(" ", "-"), "label": subject.label, "cells": cells}
+    return {**grid, **identity}, {**grid, "base_window_tokens": window}
+
+
+def ruler(results: dict[str, Any]) -> str | None:
+    found = {subject: means for subject in SUBJECTS if (means := means_of(results, subject, "ruler"))}
+    lengths = sorted({length for means in found.values() for length in means})
+    lines = []
+    for number, (subject, means) in enumerate(found.items()):
+        aside = 2 ** (BESIDE * (number - (len(found) - 1) / 2))  # equal points would hide each other
+        bounds = [(mean["low"], mean["high"]) for mean in means.values()]
+        ys: list[float | None] = [mean["percent"] for mean in means.values()]
+        lines.append(Line(subject.label, subject.style, [length * aside for length in means], ys, bounds))
+    x = Axis("context length, tokens", "log2", lambda at: short_tokens(min(lengths, key=lambda n: abs(n - at))))
+    y = Axis("per cent", "linear", words.tick, from_zero=True)
+    window = base_window(results)
+    chart = line_chart("ruler", "RULER by context length", lines, x, y, height=350, width=760, edge=window)
+    if not chart:
+        return None
+    subtitle = f"mean of {num_tasks(results, 'ruler')} tasks, with 95 % intervals"
+    legend = [(line.style, line.label) for line in lines]
+    placed = [Placed(chart, scale=1.1)]
+    return sheet("RULER by context length", subtitle, placed, legend=legend, notes=_lines(WORDS))
+
+
+def _lines(text: str, characters: int = 118) -> list[str]:
+    """Broken between words."""
+    lines = [""]
+    for word in text.split():
+        if len(lines[-1]) + len(word) >= characters:
+            lines.append("")
+        lines[-1] = f"{lines[-1]} {word}".strip()
+    return [f"{line[0].upper()}{line[1:]}" if number == 0 else line for number, line in enumerate(lines)]
+
+
+def perplexity(results: dict[str, Any]) -> str | None:
+    """One chart for each extension: its models, and the base model on the same books."""
+    charts, legend = [], {}
+    window = base_window(results)
+    for part, reached in EXTENSIONS.items():
+        if part not in results["parts"]:
+            continue
+        lines = []
+        for name, subject in (("base", BASE), ("pretrained", PRETRAINED[part]), ("final", FINAL[part])):
+            curve = curve_of(results["parts"][part], name)
+            if curve is not None:
+                ends = [float(end) for end in curve["bucket_end_tokens"]]
+                lines.append(Line(subject.label, subject.style, ends, [exp_or_none(loss) for loss in curve["loss"]]))
+                legend[subject.style] = subject.label
+        values = [value for line in lines for value in line.ys if value is not None]
+        wide = bool(values) and max(values) > WIDE * min(values)
+        x = Axis("position in the book, tokens", "log2", lambda end: short_tokens(round(end)))
+        y = Axis("perplexity", "log10" if wide else "linear", words.tick)
+        title = f"Perplexity by position to {reached}"
+        chart = line_chart(f"perplexity-{part}", title, lines, x, y, height=300, edge=window)
+        if chart:
+            charts.append(Placed(chart, f"To {reached}"))
+    if not charts:
+        return None
+    title = "Perplexity by position"
+    subtitle = "held-out books; each point is the mean loss of the tokens up to its position, since the point before"
+    return sheet(title, subtitle, charts, legend=list(legend.items()), side_by_side=True)
+
+
+def ablations(results: dict[str, Any]) -> str | None:
+    variants = results.get("ablations", {}).get("variants", {})
+    if not variants:
+        return None
+    measures = {name: found["measures"] for name, found in variants.items()}
+    reads = base_window(results)
+    window = "the window" if reads is None else short_tokens(reads)
+    panels = {
+        BEYOND: (f"passkey beyond {window}", _percent, _share_limits(measures, BEYOND)),
+        WITHIN: (f"passkey within {window}", _percent, _share_limits(measures, WITHIN)),
+        AT_END: (f"perplexity at {_reached(results)}", words.number, _most(measures, AT_END)),
+    }
+    shown = [
+        (key, Panel(title, write, reference=_mean(measures, key), limits=limits))
+        for key, (title, write, limits) in panels.items()
+    ]
+    keys = [key for key, _ in shown]
+    rows = [_variant(RECIPE_LABEL, measures[RECIPE], keys, "")] if RECIPE in measures else []
+    for group, names in grouped(variants).items():
+        rows.append(Row(group))
+        rows += [_variant(label(name), measures[name], keys, "muted") for name in names]
+    seeds = sorted({len(found["seeds"]) for found in variants.values()})
+    said = f"{seeds[0]} to {seeds[-1]}" if len(seeds) > 1 else f"{seeds[0]}"
+    subtitle = f"one choice of the recipe changed at a time; mean and 95 % interval over {said} seeds (Student's t)"
+    chart = dot_chart("ablations", "Ablations", subtitle, rows, [panel for _, panel in shown])
+    notes = ["The dashed line is the unchanged recipe. Intervals are cut at the edges; an arrow is a mean beyond them."]
+    return sheet(f"Ablations at {_reached(results)}", subtitle, [Placed(chart)], notes=notes)
+
+
+def _reached(results: dict[str, Any]) -> str:
+    """The position that the trials' losses end at, as a label."""
+    curves = [trial["perplexity"] for trial in results["ablations"]["trials"].values() if trial["perplexity"]]
+    return short_tokens(max((curve["bucket_end_tokens"][-1] for curve in curves), default=0)) if curves else "the end"
+
+
+def _bounds(measures: dict[str, Any], key: str) -> list[float]:
+    found = [measure[key] for measure in measures.values() if key in measure]
+    return [v for measure in found for v in (measure["mean"], measure["low"], measure["high"]) if v is not None]
+
+
+def _share_limits(measures: dict[str, Any], key: str) -> tuple[float, float]:
+    """From the tenth below all to 1."""
+    lowest = max(0.0, min(_bounds(measures, key), default=0.0))
+    return (min(math.floor(10 * lowest) / 10, 0.9), 1.0)
+
+
+def _most(measures: dict[str, Any], key: str) -> tuple[float, float] | None:
+    """Limits that leave out what is many times the median: a variant that broke would hide how the others differ."""
+    means = [measure[key]["mean"] for measure in measures.values() if key in measure]
+    if not means or max(means) <= FAR * statistics.median(means):
+        return None
+    near = {name: m for name, m in measures.items() if key in m and m[key]["mean"] <= FAR * statistics.median(means)}
+    bounds = [bound for bound in _bounds(near, key) if 0 < bound <= FAR * statistics.median(means)]
+    margin = 0.06 * (max(bounds) - min(bounds))
+    return min(bounds) - margin, max(bounds) + 3 * margin
+
+
+def _percent(share: float) -> str:
+    return percent(share)
+
+
+def _mean(measures: dict[str, Any], key: str) -> float | None:
+    return measures.get(RECIPE, {}).get(key, {}).get("mean")
+
+
+def _variant(name: str, measures: dict[str, Any], keys: list[str], style: str) -> Row:
+    marks = []
+    for key in keys:
+        found = [measures[key]] if key in measures else []
+        marks.append(
+            tuple(
+                Mark(m["mean"], m["low"], m["high"], style, f"{name}, {key}: {m['mean']:.4g}, {m['num_seeds']} seeds")
+                for m in found
+            )
+        )
+    return Row(name, tuple(marks))
+
+
+def paid_and_restored(results: dict[str, Any]) -> str | None:
+    """Base, after continued pretraining, after SFT: a panel for each extension; loss on text has a scale of its own."""
+    shown = [part for part in EXTENSIONS if any(parts_of(results, s) for s in (PRETRAINED[part], FINAL[part]))]
+    asked = paid_rows(results)
+    halves = ([row for row in asked if row[0] != TEXT], [row for row in asked if row[0] == TEXT])
+    charts = [
+        Placed(_paid_chart(results, half, shown, f"paid-{number}"), scale=1.2)
+        for number, half in enumerate(halves)
+        if half
+    ]
+    if not charts:
+        return None
+    window = short_tokens(base_window(results) or 0)
+    subtitle = f"per cent over lengths to {window}, with 95 % intervals"
+    subjects = [BASE, *(subject for part in shown for subject in (PRETRAINED[part], FINAL[part]))]
+    legend = [(subject.style, subject.label) for subject in subjects]
+    return sheet("What extension costs within the base model's window", subtitle, charts, legend=legend)
+
+
+def _paid_chart(results: dict[str, Any], asked: list[tuple[str, str | None]], shown: list[str], name: str) -> Markup:
+    """asked: rows of (suite, task). Both panels have the same limits: those of all marks, to the next ten."""
+    rows: list[Row] = []
+    for suite, task in asked:
+        means = paid(results, suite, task)
+        label = f"mean of {num_tasks(results, suite)} tasks" if task is None else task.split("/", 1)[1]
+        if (heading := SUITES.get(suite, suite.replace("_", " "))) not in [row.label for row in rows]:
+            rows.append(Row(heading))
+        rows.append(Row(label.replace("_", " "), tuple(_three(part, means) for part in shown)))
+    marks = [mark for row in rows for panel in row.marks for mark in panel]
+    ends = [end for mark in marks for end in (mark.value, mark.low, mark.high) if end is not None]
+    limits = (10.0 * math.floor(min(ends) / 10), 10.0 * math.ceil(max(ends) / 10))
+    panels = [Panel(f"extended to {EXTENSIONS[part]}", words.tick, limits=limits) for part in shown]
+    return dot_chart(name, "Paid and restored", "Base, before SFT, final", rows, panels)
+
+
+def _three(part: str, means: dict[str, dict[str, Any]]) -> tuple[Mark, ...]:
+    found = [(subject, means.get(subject.label)) for subject in (BASE, PRETRAINED[part], FINAL[part])]
+    return tuple(
+        Mark(mean["percent"], mean["low"], mean["high"], subject.style, f"{subject.label}: {mean['percent']:.1f} %")
+        for subject, mean in found
+        if mean is not None
+    )
+
+
+Figure = Callable[[dict[str, Any]], str | None]
+FIGURES: dict[str, tuple[Figure, str]] = {
+    "niah.svg": (niah, "passkey grids of base_4k, extend_128k or extend_1m"),
+    "ruler.svg": (ruler, "RULER scores of base_4k, extend_128k or extend_1m"),
+    "perplexity.svg": (perplexity, "perplexity curves of extend_128k or extend_1m"),
+    "ablations.svg": (ablations, "trials of ablations"),
+    "paid.svg": (paid_and_restored, "benchmarks within the base window of extend_128k or extend_1m"),
+}

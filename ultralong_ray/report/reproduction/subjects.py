@@ -1,0 +1,111 @@
+"""The models that figures and tables compare, and their numbers in the JSON of `gather`. Pure look-ups.
+
+The base model is asked in the evaluations of the extensions and, as the "final" model, in that of its own recipe; the
+first of these that has a number gives it. What is not there is None, or left out.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+BASE_PART = "base_4k"
+EXTENSIONS = {"extend_128k": "128K", "extend_1m": "1M"}  # run folder -> the window it extends to
+
+
+@dataclass(frozen=True)
+class Subject:
+    """`style` is a class of the figures' style sheet; `sources` are (part, model there), best first."""
+
+    label: str
+    style: str
+    sources: tuple[tuple[str, str], ...]
+
+
+BASE = Subject("base model", "base", (*((part, "base") for part in EXTENSIONS), (BASE_PART, "final")))
+PRETRAINED = {
+    part: Subject(f"{window}, before SFT", f"{part} pretrained", ((part, "pretrained"),))
+    for part, window in EXTENSIONS.items()
+}
+FINAL = {part: Subject(f"{window}, final", f"{part} final", ((part, "final"),)) for part, window in EXTENSIONS.items()}
+SUBJECTS = (BASE, *(subject for part in EXTENSIONS for subject in (PRETRAINED[part], FINAL[part])))
+
+
+def parts_of(results: dict[str, Any], subject: Subject) -> list[tuple[dict[str, Any], str]]:
+    """(part, model's name there) of those that were gathered."""
+    return [(results["parts"][part], model) for part, model in subject.sources if part in results["parts"]]
+
+
+def base_window(results: dict[str, Any]) -> int | None:
+    """Tokens that the base model reads: what the extensions start from."""
+    extended = [results["parts"][part]["base_window_tokens"] for part in EXTENSIONS if part in results["parts"]]
+    made = [results["parts"][BASE_PART]["target_tokens"]] if BASE_PART in results["parts"] else []
+    return next(iter([*extended, *made]), None)
+
+
+def grid_of(results: dict[str, Any], subject: Subject) -> dict[str, Any] | None:
+    """The passkey grid with the most cells, of the first source that has any."""
+    for part, model in parts_of(results, subject):
+        grids = [grid for grid in part["passkey"] if grid["model"] == model]
+        if grids:
+            return max(grids, key=lambda grid: grid["num_cells"])
+    return None
+
+
+def curve_of(part: dict[str, Any], model: str) -> dict[str, Any] | None:
+    """The perplexity curve that reaches farthest, and of those the finest."""
+    curves = [curve for curve in part["perplexity"] if curve["model"] == model]
+    reach = [(curve["bucket_end_tokens"][-1], len(curve["bucket_end_tokens"])) for curve in curves]
+    return curves[reach.index(max(reach))] if curves else None
+
+
+def means_of(results: dict[str, Any], subject: Subject, suite: str) -> dict[int, dict[str, Any]]:
+    """Length in tokens -> mean over the suite's tasks, of all tasks that any model was asked."""
+    whole = num_tasks(results, suite)
+    found: dict[int, dict[str, Any]] = {}
+    for part, model in parts_of(results, subject):
+        for mean in part["benchmarks"]["means"]:
+            if (mean["model"], mean["suite"], mean.get("num_tasks")) == (model, suite, whole):
+                found.setdefault(mean["context_length_tokens"], mean)
+    return dict(sorted(found.items()))
+
+
+def num_tasks(results: dict[str, Any], suite: str) -> int:
+    means = [mean for part in results["parts"].values() for mean in part["benchmarks"]["means"]]
+    return max((mean.get("num_tasks", 0) for mean in means if mean["suite"] == suite), default=0)
+
+
+def within_window(results: dict[str, Any], subject: Subject, suite: str, task: str | None) -> list[dict[str, Any]]:
+    """Means of a suite, or of one task, over all lengths within the base model's window: one for each source."""
+    window = base_window(results)
+    return [
+        mean
+        for part, model in parts_of(results, subject)
+        for mean in part["benchmarks"]["means_to"]
+        if (mean["model"], mean["suite"], mean["task"], mean["to_tokens"]) == (model, suite, task, window)
+    ]
+
+
+def paid_rows(results: dict[str, Any]) -> list[tuple[str, str | None]]:
+    """(suite, task) that extended models were asked within the base's window: RULER as one row, others by task."""
+    found: dict[tuple[str, str | None], None] = {}
+    for subject in SUBJECTS[1:]:
+        for part, model in parts_of(results, subject):
+            for mean in part["benchmarks"]["means_to"]:
+                is_row = (mean["task"] is None) == (mean["suite"] == "ruler")
+                if is_row and mean["model"] == model and mean["to_tokens"] == base_window(results):
+                    found[mean["suite"], mean["task"]] = None
+    return sorted(found, key=lambda row: (row[0] != "ruler", row[0], row[1] or ""))
+
+
+def paid(results: dict[str, Any], suite: str, task: str | None) -> dict[str, dict[str, Any]]:
+    """Label of each subject -> its mean within the window. Only means over the same lengths and tasks are compared."""
+    found = {subject.label: within_window(results, subject, suite, task) for subject in SUBJECTS}
+    measured = [means for label, means in found.items() if means and label != BASE.label]
+    asked = _asked(measured[0][0]) if measured else None
+    same = {label: next((mean for mean in means if _asked(mean) == asked), None) for label, means in found.items()}
+    return {label: mean for label, mean in same.items() if mean is not None}
+
+
+def _asked(mean: dict[str, Any]) -> tuple[Any, ...]:
+    return (mean["num_tasks"], *mean["context_lengths_tokens"])
