@@ -7,11 +7,12 @@ INSTALLED := $(VENV)/.installed
 TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help install quickstart test check format lock clean
+.PHONY: help install quickstart test test-slow check format lock clean
 
 help:
 	@echo "make quickstart   install, start a local Ray cluster, run the whole recipe, print where the report is"
 	@echo "make test         install and run the tests"
+	@echo "make test-slow    all tests, those that take minutes as well"
 	@echo "make check        lint, format check, types, known holes of pinned packages"
 	@echo "make format       format the code"
 	@echo "make lock         write constraints.txt anew from pyproject.toml"
@@ -30,6 +31,9 @@ quickstart: $(INSTALLED)
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest
+
+test-slow: $(INSTALLED)
+	ULTRALONG_SLOW_TESTS=1 $(BIN)/python -m pytest
 
 check: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -28,6 +28,17 @@ TINY_TEXT = [
 TINY_WINDOW = 64  # tokens
 
 
+SLOW = "ULTRALONG_SLOW_TESTS"  # environment variable that switches on tests marked slow
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if os.environ.get(SLOW) == "1":
+        return
+    for item in items:
+        if "slow" in item.keywords:
+            item.add_marker(pytest.mark.skip(reason=f"takes half a minute or more; set {SLOW}=1 to run it"))
+
+
 def write_tiny_tokenizer(folder: Path) -> None:
     """A byte-level BPE in which every digit is a token, with a chat template."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers

@@ -26,7 +26,6 @@ ROOT = Path(__file__).resolve().parents[2]
 HEAD_ID = "fffffffffffffffffffffffffffffffffffffffffffffffffff00000"  # as the provider expects it
 PROVIDER = "tests.cluster.local_nodes.LocalNodes"
 OBJECT_STORE_BYTES = 100 * 2**20
-SLOW = "ULTRALONG_CLUSTER_TESTS"  # environment variable that switches on tests of minutes
 
 
 @dataclass(frozen=True, slots=True)

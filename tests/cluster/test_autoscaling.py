@@ -20,9 +20,9 @@ from typing import Any
 
 import pytest
 
-from tests.cluster.clusters import ROOT, SLOW, Group, Head, head, tool
+from tests.cluster.clusters import ROOT, Group, Head, head, tool
 
-pytestmark = pytest.mark.skipif(SLOW not in os.environ, reason=f"takes minutes; set {SLOW}=1")
+pytestmark = pytest.mark.slow
 
 QUICKSTART = "jobs/recipes/quickstart.toml"
 GROUPS = (

@@ -14,14 +14,14 @@ from typing import Any
 
 import pytest
 
-from tests.cluster.clusters import ROOT, SLOW, Head, head
+from tests.cluster.clusters import ROOT, Head, head
 from ultralong_ray.recipe import load_recipe
 from ultralong_ray.stages import stage_directory
 from ultralong_ray.storage import StageDirectory
 from ultralong_ray.train.events import read_events
 from ultralong_ray.tune.trials import plan_trials
 
-pytestmark = pytest.mark.skipif(SLOW not in os.environ, reason=f"takes minutes; set {SLOW}=1")
+pytestmark = pytest.mark.slow
 
 SECTION = """
 [tune]

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from tests.cluster.clusters import SLOW, Head, head, tool
+from tests.cluster.clusters import Head, head, tool
 
 QUICKSTART = "jobs/recipes/quickstart.toml"
 BUCKET = "two-hosts"
@@ -27,6 +27,8 @@ SMALL = (
     "--prepare.holdout_sequences 2 --corpus.sources.0.max_megabytes 2 --pretrain.global_batch_sequences 4 "
     "--pretrain.micro_batch_sequences 2 --pretrain.checkpoint_every_steps 1 --sft null --evaluate null"
 )
+pytestmark = pytest.mark.slow
+
 SPILL = f"""
 import boto3, numpy, ray
 ray.init()
@@ -43,8 +45,6 @@ print(json.dumps([item["Key"] for page in pages for item in page.get("Contents",
 
 
 def _why_not() -> str | None:
-    if SLOW not in os.environ:
-        return f"takes minutes; set {SLOW}=1"
     if shutil.which("ip") is None:
         return "ip (Debian: iproute2) is not installed"
     probe = f"ulrprobe{os.getpid()}"

@@ -78,6 +78,7 @@ def kill_all(process: subprocess.Popen[bytes]) -> None:
     process.wait(30)
 
 
+@pytest.mark.slow
 def test_killed_in_mid_run_and_submitted_again(
     tmp_path: Path, tokenizer_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

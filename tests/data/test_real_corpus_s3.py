@@ -1,7 +1,7 @@
 """The shared real corpus read from an S3 server, packed at 128K and 1M tokens per sequence, and written back to it.
 
-Takes over a minute on two cores: set REAL_CORPUS_S3=1 to run it. The server is Ceph's RADOS Gateway where the shared
-script and the Debian packages are there, moto otherwise.
+Runs with ULTRALONG_SLOW_TESTS=1, for it takes over a minute on two cores. The server is Ceph's RADOS Gateway where the
+shared script and the Debian packages are there, moto otherwise.
 """
 
 from __future__ import annotations
@@ -33,9 +33,7 @@ BUCKET = "real-corpus"
 TOKEN_BUDGET = 16 * 2**20 + 12_345  # not a whole number of sequences
 SEPARATOR = "<s>"
 
-pytestmark = pytest.mark.skipif(
-    os.environ.get("REAL_CORPUS_S3") != "1", reason="takes over a minute; set REAL_CORPUS_S3=1 to run it"
-)
+pytestmark = pytest.mark.slow
 
 
 @contextlib.contextmanager

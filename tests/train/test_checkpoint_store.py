@@ -1,7 +1,7 @@
 """Checkpoints in an object store that dies: waited for, nothing lost, and no half is taken for a checkpoint.
 
 A server that speaks S3 stands behind a proxy that cuts every connection for `STORE_AWAY_SECONDS` (default 3; also
-30 with SLOW_STORE=1), first while a state is uploaded, then while it is loaded.
+30 with ULTRALONG_SLOW_TESTS=1), first while a state is uploaded, then while it is loaded.
 """
 
 from __future__ import annotations
@@ -31,7 +31,6 @@ from ultralong_ray.types import StorageOptions
 BUCKET = "s3://ultralong-test"
 IDENTITY = {"seed": 1}
 AWAY_SECONDS = float(os.environ.get("STORE_AWAY_SECONDS", "3"))
-slow = pytest.mark.skipif(os.environ.get("SLOW_STORE") != "1", reason="takes over a minute; set SLOW_STORE=1 to run it")
 
 
 @pytest.fixture(autouse=True)
@@ -65,7 +64,7 @@ def dies_at(proxy: FaultProxy, word: bytes, seconds: float) -> None:
     proxy.down_until, proxy.refused, proxy.faults = 0.0, 0, fault
 
 
-@pytest.mark.parametrize("seconds", [AWAY_SECONDS, pytest.param(30.0, marks=slow)])
+@pytest.mark.parametrize("seconds", [AWAY_SECONDS, pytest.param(30.0, marks=pytest.mark.slow)])
 def test_a_store_that_dies_during_upload_and_load_costs_time_alone(proxy: FaultProxy, seconds: float) -> None:
     root, engine = root_behind(proxy), made_engine(64)
     writer, saved = writer_of(engine, root)
@@ -147,7 +146,7 @@ class Gateway:
         threading.Timer(after_seconds, die).start()
 
 
-@slow
+@pytest.mark.slow
 @pytest.mark.skipif(not (SERVER.is_file() and shutil.which("radosgw")), reason="no Ceph here")
 def test_a_real_server_killed_for_30_seconds_during_upload_and_load(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -2,7 +2,7 @@
 
     KILLS=20 KILL_SEED=7 KILL_RESULT=kill_schedule.json python -m pytest -s tests/train/test_kill_schedule.py
 
-Without those variables four kills, one of each kind. A killed driver is submitted again; all else is left to the run.
+Without those variables two kills. A killed driver is submitted again; all else is left to the run.
 """
 
 from __future__ import annotations
@@ -160,7 +160,7 @@ def weights_of(stage: Location) -> dict[str, np.ndarray]:
 
 
 def test_a_run_killed_at_random_moments_ends_as_the_undisturbed_one(cluster: SmallCluster, tmp_path: Path) -> None:
-    kills, seed = int(os.environ.get("KILLS", "4")), int(os.environ.get("KILL_SEED", random.randrange(10**6)))
+    kills, seed = int(os.environ.get("KILLS", "2")), int(os.environ.get("KILL_SEED", random.randrange(10**6)))
     schedule = draw_schedule(kills, seed)
     print(f"seed of the kill schedule: {seed}", *schedule, sep="\n")
     write_inputs(tmp_path)

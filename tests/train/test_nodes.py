@@ -183,6 +183,7 @@ def test_a_node_is_removed_in_mid_step_and_a_new_one_joins(hosts: Hosts, tmp_pat
     assert f"came: {_name(place, -1, hosts.address(2))}" in status
 
 
+@pytest.mark.slow
 def test_a_cut_link_is_found_named_and_survived(hosts: Hosts, tmp_path: Path) -> None:
     driver, place = started(hosts, tmp_path, "cut")
     hosts.cut(1)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import pytest
 
 from tests.parallel.spawn import run_distributed
 from tests.train.made_jobs import job, write_inputs
@@ -126,6 +127,7 @@ def wait_for(condition: Callable[[], Any], process: subprocess.Popen[bytes], fol
     raise AssertionError((folder / "log.txt").read_text()[-3000:])
 
 
+@pytest.mark.slow
 def test_sigterm_to_a_worker_and_to_the_driver_on_ray(tmp_path: Path) -> None:
     """One worker gets SIGTERM, then the driver; submitted again the run ends as one that nobody disturbed."""
     write_inputs(tmp_path)

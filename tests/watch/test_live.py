@@ -120,12 +120,14 @@ def test_a_good_run_fires_nothing(cluster: Cluster) -> None:
     assert [series["metric"]["alertname"] for series in fired] == []
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_not_finite_fires(cluster: Cluster) -> None:
     assert cluster.run("pretrain", "--pretrain.learning_rate", "1e30", "--cluster.max_failures", "0") == 1
     assert "is not finite" in cluster.log
     assert until(lambda: "UltralongNotFinite" in cluster.prometheus.firing(), 30)
 
 
+@pytest.mark.slow
 def test_a_spike_and_then_no_progress_fire(cluster: Cluster) -> None:
     """The learning rate rises until the loss jumps; then one rank is frozen, and all wait for it."""
     rising = ["--pretrain.learning_rate", "10", "--pretrain.warmup_steps", "1000", "--pretrain.steps", "400"]
