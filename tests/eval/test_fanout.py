@@ -18,7 +18,8 @@ import ray
 
 from ultralong_ray.config import Recipe
 from ultralong_ray.eval.cells import Cell
-from ultralong_ray.eval.fanout import _Progress, evaluate, summarise, summarise_tasks
+from ultralong_ray.eval.fanout import _Progress, evaluate
+from ultralong_ray.eval.summaries import summarise, summarise_tasks
 from ultralong_ray.stages import stage_directory
 from ultralong_ray.storage import Location, StageDirectory
 from ultralong_ray.types import UserError

@@ -19,12 +19,12 @@ from ray.exceptions import RayActorError, RayTaskError
 
 from ultralong_ray.config import EvaluateConfig, Recipe
 from ultralong_ray.config.engines import EndpointEngine, ShardedEngine, VllmEngine
-from ultralong_ray.eval.cells import PASSKEY, Cell, grid, run_cell, store_cell, stored_score
+from ultralong_ray.eval.cells import Cell, grid, run_cell, store_cell, stored_score
 from ultralong_ray.eval.making import Maker, check_sections
 from ultralong_ray.eval.open_engine import open_engine
 from ultralong_ray.eval.perplexity import run_perplexity
+from ultralong_ray.eval.summaries import summarise, summarise_tasks
 from ultralong_ray.eval.tasks.prompt import Prompts
-from ultralong_ray.eval.tasks.score import mean_percent
 from ultralong_ray.model.folder import cached_folder
 from ultralong_ray.storage import Location, StageDirectory
 from ultralong_ray.types import UserError
@@ -62,6 +62,15 @@ class EvaluationWorker:
 
     def run(self, cell: Cell) -> float:
         """Compute and store one work item; returns its score (0 for a perplexity curve)."""
+        try:
+            return self._computed(cell)
+        except UserError:
+            raise
+        except Exception:
+            self._close()  # its cache may be half written, its ranks may wait for one another
+            raise
+
+    def _computed(self, cell: Cell) -> float:
         inputs, engine = self._inputs, self._engine(cell.model)
         if cell.context_length_tokens is not None:
             result = run_cell(engine, inputs.config, cell, self._maker, self._prompts_of)
@@ -79,12 +88,14 @@ class EvaluationWorker:
 
     def _engine(self, model: str) -> Any:
         if self._loaded is None or self._loaded[0] != model:
-            if self._loaded is not None and hasattr(self._loaded[1], "close"):
-                self._loaded[1].close()
-            self._loaded = None  # frees the former model before the next one is read
-            self._prompts = {}
+            self._close()  # frees the former model before the next one is read
             self._loaded = (model, open_engine(self._inputs.config, model, cached_folder(self._inputs.models[model])))
         return self._loaded[1]
+
+    def _close(self) -> None:
+        if self._loaded is not None and hasattr(self._loaded[1], "close"):
+            self._loaded[1].close()
+        self._loaded, self._prompts = None, {}
 
     def _prompts_of(self, chat_template: bool) -> Prompts:
         assert self._loaded is not None
@@ -170,39 +181,6 @@ def _report_failures(failures: dict[Cell, str], cells: list[Cell], scores: dict[
         len(cells),
         reasons,
     )
-
-
-def summarise_tasks(scores: dict[Cell, float], model: str) -> dict[str, dict[str, float]]:
-    """Per cent by task and context length, every sample counting once; RULER and LV-Eval rounded as they print it."""
-    found: dict[str, dict[str, list[tuple[float, int]]]] = {}
-    for cell, score in scores.items():
-        if cell.model == model and cell.section >= 0:
-            place = found.setdefault(cell.task, {}).setdefault(str(cell.context_length_tokens), [])
-            place.append((score, cell.num_samples))
-    return {
-        task: {
-            length: mean_percent(task.split("/")[0], [sum(s * n for s, n in parts) / sum(n for _, n in parts)])
-            for length, parts in sorted(lengths.items(), key=lambda item: int(item[0]))
-        }
-        for task, lengths in sorted(found.items())
-    }
-
-
-def summarise(scores: dict[Cell, float], model: str, base_window: int) -> dict[str, float | None]:
-    """Mean and worst passkey score of a model, and the means on either side of the base window (None: no cells)."""
-    cells = {c: s for c, s in scores.items() if c.model == model and c.task == PASSKEY and c.context_length_tokens}
-    within = [s for c, s in cells.items() if (c.context_length_tokens or 0) <= base_window]
-    beyond = [s for c, s in cells.items() if (c.context_length_tokens or 0) > base_window]
-    return {
-        "mean": _mean(list(cells.values())),
-        "min_cell": min(cells.values(), default=None),
-        "mean_within_base_window": _mean(within),
-        "mean_beyond_base_window": _mean(beyond),
-    }
-
-
-def _mean(values: list[float]) -> float | None:
-    return sum(values) / len(values) if values else None
 
 
 def _num_workers(config: EvaluateConfig, num_cells: int) -> int:

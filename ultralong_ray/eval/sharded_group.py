@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import ray
 from numpy.typing import NDArray
-from ray.exceptions import RayActorError
+from ray.exceptions import RayActorError, RayTaskError
 from ray.util.placement_group import placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
@@ -33,6 +33,7 @@ logger = logging.getLogger(__name__)
 
 LOST_RANK_STATUS = 17  # with which a worker ends that lost a rank
 START_SECONDS = 600.0  # for the cluster to make room for a group
+LOSS_SEEN_SECONDS = 15.0  # within which Ray says that a rank is lost, whose neighbours failed before
 
 
 class ShardedRank:
@@ -118,11 +119,13 @@ class ShardedGroup:
             ).remote()
             for rank in range(degree)
         ]
-        address = ray.get(self._ranks[0].address.remote())
-        starts = [
-            rank.start.remote(number, degree, address, config, str(folder)) for number, rank in enumerate(self._ranks)
-        ]
-        self._first_of(starts)
+        try:
+            address = self._first_of([self._ranks[0].address.remote()])
+            starts = (rank.start.remote(i, degree, address, config, str(folder)) for i, rank in enumerate(self._ranks))
+            self._first_of(list(starts))
+        except BaseException:
+            self.close()  # else the next group would wait for the room of this one
+            raise
 
     def answers(self, requests: Iterable[Request]) -> list[str]:
         """One after the other, each by all ranks."""
@@ -152,15 +155,43 @@ class ShardedGroup:
         ray.util.remove_placement_group(self._placed)
 
     def _first_of(self, references: list[Any]) -> Any:
-        """Rank 0's value once all are done. The first failure counts: the others wait for that rank for ever."""
+        """Rank 0's value once all are done. The first failure counts: the others may wait for that rank for ever.
+
+        Raises: UserError of a rank as it is. Does not return when a rank is lost: this worker ends with it.
+        """
         waiting = list(references)
         try:
             while waiting:
                 ready, waiting = ray.wait(waiting)
                 ray.get(ready)
         except RayActorError as error:
-            if not ray.get_runtime_context().get_actor_id():
-                raise
-            logger.error("a rank of the sharded engine was lost (%s); its worker ends and is replaced", error)
-            os._exit(LOST_RANK_STATUS)
+            _end_worker(error)
+            raise
+        except RayTaskError as error:
+            if isinstance(error.cause, UserError):
+                raise error.cause from None
+            # with gloo the neighbours of a lost rank fail at once, perhaps before Ray says that it is gone
+            if (lost := _loss_among(references)) is not None:
+                _end_worker(lost)
+            raise
         return ray.get(references[0])
+
+
+def _loss_among(references: list[Any]) -> RayActorError | None:
+    """What Ray says of the first actor that is gone; None when none is, as far as is known in time."""
+    ready, _ = ray.wait(references, num_returns=len(references), timeout=LOSS_SEEN_SECONDS)
+    for reference in ready:
+        try:
+            ray.get(reference)
+        except RayActorError as error:
+            return error
+        except RayTaskError:
+            continue
+    return None
+
+
+def _end_worker(error: RayActorError) -> None:
+    """End this process, where it is an actor, so that whoever started it starts another."""
+    if ray.get_runtime_context().get_actor_id():
+        logger.error("a rank of the sharded engine was lost (%s); its worker ends and is replaced", error)
+        os._exit(LOST_RANK_STATUS)

@@ -19,7 +19,7 @@ from ultralong_ray.report.published import (
     published,
     published_by_length,
 )
-from ultralong_ray.report.scores import Score, mean_of
+from ultralong_ray.report.scores import DOCUMENTS, Score, mean_loss, mean_of
 from ultralong_ray.report.words import short_tokens
 
 TITLES = {
@@ -31,7 +31,7 @@ TITLES = {
     "manyshot": "Many-shot classification",
     "retrieved": "Retrieval-augmented questions",
     "short_skills": "Short skills",
-    "perplexity": "Inverse perplexity of documents",
+    "perplexity": "Loss on documents",
     "standard": "Standard tests",
 }
 NUM_TASKS = {"ruler": 13, "lveval": 11, "infinitebench": 12}  # of the whole benchmark, as published means have them
@@ -64,6 +64,7 @@ def _suite(suite: str, scores: list[Score], models: Sequence[str], labels: dict[
     return {
         "suite": suite,
         "title": TITLES.get(suite, suite),
+        "unit": "nats per token, lower is better" if suite == DOCUMENTS else "per cent",
         "columns": [short_tokens(column) if isinstance(column, int) else column for column in columns],
         "models": tables,
         "published": published(suite),
@@ -191,8 +192,9 @@ def _mean_of_columns(means: Sequence[Mean]) -> Mean:
     """Plain mean over columns, None unless every one is there."""
     if not means or any(mean is None for mean in means):
         return None
-    percents = [mean["percent"] for mean in means if mean is not None]
-    return {"percent": sum(percents) / len(percents), "num_columns": len(percents)}
+    found = [mean for mean in means if mean is not None]
+    percent = sum(mean["percent"] for mean in found) / len(found)
+    return {"percent": percent, "num_columns": len(found), **mean_loss(found)}
 
 
 def depth_grids(scores: Sequence[Score], labels: dict[str, str], window: int) -> list[dict[str, Any]]:

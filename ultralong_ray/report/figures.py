@@ -20,6 +20,7 @@ from ultralong_ray.report.words import UNIT, percent, short_tokens, tokens
 
 COLOUR_STOPS = ((0.0, (0xF0, 0x49, 0x6E)), (0.5, (0xEB, 0xB8, 0x39)), (1.0, (0x0C, 0xD7, 0x9F)))
 PRINTED_VALUE_PIXELS = 26  # narrower cells have no room for "100"
+PASSKEY = "Passkey retrieval"
 MAX_POINTS = 600  # per drawn line; report.json keeps every step
 
 
@@ -32,8 +33,16 @@ def score_colour(score: float) -> str:
     raise ValueError(f"score {score} is above 1")
 
 
-def heatmap(grid: dict[str, Any], passkey: dict[str, Any], what: str = "Passkey retrieval") -> Markup:
-    """One model's grid (`evaluation._passkey`). Missing cells are hollow and crossed out, failed ones red."""
+def answers_anchor(model: str, length: int, depth: float) -> str:
+    """Where the page has the answers of a passkey cell."""
+    return f"p-{model}-{length}-{depth:g}"
+
+
+def heatmap(grid: dict[str, Any], passkey: dict[str, Any], what: str = PASSKEY) -> Markup:
+    """One model's grid (`evaluation._passkey`). Missing cells are hollow and crossed out, failed ones red.
+
+    A cell of the passkey grid leads to its answers. It takes no keyboard focus: the list of answers itself does.
+    """
     lengths, depths = passkey["context_lengths_tokens"], passkey["depths_percent"]
     cell_width = 44 if len(lengths) <= 10 else 34 if len(lengths) <= 20 else 27
     cell_height = 32 if len(depths) <= 8 else 25
@@ -55,7 +64,10 @@ def heatmap(grid: dict[str, Any], passkey: dict[str, Any], what: str = "Passkey 
         )
         for column, length in enumerate(lengths):
             x = left + column * cell_width
-            parts.append(_cell(grid["cells"][row][column], length, depth, x, y, cell_width, cell_height))
+            drawn = _cell(grid["cells"][row][column], length, depth, x, y, cell_width, cell_height)
+            if what == PASSKEY and grid["cells"][row][column] is not None:
+                drawn = element("a", drawn, href=f"#{answers_anchor(grid['model'], length, depth)}", tabindex="-1")
+            parts.append(drawn)
     for column, length in enumerate(lengths):
         x = left + (column + 0.5) * cell_width
         parts.append(_length_label(short_tokens(length), x, bottom + (10 if turned else 17), turned))
@@ -77,7 +89,7 @@ def heatmap(grid: dict[str, Any], passkey: dict[str, Any], what: str = "Passkey 
         f"Share of right answers by context length and depth of the needle. Mean {percent(grid['mean'])}, within the "
         f"base window {percent(grid['mean_within_base_window'])}, beyond it {percent(grid['mean_beyond_base_window'])}."
     )
-    identity = f"heatmap-{grid['model']}" + ("" if what == "Passkey retrieval" else f"-{what.replace(' ', '-')}")
+    identity = f"heatmap-{grid['model']}" + ("" if what == PASSKEY else f"-{what.replace(' ', '-')}")
     return figure(identity, title, description, right + 12, bottom + label_depth + 22, parts)
 
 

@@ -16,6 +16,7 @@ from ultralong_ray.report.reading import StageReader, finite, json_safe
 
 PLAN_FILE, FAILED_FILE = "plan.json", "failed.json"
 ROUNDED = ("ruler", "lveval")  # suites that print means with two decimals
+DOCUMENTS = "perplexity"  # the suite whose scores are losses of documents
 EXAMPLES = 4  # samples of a score that the page can show, wrong ones first
 EXAMPLE_CHARACTERS = 400  # of each of its texts
 SOURCE_FACTS = ("haystack", "words", "questions_from", "texts_from")
@@ -39,6 +40,9 @@ class Score:
     settings: dict[str, Any] = field(default_factory=dict)
     identities: list[str] = field(default_factory=list)  # depth and question of every sample: equal ones can be paired
     sources: set[str] = field(default_factory=set)  # "haystack: made up", as the samples' facts say
+    losses: list[float] = field(default_factory=list)  # of documents, in nats per token; empty for questions
+    bucket_ends: list[int] = field(default_factory=list)  # positions where the buckets of every document end
+    bucket_losses: list[list[float]] = field(default_factory=list)  # [documents, buckets]
 
     @property
     def suite(self) -> str:
@@ -51,6 +55,20 @@ class Score:
             return None
         value = 100 * (sum(self.points) / len(self.points))
         return round(value, 2) if self.suite in ROUNDED else value
+
+    def loss_facts(self) -> dict[str, Any]:
+        """Mean loss of the documents with its interval, and by position; empty for tasks of questions.
+
+        A cell that failed has no loss: it is left out, and a score without any has the loss None.
+        """
+        if self.suite != DOCUMENTS:
+            return {}
+        if not self.losses:
+            return {"loss": None}
+        low, high = stratified([self.losses])
+        curve = [sum(bucket) / len(bucket) for bucket in zip(*self.bucket_losses, strict=True)]
+        loss = {"loss": sum(self.losses) / len(self.losses), "loss_low": low, "loss_high": high}
+        return {**loss, "bucket_end_tokens": self.bucket_ends, "bucket_loss": curve}
 
     def facts(self) -> dict[str, Any]:
         """For report.json."""
@@ -69,6 +87,7 @@ class Score:
             "files": self.files,
             "failed": self.failed,
             "examples": self.examples,
+            **self.loss_facts(),
         }
 
 
@@ -130,9 +149,19 @@ def _add(score: Score, stored: dict[str, Any], name: str, cell: dict[str, Any]) 
     score.sources |= {source for sample in samples for source in _sources(sample)}
     score.num_empty += sum(not str(sample.get("answer", "")).strip() for sample in samples)
     _count(score, [float(sample["score"]) for sample in samples], cell)
+    for sample in samples:
+        _add_loss(score, sample)
     wrong_first = sorted([*score.examples, *(_example(sample, name) for sample in samples)], key=_points)
     # two wrong and two right tell more than four wrong
     score.examples = [*wrong_first[: EXAMPLES // 2], *wrong_first[EXAMPLES // 2 :][-EXAMPLES // 2 :]]
+
+
+def _add_loss(score: Score, sample: dict[str, Any]) -> None:
+    """The losses of a document (eval/tasks/perplexity.py); a question has none."""
+    if score.suite == DOCUMENTS:
+        score.losses.append(float(sample["facts"]["loss"]))
+        score.bucket_ends = list(sample["facts"]["bucket_end_tokens"])
+        score.bucket_losses.append([float(loss) for loss in sample["facts"]["bucket_loss"]])
 
 
 def _sources(sample: dict[str, Any]) -> Iterator[str]:
@@ -178,6 +207,14 @@ def clipped(value: Any, characters: int, *, keep_end: bool) -> str:
     return f"[...] {text[-characters:]}" if keep_end else f"{text[:characters]} [...]"
 
 
+def mean_loss(means: Iterable[dict[str, Any]]) -> dict[str, Any]:
+    """{"loss": the plain mean} of facts that have a loss, None where one of them has none; {} of other facts."""
+    losses = [mean["loss"] for mean in means if "loss" in mean]
+    if not losses:
+        return {}
+    return {"loss": None if None in losses else sum(losses) / len(losses)}
+
+
 def mean_of(scores: Iterable[Score | None]) -> dict[str, Any] | None:
     """The plain mean of the tasks' per cents with its interval; None when one of them is not there."""
     found = list(scores)
@@ -187,6 +224,7 @@ def mean_of(scores: Iterable[Score | None]) -> dict[str, Any] | None:
     low, high = stratified([score.points for score in whole])
     percents = [score.percent for score in whole if score.percent is not None]
     return {
+        **mean_loss(score.loss_facts() for score in whole),
         "percent": sum(percents) / len(percents),
         "low": 100 * low,
         "high": 100 * high,
