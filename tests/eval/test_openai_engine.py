@@ -130,7 +130,7 @@ def test_answers_that_are_cut_or_empty_are_kept_with_their_reason(server: Served
     server.finish_reason, server.completion_tokens = "length", 2
     ours = engine(server.address, concurrency=1)
     assert ours.answers([request(), request(), request()]) == ["", "", "abc"]
-    assert ours.finish_reasons == ["length"] * 3
+    assert ours.finish_reasons == ["length, after 2 of 4 tokens"] * 3
     assert "cut an answer after 2 of 4 tokens" in caplog.text
 
 

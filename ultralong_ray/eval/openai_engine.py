@@ -26,6 +26,7 @@ from ultralong_ray.types import UserError
 
 logger = logging.getLogger(__name__)
 
+CUT_SHORT = "length, after"  # begins the finish reason of an answer that the server ended before it was asked to
 MODELS_ATTEMPTS = 2  # a server that is not up is found out by the first prompt
 WINDOW_FIELDS = ("max_model_len", "max_context_length", "context_length", "context_window")  # of an entry of /models
 
@@ -86,7 +87,10 @@ class OpenAIEngine:
             async def work() -> None:
                 for number, request in numbered:
                     completion = await self._ask(client, number, request)
-                    found[number] = cut_answer(completion.text, request.stop, request.exact), completion.finish_reason
+                    found[number] = (
+                        cut_answer(completion.text, request.stop, request.exact),
+                        self._how_it_ended(request, completion),
+                    )
 
             workers = [asyncio.create_task(work()) for _ in range(self._config.concurrency)]
             try:
@@ -166,14 +170,19 @@ class OpenAIEngine:
                 f"folder that the recipe evaluates, with a window that holds the prompt; a server that adds a BOS of "
                 f'its own to text wants prompt_as = "token_ids"'
             )
+
+    def _how_it_ended(self, request: Request, completion: Completion) -> str:
+        """The server's reason, and of an answer that it ended too early, with how many tokens."""
         wrote = completion.completion_tokens
-        if completion.finish_reason == "length" and wrote is not None and wrote < request.max_new_tokens:
-            logger.warning(
-                "%s cut an answer after %d of %d tokens; it is scored as it is",
-                self._config.base_url,
-                wrote,
-                request.max_new_tokens,
-            )
+        if completion.finish_reason != "length" or wrote is None or wrote >= request.max_new_tokens:
+            return completion.finish_reason
+        logger.warning(
+            "%s cut an answer after %d of %d tokens; it is scored as it is, and counted in the report",
+            self._config.base_url,
+            wrote,
+            request.max_new_tokens,
+        )
+        return f"{CUT_SHORT} {wrote} of {request.max_new_tokens} tokens"
 
 
 def parse_completion(body: Any) -> Completion:

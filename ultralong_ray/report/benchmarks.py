@@ -120,6 +120,7 @@ def _model_table(suite: str, model: str, label: str, scores: list[Score], column
         "summary": _SUMMARIES.get(suite, _plain_summary)(names, columns, placed, means),
         "num_failed_cells": sum(len(score.failed) for score in scores),
         "num_empty_answers": sum(score.num_empty for score in scores),
+        "num_cut_answers": sum(score.num_cut for score in scores),
         "num_missing_samples": sum(score.num_missing for score in scores),
     }
 

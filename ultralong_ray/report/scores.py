@@ -16,6 +16,7 @@ from ultralong_ray.report.reading import StageReader, finite, json_safe
 
 PLAN_FILE, FAILED_FILE = "plan.json", "failed.json"
 ROUNDED = ("ruler", "lveval")  # suites that print means with two decimals
+CUT_SHORT = "length, after"  # begins the finish reason of such answers (eval/openai_engine.py)
 DOCUMENTS = "perplexity"  # the suite whose scores are losses of documents
 EXAMPLES = 4  # samples of a score that the page can show, wrong ones first
 EXAMPLE_CHARACTERS = 400  # of each of its texts
@@ -35,6 +36,7 @@ class Score:
     failed: dict[str, str] = field(default_factory=dict)  # file -> reason
     num_missing: int = 0
     num_empty: int = 0
+    num_cut: int = 0  # answers that a server ended before it was asked to
     by_depth: dict[float, list[float]] = field(default_factory=dict)
     examples: list[dict[str, Any]] = field(default_factory=list)
     settings: dict[str, Any] = field(default_factory=dict)
@@ -84,6 +86,7 @@ class Score:
             "num_failed_cells": len(self.failed),
             "num_missing_samples": self.num_missing,
             "num_empty_answers": self.num_empty,
+            "num_cut_answers": self.num_cut,
             "files": self.files,
             "failed": self.failed,
             "examples": self.examples,
@@ -148,6 +151,7 @@ def _add(score: Score, stored: dict[str, Any], name: str, cell: dict[str, Any]) 
     score.identities += [f"{cell['depth_percent']} {s.get('prompt_end')} {s.get('expected')}" for s in samples]
     score.sources |= {source for sample in samples for source in _sources(sample)}
     score.num_empty += sum(not str(sample.get("answer", "")).strip() for sample in samples)
+    score.num_cut += sum(str(sample.get("finish_reason", "")).startswith(CUT_SHORT) for sample in samples)
     _count(score, [float(sample["score"]) for sample in samples], cell)
     for sample in samples:
         _add_loss(score, sample)
@@ -195,6 +199,7 @@ def _example(sample: dict[str, Any], file: str) -> dict[str, Any]:
         "index": sample.get("index"),
         "score": float(sample["score"]),
         "prompt_tokens": sample.get("prompt_tokens"),
+        "finish_reason": sample.get("finish_reason"),
         **{name: clipped(text, EXAMPLE_CHARACTERS, keep_end=name == "prompt_end") for name, text in texts.items()},
     }
 
