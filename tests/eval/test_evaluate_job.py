@@ -122,7 +122,7 @@ def write_rows(file: Path, rows: list[dict[str, Any]]) -> str:
 def write_math(folder: Path) -> None:
     """MATH's form, questions of our own; the second answer is what the model says, so that one of them is right."""
     engine = Engine(MODEL, precision="float32", prefill_chunk_tokens=512, device="cpu")
-    questions = ["What is $1+1$?", "Half of $x$ is $3$. Find $x$.", "Solve $2x = 8$ for $x$.", "Never asked?"]
+    questions = ["What is $1+1$?", "Half of 6?", "Solve $2x = 8$ for $x$.", "Never asked?"]
     asked = engine.tokenizer(f"Problem: {questions[1]}\nAnswer:")["input_ids"]
     said = engine.answer(asked, NEW_TOKENS, ("Problem:",), exact=True)
     answers = ["2", said, "4", "0"]

@@ -61,6 +61,7 @@ def _suite(suite: str, scores: list[Score], models: Sequence[str], labels: dict[
         for model in order
         if any(score.model == model for score in scores)
     ]
+    counts = [len(score.points) for score in scores]
     return {
         "suite": suite,
         "title": TITLES.get(suite, suite),
@@ -70,6 +71,8 @@ def _suite(suite: str, scores: list[Score], models: Sequence[str], labels: dict[
         "published": published(suite),
         "published_by_length": published_by_length() if suite == "ruler" else [],
         "summary_columns": list(dict.fromkeys(name for table in tables for name in table["summary"])),
+        "samples_per_score": sorted({min(counts), max(counts)}),
+        "limits": sorted({limit for score in scores if (limit := score.settings.get("section", {}).get("limit"))}),
         "settings": list({str(score.settings): score.settings for score in scores if score.settings}.values()),
         "sources": _sources(scores),
     }
@@ -149,7 +152,7 @@ def _ruler_summary(names: list[str], columns: list[Column], placed: Placed, mean
         lengths = [RULER_FIRST << k for k in range((bound // RULER_FIRST).bit_length())]
         asked = [by_length.get(length) for length in lengths]
         summary[name] = _mean_of_columns(asked) if len(names) == NUM_TASKS["ruler"] else None
-    summary["mean of the lengths above"] = _mean_of_columns(means)
+    summary["mean of the lengths asked"] = _mean_of_columns(means)
     return summary
 
 
@@ -161,14 +164,14 @@ def _lveval_summary(names: list[str], columns: list[Column], placed: Placed, mea
         name: _mean_of_columns([longest.get(level) for level in levels]) if whole else None
         for name, levels in LVEVAL_BOUNDS.items()
     }
-    summary["mean of the levels above"] = _mean_of_columns(means)
+    summary["mean of the levels asked"] = _mean_of_columns(means)
     return summary
 
 
 def _infinitebench_summary(names: list[str], columns: list[Column], placed: Placed, means: list[Mean]) -> Summary:
     """The mean of all twelve tasks, at the longest window, is what the paper prints."""
     whole = means[-1] if len(names) == NUM_TASKS["infinitebench"] else None
-    return {"mean": whole, "mean of the tasks above": _mean_of_columns(means)}
+    return {"mean": whole, "mean of the tasks asked": _mean_of_columns(means)}
 
 
 def _standard_summary(names: list[str], columns: list[Column], placed: Placed, means: list[Mean]) -> Summary:

@@ -21,6 +21,7 @@ from ultralong_ray.report.words import UNIT, percent, short_tokens, tokens
 COLOUR_STOPS = ((0.0, (0xF0, 0x49, 0x6E)), (0.5, (0xEB, 0xB8, 0x39)), (1.0, (0x0C, 0xD7, 0x9F)))
 PRINTED_VALUE_PIXELS = 26  # narrower cells have no room for "100"
 PASSKEY = "Passkey retrieval"
+EDGE_LABEL_PIXELS = 8.0  # about, of a letter of the label of the base window
 MAX_POINTS = 600  # per drawn line; report.json keeps every step
 
 
@@ -90,7 +91,9 @@ def heatmap(grid: dict[str, Any], passkey: dict[str, Any], what: str = PASSKEY) 
         f"base window {percent(grid['mean_within_base_window'])}, beyond it {percent(grid['mean_beyond_base_window'])}."
     )
     identity = f"heatmap-{grid['model']}" + ("" if what == PASSKEY else f"-{what.replace(' ', '-')}")
-    return figure(identity, title, description, right + 12, bottom + label_depth + 22, parts)
+    # the label of the edge may reach beyond a grid of few columns
+    width = max(right + 12, _edge_label_end(passkey["base_window_tokens"], lengths, left, cell_width))
+    return figure(identity, title, description, width, bottom + label_depth + 22, parts)
 
 
 def _turned_pixels(labels: Iterable[str]) -> float:
@@ -140,20 +143,33 @@ def _cell(
     return element("g", *parts)
 
 
-def _window_edge(window: int, lengths: list[int], left: float, width: float, top: float, bottom: float) -> list[str]:
-    """The line after the last length that the base model claims to read."""
+def _edge_label(window: int) -> str:
+    return f"base window {tokens(window)}"
+
+
+def _edge_place(window: int, lengths: list[int], left: float, width: float) -> tuple[float, bool]:
+    """x of the line after the last length that the base model claims to read; whether its label stands before it."""
     within = sum(length <= window for length in lengths)
     x = left + within * width
-    near_end = within > len(lengths) / 2
+    return x, within > len(lengths) / 2 and x > EDGE_LABEL_PIXELS * len(_edge_label(window)) + left
+
+
+def _edge_label_end(window: int, lengths: list[int], left: float, width: float) -> float:
+    x, before = _edge_place(window, lengths, left, width)
+    return 0.0 if before else x + 5 + EDGE_LABEL_PIXELS * len(_edge_label(window))
+
+
+def _window_edge(window: int, lengths: list[int], left: float, width: float, top: float, bottom: float) -> list[str]:
+    x, before = _edge_place(window, lengths, left, width)
     return [
         element("path", d=f"M{x:g} {top - 16:g}V{bottom + 4:g}", class_="window-edge"),
         element(
             "text",
-            text=f"base window {tokens(window)}",
+            text=_edge_label(window),
             class_="window-label",
-            x=x - 5 if near_end else x + 5,
+            x=x - 5 if before else x + 5,
             y=top - 8,
-            text_anchor="end" if near_end else "start",
+            text_anchor="end" if before else "start",
         ),
     ]
 

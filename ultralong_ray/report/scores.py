@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ultralong_ray.report.intervals import interval, stratified
+from ultralong_ray.report.intervals import combined, interval, resampled
 from ultralong_ray.report.reading import StageReader, finite, json_safe
 
 PLAN_FILE, FAILED_FILE = "plan.json", "failed.json"
@@ -67,7 +67,7 @@ class Score:
             return {}
         if not self.losses:
             return {"loss": None}
-        low, high = stratified([self.losses])
+        low, high = resampled(self.losses)
         curve = [sum(bucket) / len(bucket) for bucket in zip(*self.bucket_losses, strict=True)]
         loss = {"loss": sum(self.losses) / len(self.losses), "loss_low": low, "loss_high": high}
         return {**loss, "bucket_end_tokens": self.bucket_ends, "bucket_loss": curve}
@@ -226,14 +226,14 @@ def mean_of(scores: Iterable[Score | None]) -> dict[str, Any] | None:
     if not found or any(score is None or score.percent is None for score in found):
         return None
     whole: Sequence[Score] = [score for score in found if score is not None]
-    low, high = stratified([score.points for score in whole])
+    low, high = combined([score.points for score in whole])
     percents = [score.percent for score in whole if score.percent is not None]
     return {
         **mean_loss(score.loss_facts() for score in whole),
         "percent": sum(percents) / len(percents),
         "low": 100 * low,
         "high": 100 * high,
-        "interval": "bootstrap",
+        "interval": "combined",
         "num_samples": sum(len(score.points) for score in whole),
         "num_tasks": len(whole),
     }
