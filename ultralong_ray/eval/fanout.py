@@ -82,8 +82,10 @@ class EvaluationWorker:
         return 0.0
 
     def check(self, model: str) -> None:
-        """Raises: UserError for a section of evaluate.tasks that could not be asked."""
-        self._engine(model)
+        """Raises: UserError for a section of evaluate.tasks that could not be asked, and for a server that is away."""
+        engine = self._engine(model)
+        if hasattr(engine, "check"):
+            engine.check()
         check_sections(self._inputs.config, self._maker, self._prompts_of)
 
     def _engine(self, model: str) -> Any:
@@ -172,11 +174,17 @@ def _report_failures(failures: dict[Cell, str], cells: list[Cell], scores: dict[
     (stage / FAILED_FILE).write_json({cell.file: reason for cell, reason in failures.items()})
     if not failures:
         return
-    reasons = "\n".join(f"  {cell.name}: {reason}" for cell, reason in failures.items())
+    named: dict[str, list[str]] = {}
+    for cell, reason in failures.items():
+        named.setdefault(reason, []).append(cell.name)
+    reasons = "\n".join(
+        f"  {names[0]}{f' and {len(names) - 1} more' if len(names) > 1 else ''}: {reason}"
+        for reason, names in named.items()
+    )
     if not scores:
         raise UserError(f"evaluate: all {len(cells)} work items failed:\n{reasons}")
     logger.error(
-        "evaluate: %d of %d work items failed; each counts 0, the others are stored and not computed again:\n%s",
+        "evaluate: %d of %d work items failed and count 0. Submit again to try them, and only them, once more:\n%s",
         len(failures),
         len(cells),
         reasons,
@@ -242,7 +250,7 @@ class _Pool:
 
     def _check(self, worker: Any) -> None:
         """Refuse what no worker could do. Whatever else goes wrong here is met again, and reported, cell by cell."""
-        if not self.inputs.config.tasks:
+        if not self.inputs.config.tasks and not isinstance(self.inputs.config.engine, EndpointEngine):
             return
         try:
             ray.get(worker.check.remote(self.todo[0].model))
@@ -257,8 +265,10 @@ class _Pool:
             scores[cell] = ray.get(reference)
         except RayTaskError as error:
             cause = error.cause if error.cause is not None else error
-            self.failures[cell] = str(cause) if isinstance(cause, UserError) else f"{type(cause).__name__}: {cause}"
-            logger.error("evaluate: %s failed: %s", cell.name, self.failures[cell])
+            reason = str(cause) if isinstance(cause, UserError) else f"{type(cause).__name__}: {cause}"
+            likewise = reason in self.failures.values()
+            self.failures[cell] = reason
+            logger.error("evaluate: %s failed%s", cell.name, " for the same reason" if likewise else f": {reason}")
         except RayActorError as error:
             worker = self._new_worker()
             self._attempts[cell] = self._attempts.get(cell, 0) + 1
