@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -41,11 +42,12 @@ def test_degrees_that_do_not_fit_the_model_are_refused_in_words(
     local_ray: None, tiny_recipe: Callable[..., Recipe], tiny_llama: Path
 ) -> None:
     engine = {"kind": "sharded", "degree": 2, "ulysses_degree": 4}
-    recipe = tiny_recipe(evaluate={"models": ["final"], "engine": engine, "depths_percent": [0]})
+    asked = {"models": ["final"], "context_lengths": [192], "depths_percent": [0]}
+    recipe = tiny_recipe(evaluate={**asked, "engine": engine})
     stage = stage_directory(recipe, "evaluate")
     with pytest.raises(UserError, match="ulysses_degree 4 cannot split 2 ranks") as refusal:
         evaluate(recipe, {"final": Location.of(tiny_llama)}, None, stage)
-    assert "Traceback" not in str(refusal.value) and "all 2 work items failed" in str(refusal.value)
+    assert "Traceback" not in str(refusal.value) and "all 1 work items failed" in str(refusal.value)
 
 
 def _cells(folder: Path) -> dict[str, Any]:
@@ -58,6 +60,10 @@ def _cells(folder: Path) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.skipif(
+    os.environ.get("ULTRALONG_SLOW_TESTS") != "1",
+    reason="starts two groups of processes, one after the other; set ULTRALONG_SLOW_TESTS=1 to run it",
+)
 def test_a_killed_rank_costs_the_cell_under_way_and_the_table_is_the_same(
     local_ray: None,
     tiny_recipe: Callable[..., Recipe],

@@ -1,9 +1,10 @@
 """The sharded engine as one engine of an evaluation: a group of Ray actors, one rank each, behind one object.
 
 In go requests, in one worker; out come rank 0's answers. The actors form a process group of their own (NCCL with GPUs,
-gloo without) and hold the model until the worker ends. They are owned by the worker: Ray ends them and gives their
-resources back when it is gone. A rank that is lost takes the worker with it, so that the cell is tried again by a new
-group. Written against Ray 2.60.
+gloo without) and hold the model until the worker ends. They are owned by the worker: Ray ends them when it is gone. A
+rank that is lost takes the worker with it, so that the cell is tried again by a new group. The placement group that
+they stand in is made and removed by the worker's driver, since Ray keeps one that a dead actor made until the whole job
+ends (GcsPlacementGroup::IsPlacementGroupLifetimeDone). Written against Ray 2.60.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import numpy as np
 import ray
 from numpy.typing import NDArray
 from ray.exceptions import RayActorError, RayTaskError
-from ray.util.placement_group import placement_group
+from ray.util.placement_group import PlacementGroup, placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from ultralong_ray.config import EvaluateConfig
@@ -92,19 +93,27 @@ def widest_ulysses(folder: Path, degree: int) -> int:
     return next(part for part in fitting if heads_can_split(heads, config.num_key_value_heads or heads, part))
 
 
+def reserve_group(config: EvaluateConfig) -> PlacementGroup:
+    """Room for the actors of one group. Whoever asks for it removes it."""
+    assert isinstance(config.engine, ShardedConfig)
+    needs = {"CPU": config.cpus_per_task, "GPU": config.gpus_per_task}
+    return placement_group([{k: v for k, v in needs.items() if v}] * config.engine.degree, strategy="PACK")
+
+
 class ShardedGroup:
     """An `engine.Engine` whose work is done by `degree` actors."""
 
-    def __init__(self, config: EvaluateConfig, folder: Path) -> None:
-        """Raises: UserError when the cluster has no room for a group within START_SECONDS, or degrees do not fit."""
+    def __init__(self, config: EvaluateConfig, folder: Path, room: PlacementGroup) -> None:
+        """`room` is what `reserve_group` gave.
+
+        Raises: UserError when the cluster has no room for a group within START_SECONDS, or degrees do not fit.
+        """
         from transformers import AutoTokenizer
 
         assert isinstance(config.engine, ShardedConfig)
         degree = config.engine.degree
         self.tokenizer: Any = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-        needs = {"CPU": config.cpus_per_task, "GPU": config.gpus_per_task}
-        self._placed = placement_group([{k: v for k, v in needs.items() if v}] * degree, strategy="PACK")
-        if not self._placed.wait(START_SECONDS):
+        if not room.wait(START_SECONDS):
             raise UserError(
                 f"evaluate.engine.degree {degree}: the cluster had no room for {degree} processes of "
                 f"{config.cpus_per_task:g} CPU and {config.gpus_per_task:g} GPU within {START_SECONDS:.0f} s; lower "
@@ -115,7 +124,7 @@ class ShardedGroup:
             actor.options(
                 num_cpus=config.cpus_per_task,
                 num_gpus=config.gpus_per_task,
-                scheduling_strategy=PlacementGroupSchedulingStrategy(self._placed, rank),
+                scheduling_strategy=PlacementGroupSchedulingStrategy(room, rank),
             ).remote()
             for rank in range(degree)
         ]
@@ -124,7 +133,7 @@ class ShardedGroup:
             starts = (rank.start.remote(i, degree, address, config, str(folder)) for i, rank in enumerate(self._ranks))
             self._first_of(list(starts))
         except BaseException:
-            self.close()  # else the next group would wait for the room of this one
+            self.close()  # the next group takes their room
             raise
 
     def answers(self, requests: Iterable[Request]) -> list[str]:
@@ -149,10 +158,9 @@ class ShardedGroup:
         return self._first_of([rank.continuation_scores.remote(ids, continuations) for rank in self._ranks])
 
     def close(self) -> None:
-        """End the actors and give their resources back."""
+        """End the actors; their room is free for others."""
         for rank in self._ranks:
             ray.kill(rank)
-        ray.util.remove_placement_group(self._placed)
 
     def _first_of(self, references: list[Any]) -> Any:
         """Rank 0's value once all are done. The first failure counts: the others may wait for that rank for ever.

@@ -150,14 +150,24 @@ def _add(score: Score, stored: dict[str, Any], name: str, cell: dict[str, Any]) 
     score.settings = score.settings or json_safe(stored.get("settings") or {})
     score.identities += [f"{cell['depth_percent']} {s.get('prompt_end')} {s.get('expected')}" for s in samples]
     score.sources |= {source for sample in samples for source in _sources(sample)}
-    score.num_empty += sum(not str(sample.get("answer", "")).strip() for sample in samples)
-    score.num_cut += sum(str(sample.get("finish_reason", "")).startswith(CUT_SHORT) for sample in samples)
+    score.num_empty += sum(map(is_empty, samples))
+    score.num_cut += sum(map(is_cut_short, samples))
     _count(score, [float(sample["score"]) for sample in samples], cell)
     for sample in samples:
         _add_loss(score, sample)
     wrong_first = sorted([*score.examples, *(_example(sample, name) for sample in samples)], key=_points)
     # two wrong and two right tell more than four wrong
     score.examples = [*wrong_first[: EXAMPLES // 2], *wrong_first[EXAMPLES // 2 :][-EXAMPLES // 2 :]]
+
+
+def is_empty(sample: dict[str, Any]) -> bool:
+    """Whether the model said nothing."""
+    return not str(sample.get("answer", "")).strip()
+
+
+def is_cut_short(sample: dict[str, Any]) -> bool:
+    """Whether a server ended the answer before it was asked to."""
+    return str(sample.get("finish_reason", "")).startswith(CUT_SHORT)
 
 
 def _add_loss(score: Score, sample: dict[str, Any]) -> None:
