@@ -138,7 +138,7 @@ def comparison_facts(first: Side, second: Side) -> dict[str, Any]:
             "name": side.name,
             "model": side.model,
             "evaluation": side.stage.location.uri,
-            "only": [f"{task} at {length}" for task, length in alone],
+            "only": [f"{task} at {length}" if length else task for task, length in alone],
             "grids": depth_grids(own, {}, _base_window(side)),
             "settings": {f"{score.task} at {score.context_length_tokens}": score.settings for score in own},
         }
