@@ -18,8 +18,9 @@ import ray
 
 from tests.eval.served import serve
 from ultralong_ray.config import Recipe
+from ultralong_ray.eval import fanout
 from ultralong_ray.eval.cells import Cell
-from ultralong_ray.eval.fanout import evaluate
+from ultralong_ray.eval.fanout import EvaluationWorker, _Inputs, evaluate
 from ultralong_ray.eval.progress import Progress
 from ultralong_ray.eval.summaries import summarise, summarise_tasks
 from ultralong_ray.stages import stage_directory
@@ -266,6 +267,41 @@ def test_stopped_twice_it_ends_with_the_answers_of_an_undisturbed_run(
     once = evaluate(recipe, models, None, undisturbed)
     assert _answers(folder) == _answers(tmp_path / "undisturbed") and len(_answers(folder)) == 10
     assert (summary["models"], summary["tasks"]) == (once["models"], once["tasks"])
+
+
+class Broken:
+    """An engine that fails in a way that nobody planned for, and then as planned."""
+
+    tokenizer = None
+
+    def __init__(self) -> None:
+        self.closed = 0
+
+    def close(self) -> None:
+        self.closed += 1
+
+
+def test_an_engine_in_an_unknown_state_answers_no_other_cell(
+    tiny_recipe: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inputs = _Inputs(tiny_recipe().evaluate, {"base": Location.of(tmp_path)}, None, Location.of(tmp_path), {})  # type: ignore[arg-type]
+    opened: list[Broken] = []
+    errors = iter([UserError("a bad line"), RuntimeError("out of memory"), UserError("a bad line")])
+
+    def run_cell(*_: Any) -> None:
+        raise next(errors)
+
+    monkeypatch.setattr(fanout, "run_cell", run_cell)
+    monkeypatch.setattr(fanout, "open_engine", lambda *_: opened.append(Broken()) or opened[-1])
+    worker, cell = EvaluationWorker(inputs), Cell("base", 192, 0.0, 192, num_samples=2)
+    with pytest.raises(UserError):
+        worker.run(cell)
+    with pytest.raises(RuntimeError):
+        worker.run(cell)
+    assert [engine.closed for engine in opened] == [1], "mistakes of the user leave it as it is"
+    with pytest.raises(UserError):
+        worker.run(cell)
+    assert [engine.closed for engine in opened] == [1, 0]
 
 
 def test_a_cluster_too_small_for_one_worker_is_refused(local_ray: None, tiny_recipe: Make, tiny_llama: Path) -> None:

@@ -14,13 +14,20 @@ from typing import Any
 import psutil
 import pytest
 import ray
+from ray.exceptions import RayActorError
 
 from ultralong_ray.config import EvaluateConfig, Recipe
+from ultralong_ray.eval import sharded_group
 from ultralong_ray.eval.fanout import evaluate
 from ultralong_ray.eval.open_engine import open_engine
 from ultralong_ray.stages import stage_directory
 from ultralong_ray.storage import Location, StageDirectory
 from ultralong_ray.types import UserError
+
+slow = pytest.mark.skipif(
+    os.environ.get("ULTRALONG_SLOW_TESTS") != "1",
+    reason="starts groups of processes with a model each; set ULTRALONG_SLOW_TESTS=1 to run it",
+)
 
 
 @pytest.fixture(scope="module")
@@ -38,6 +45,26 @@ def test_a_group_that_the_cluster_cannot_hold_is_refused(
         evaluate(recipe, {"final": Location.of(tiny_llama)}, None, stage_directory(recipe, "evaluate"))
 
 
+def test_a_neighbours_error_is_told_from_the_loss_behind_it(local_ray: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With gloo the ranks beside a lost one fail at once, and their errors may come before Ray's word of the loss."""
+    monkeypatch.setattr(sharded_group, "LOSS_SEEN_SECONDS", 20.0)
+    actor: Any = ray.remote(num_cpus=0)(Rank)
+    neighbour, lost = actor.remote(), actor.remote()
+    loss = sharded_group._loss_among([neighbour.fail.remote(), lost.die.remote()])
+    assert isinstance(loss, RayActorError)
+    assert sharded_group._loss_among([neighbour.fail.remote()]) is None
+
+
+class Rank:
+    def fail(self) -> None:
+        raise RuntimeError("Connection closed by peer")
+
+    def die(self) -> None:
+        time.sleep(0.5)
+        os._exit(1)
+
+
+@slow
 def test_degrees_that_do_not_fit_the_model_are_refused_in_words(
     local_ray: None, tiny_recipe: Callable[..., Recipe], tiny_llama: Path
 ) -> None:
@@ -60,10 +87,7 @@ def _cells(folder: Path) -> dict[str, Any]:
     return found
 
 
-@pytest.mark.skipif(
-    os.environ.get("ULTRALONG_SLOW_TESTS") != "1",
-    reason="starts two groups of processes, one after the other; set ULTRALONG_SLOW_TESTS=1 to run it",
-)
+@slow
 def test_a_killed_rank_costs_the_cell_under_way_and_the_table_is_the_same(
     local_ray: None,
     tiny_recipe: Callable[..., Recipe],
