@@ -6,6 +6,7 @@ import pytest
 
 from ultralong_ray.config import Recipe
 from ultralong_ray.recipe import load_recipe
+from ultralong_ray.report.page import write_report
 from ultralong_ray.stages import inputs, require_inputs, stage_directory, stage_fingerprint, stages
 from ultralong_ray.types import MissingInput
 
@@ -53,6 +54,26 @@ def test_missing_inputs_are_named_with_the_command_that_makes_them(tmp_path: Pat
     for name in inputs(recipe, "pretrain"):
         stage_directory(recipe, name).mark_done({})
     require_inputs(recipe, "pretrain", "r.toml")
+
+
+def test_a_report_needs_one_finished_stage_and_is_written_anew_until_all_are(tmp_path: Path):
+    recipe = recipe_with("--workdir", str(tmp_path))
+    with pytest.raises(MissingInput, match=r"evaluate\.py"):
+        require_inputs(recipe, "report", "r.toml")
+    for number, name in enumerate(inputs(recipe, "report"), start=1):
+        stage_directory(recipe, name).mark_done({})
+        require_inputs(recipe, "report", "r.toml")
+        directories = {stage: stage_directory(recipe, stage) for stage in stages(recipe)}
+        directories["report"].mark_done(write_report(recipe, directories, directories["report"]))
+        assert directories["report"].done
+        assert directories["report"].settled == (number == len(inputs(recipe, "report")))
+
+
+def test_an_evaluation_needs_prepared_data_only_for_what_is_held_out(tmp_path: Path):
+    place = ("--workdir", str(tmp_path), "--evaluate.models", '["base"]')
+    with pytest.raises(MissingInput, match=r"prepare\.py"):
+        require_inputs(recipe_with(*place), "evaluate", "r.toml")
+    require_inputs(recipe_with(*place, "--prepare.holdout_sequences", "0"), "evaluate", "r.toml")
 
 
 def test_a_half_written_stage_is_not_done(tmp_path: Path):

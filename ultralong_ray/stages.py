@@ -134,8 +134,10 @@ def _decontamination(recipe: Recipe) -> dict[str, Any]:
 
 def require_inputs(recipe: Recipe, stage: str, recipe_path: str) -> None:
     """Refuse to run `stage` before its inputs are done, naming each and the command that makes it."""
-    missing = [stage_directory(recipe, name) for name in inputs(recipe, stage)]
-    missing = [directory for directory in missing if not directory.done]
+    names = [name for name in inputs(recipe, stage) if not _holds_nothing_for(recipe, stage, name)]
+    missing = [directory for name in names if not (directory := stage_directory(recipe, name)).done]
+    if stage == "report" and len(missing) < len(names):
+        return  # it shows what there is, and says what is not
     if missing:
         lines = [
             f"  {d.location} is missing: run  python jobs/{JOB_OF_STAGE.get(d.stage, d.stage)}.py {recipe_path}"
@@ -145,3 +147,8 @@ def require_inputs(recipe: Recipe, stage: str, recipe_path: str) -> None:
             f"{stage} cannot start, its input has not been made:\n" + "\n".join(lines) + "\n"
             f"or run the whole pipeline:  python jobs/pipeline.py {recipe_path}"
         )
+
+
+def _holds_nothing_for(recipe: Recipe, stage: str, source: str) -> bool:
+    """An evaluation reads of `prepare` the held-out sequences alone."""
+    return stage == "evaluate" and source == "prepare" and not recipe.prepare.holdout_sequences

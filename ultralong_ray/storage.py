@@ -241,8 +241,13 @@ class StageDirectory:
 
     @property
     def settled(self) -> bool:
-        """Done, and no cell of an evaluation failed: those are tried again, and their report is written anew."""
-        return self.done and not self.summary().get("num_failed")
+        """Done, and not to be done again: failed cells of an evaluation are tried again, and a report is written anew
+        after those and after stages that it could not show yet.
+        """
+        if not self.done:
+            return False
+        summary = self.summary()
+        return not summary.get("num_failed") and not summary.get("num_unfinished_stages")
 
     def summary(self) -> dict[str, Any]:
         """What the stage recorded when it finished."""

@@ -78,6 +78,8 @@ def serve() -> Iterator[Served]:
         protocol_version = "HTTP/1.1"
 
         def do_GET(self) -> None:
+            if self.path != "/v1/models":
+                return send(self, 404, "no such page")
             entry = {"id": "m", **({"max_model_len": served.window} if served.window else {})}
             send(self, 200, json.dumps({"object": "list", "data": [entry]}))
 

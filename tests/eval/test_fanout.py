@@ -16,9 +16,13 @@ import pyarrow.parquet as pq
 import pytest
 import ray
 
+from tests.eval.served import serve
 from ultralong_ray.config import Recipe
+from ultralong_ray.eval import fanout
 from ultralong_ray.eval.cells import Cell
-from ultralong_ray.eval.fanout import _Progress, evaluate, summarise, summarise_tasks
+from ultralong_ray.eval.fanout import EvaluationWorker, _Inputs, evaluate
+from ultralong_ray.eval.progress import Progress
+from ultralong_ray.eval.summaries import summarise, summarise_tasks
 from ultralong_ray.stages import stage_directory
 from ultralong_ray.storage import Location, StageDirectory
 from ultralong_ray.types import UserError
@@ -195,6 +199,37 @@ def test_a_killed_worker_costs_its_cell_only(local_ray: None, tiny_recipe: Make,
     assert {path: path.stat().st_mtime_ns for path in before} == before, "stored cells stay as they are"
 
 
+def test_a_server_that_fails_now_and_then_costs_what_it_failed_and_no_more(
+    local_ray: None, tiny_recipe: Make, tiny_llama: Path
+) -> None:
+    with serve() as server:
+        engine = {"kind": "openai", "base_url": server.address, "served": {"base": "m"}, "concurrency": 1}
+        engine |= {"max_attempts": 2, "backoff_seconds": 0.01, "timeout_seconds": 60}
+        recipe = tiny_recipe(evaluate={"models": ["base"], "engine": engine, "tasks": [{**RULER, "names": ["vt"]}]})
+        stage, folder = place(recipe)
+        models = {"base": Location.of(tiny_llama)}
+        server.reply, server.window = (lambda body: ""), 300
+        server.fault = lambda: (500, "too busy") if len(server.bodies[-1]["prompt"]) > 200 else None
+        summary = evaluate(recipe, models, None, stage)
+        assert (summary["num_computed"], summary["num_failed"]) == (2, 3)
+        failed = json.loads((folder / "failed.json").read_text())
+        assert "HTTP 500: too busy (2 attempts). Look at the server" in failed["cells/base/256-0.json"]
+        assert "'m' reads 300 tokens at most" in failed["cells/base/ruler/vt/512-shard0.json"]
+        kept = _answers(folder)
+        assert {row["answer"] for row in kept["cells/base/192-0.json"]["samples"]} == {""}, "empty is an answer"
+
+        server.fault, server.window = (lambda: None), None
+        server.finish_reason, server.completion_tokens = "length", 3
+        asked = len(server.bodies)
+        again = evaluate(recipe, models, None, stage)
+        assert (again["num_computed"], again["num_failed"]) == (3, 0)
+        assert all(len(body["prompt"]) > 200 for body in server.bodies[asked:]), "what is stored is not asked again"
+        now = _answers(folder)
+        assert {name: now[name] for name in kept} == kept
+        cut = [row["finish_reason"] for row in now["cells/base/ruler/vt/512-shard0.json"]["samples"]]
+        assert cut == ["length, after 3 of 30 tokens"] * 3
+
+
 def _answers(folder: Path) -> dict[str, Any]:
     """Every stored cell without its time."""
     files = sorted((folder / "cells").rglob("*.json"))
@@ -208,16 +243,16 @@ def test_stopped_twice_it_ends_with_the_answers_of_an_undisturbed_run(
     sections = {"tasks": [{**RULER, "names": ["vt", "fwe"]}], "samples_per_shard": 1}
     recipe = tiny_recipe(evaluate=sections)
     models = {"base": Location.of(tiny_llama)}
-    finished, limits = _Progress.finished, iter([2, 3, 99])
+    finished, limits = Progress.finished, iter([2, 3, 99])
     counted = [0, 0]
 
-    def interrupted(self: _Progress, cell: Cell) -> None:
+    def interrupted(self: Progress, cell: Cell) -> None:
         finished(self, cell)
         counted[0] += 1
         if counted[0] == counted[1]:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(_Progress, "finished", interrupted)
+    monkeypatch.setattr(Progress, "finished", interrupted)
     stage, folder = place(recipe)
     summary: dict[str, Any] = {}
     for limit in limits:
@@ -232,6 +267,41 @@ def test_stopped_twice_it_ends_with_the_answers_of_an_undisturbed_run(
     once = evaluate(recipe, models, None, undisturbed)
     assert _answers(folder) == _answers(tmp_path / "undisturbed") and len(_answers(folder)) == 10
     assert (summary["models"], summary["tasks"]) == (once["models"], once["tasks"])
+
+
+class Broken:
+    """An engine that fails in a way that nobody planned for, and then as planned."""
+
+    tokenizer = None
+
+    def __init__(self) -> None:
+        self.closed = 0
+
+    def close(self) -> None:
+        self.closed += 1
+
+
+def test_an_engine_in_an_unknown_state_answers_no_other_cell(
+    tiny_recipe: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inputs = _Inputs(tiny_recipe().evaluate, {"base": Location.of(tmp_path)}, None, Location.of(tmp_path), {})  # type: ignore[arg-type]
+    opened: list[Broken] = []
+    errors = iter([UserError("a bad line"), RuntimeError("out of memory"), UserError("a bad line")])
+
+    def run_cell(*_: Any) -> None:
+        raise next(errors)
+
+    monkeypatch.setattr(fanout, "run_cell", run_cell)
+    monkeypatch.setattr(fanout, "open_engine", lambda *_: opened.append(Broken()) or opened[-1])
+    worker, cell = EvaluationWorker(inputs), Cell("base", 192, 0.0, 192, num_samples=2)
+    with pytest.raises(UserError):
+        worker.run(cell)
+    with pytest.raises(RuntimeError):
+        worker.run(cell)
+    assert [engine.closed for engine in opened] == [1], "mistakes of the user leave it as it is"
+    with pytest.raises(UserError):
+        worker.run(cell)
+    assert [engine.closed for engine in opened] == [1, 0]
 
 
 def test_a_cluster_too_small_for_one_worker_is_refused(local_ray: None, tiny_recipe: Make, tiny_llama: Path) -> None:

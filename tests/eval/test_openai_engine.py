@@ -86,10 +86,10 @@ def test_faults_that_pass_are_tried_again(server: Served) -> None:
 @pytest.mark.parametrize(
     ("fault", "message"),
     [
-        ((429, "slow down"), r"no answer to request 0 of this cell: HTTP 429: slow down \(3 attempts\)"),
+        ((429, "slow down"), r"no answer to one of its requests: HTTP 429: slow down \(3 attempts\)"),
         ((500, f"{KEY} is down"), r"HTTP 500: \*\*\* is down .* submit again: stored cells are kept"),
         ("hang", r"no answer within evaluate.engine.timeout_seconds 0.3"),
-        ("garbage", r"no answer to request 0"),
+        ("garbage", r"no answer to one of its requests: no completion"),
         ((401, "who are you"), r"HTTP 401 .*Check the key in the environment variable TEST_KEY"),
         ((404, "no such model"), r"Check evaluate.engine.base_url and evaluate.engine.served 'm'"),
         ((400, "maximum context length is 2"), r"refused a prompt of 3 tokens \(HTTP 400: maximum context length"),
@@ -130,8 +130,17 @@ def test_answers_that_are_cut_or_empty_are_kept_with_their_reason(server: Served
     server.finish_reason, server.completion_tokens = "length", 2
     ours = engine(server.address, concurrency=1)
     assert ours.answers([request(), request(), request()]) == ["", "", "abc"]
-    assert ours.finish_reasons == ["length"] * 3
+    assert ours.finish_reasons == ["length, after 2 of 4 tokens"] * 3
     assert "cut an answer after 2 of 4 tokens" in caplog.text
+
+
+def test_a_server_that_is_not_there_is_told_at_once(server: Served) -> None:
+    engine(server.address).check()
+    engine(f"{server.address}/wrong").check()  # a server need not have a list of models
+    with socket.create_server(("127.0.0.1", 0)) as closed:
+        address = f"http://127.0.0.1:{closed.getsockname()[1]}/v1"
+    with pytest.raises(UserError, match=r"/models: Client.*Cannot connect .*\(3 attempts\)\. Start the server"):
+        engine(address).check()
 
 
 def test_settings_that_are_refused() -> None:

@@ -210,6 +210,7 @@ def test_vectors_of_the_harness(engine: Engine, tmp_path: Path) -> None:
         ("mmlu", "dev", {"choices": ["a"]}, r"dev.jsonl: row 2: choices must be a list of 4 texts"),
         ("mmlu_pro", "test", {"answer": "D"}, r"row 2: answer 'D' names none of the options"),
         ("math", "test", {"solution": "It is 3."}, r"row 2: solution has no \\boxed"),
+        ("gsm8k", "test", {"answer": "It is 3."}, r"row 2: answer has no #### with the number"),
         ("gsm8k", "test", {"question": 3}, r"row 2: field 'question' must be text, not int"),
     ],
 )

@@ -86,7 +86,7 @@ def test_rulers_published_means_need_all_tasks_and_all_lengths() -> None:
     summary = benchmark_facts(scores, ["final"], {}, 4096)[0]["models"][0]["summary"]
     shares = {name: None if mean is None else mean["percent"] for name, mean in summary.items()}
     assert shares["<128K"] == 100.0 and shares["<512K"] == pytest.approx((6 * 100 + 2 * 50) / 8)
-    assert shares["<1M"] == pytest.approx((6 * 100 + 3 * 50) / 9) == shares["mean of the lengths above"]
+    assert shares["<1M"] == pytest.approx((6 * 100 + 3 * 50) / 9) == shares["mean of the lengths asked"]
     short = benchmark_facts([s for s in scores if s.context_length_tokens != 8192], ["final"], {}, 4096)[0]
     assert [short["models"][0]["summary"][name] for name in ("<128K", "<512K", "<1M")] == [None] * 3
     few = benchmark_facts([s for s in scores if s.task != "ruler/task3"], ["final"], {}, 4096)[0]

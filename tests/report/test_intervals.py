@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from ultralong_ray.report.intervals import difference, interval, stratified, wilson
+from ultralong_ray.report.intervals import combined, difference, interval, wilson
 
 
 @pytest.mark.parametrize(
@@ -28,9 +28,14 @@ def test_the_kind_follows_the_scores() -> None:
     assert interval([0.5, 0.5])[:2] == (0.5, 0.5)
 
 
-def test_strata_are_drawn_from_their_own_samples() -> None:
-    assert stratified([[1.0] * 9, [0.0] * 3]) == (0.5, 0.5), "tasks that never vary leave nothing to chance"
-    assert stratified([[0.0, 1.0] * 20, [0.5] * 5]) == stratified([[0.0, 1.0] * 20, [0.5] * 5])
+def test_means_over_tasks_combine_the_intervals_of_the_tasks() -> None:
+    one = [1.0] * 3 + [0.0] * 7
+    assert combined([one]) == pytest.approx(wilson(3, 10)), "of one task it is the task's own"
+    low, high = combined([[0.0] * 10] * 4)
+    assert low == 0.0 and high == pytest.approx(wilson(0, 10)[1] / 2), "all wrong is not certain, and four tell more"
+    low, high = combined([[1.0] * 9, [0.0] * 3])
+    assert low == pytest.approx(0.5 - (1 - wilson(9, 9)[0]) / 2) and high == pytest.approx(0.5 + wilson(0, 3)[1] / 2)
+    assert combined([[0.25, 0.5, 1.0] * 20, one]) == combined([[0.25, 0.5, 1.0] * 20, one])
 
 
 def test_pairs_make_a_difference_sharper() -> None:

@@ -19,22 +19,21 @@ from ray.exceptions import RayActorError, RayTaskError
 
 from ultralong_ray.config import EvaluateConfig, Recipe
 from ultralong_ray.config.engines import EndpointEngine, ShardedEngine, VllmEngine
-from ultralong_ray.eval.cells import PASSKEY, Cell, grid, run_cell, store_cell, stored_score
+from ultralong_ray.eval.cells import Cell, grid, run_cell, store_cell, stored_score
 from ultralong_ray.eval.making import Maker, check_sections
 from ultralong_ray.eval.open_engine import open_engine
 from ultralong_ray.eval.perplexity import run_perplexity
+from ultralong_ray.eval.progress import PROGRESS_SECONDS, Progress
+from ultralong_ray.eval.summaries import summarise, summarise_tasks
 from ultralong_ray.eval.tasks.prompt import Prompts
-from ultralong_ray.eval.tasks.score import mean_percent
 from ultralong_ray.model.folder import cached_folder
 from ultralong_ray.storage import Location, StageDirectory
 from ultralong_ray.types import UserError
-from ultralong_ray.watch.metrics import show
 
 logger = logging.getLogger(__name__)
 
 PLAN_FILE, FAILED_FILE = "plan.json", "failed.json"
 MAX_ATTEMPTS = 3  # of one cell, when its worker is lost
-PROGRESS_SECONDS = 5.0
 
 
 @dataclass(frozen=True)
@@ -51,17 +50,27 @@ class _Inputs:
 class EvaluationWorker:
     """One process with one model in it at a time."""
 
-    def __init__(self, inputs: _Inputs) -> None:
+    def __init__(self, inputs: _Inputs, room: Any = None) -> None:
+        """`room`: the placement group of a sharded engine."""
         import torch
 
         torch.set_num_threads(max(1, int(inputs.config.cpus_per_task)))
-        self._inputs = inputs
+        self._inputs, self._room = inputs, room
         self._maker = Maker(inputs.files)
         self._loaded: tuple[str, Any] | None = None
         self._prompts: dict[bool, Prompts] = {}  # of the loaded model, by whether its chat template is used
 
     def run(self, cell: Cell) -> float:
         """Compute and store one work item; returns its score (0 for a perplexity curve)."""
+        try:
+            return self._computed(cell)
+        except UserError:
+            raise
+        except Exception:
+            self._close()  # its cache may be half written, its ranks may wait for one another
+            raise
+
+    def _computed(self, cell: Cell) -> float:
         inputs, engine = self._inputs, self._engine(cell.model)
         if cell.context_length_tokens is not None:
             result = run_cell(engine, inputs.config, cell, self._maker, self._prompts_of)
@@ -73,18 +82,23 @@ class EvaluationWorker:
         return 0.0
 
     def check(self, model: str) -> None:
-        """Raises: UserError for a section of evaluate.tasks that could not be asked."""
-        self._engine(model)
+        """Raises: UserError for a section of evaluate.tasks that could not be asked, and for a server that is away."""
+        engine = self._engine(model)
+        if hasattr(engine, "check"):
+            engine.check()
         check_sections(self._inputs.config, self._maker, self._prompts_of)
 
     def _engine(self, model: str) -> Any:
         if self._loaded is None or self._loaded[0] != model:
-            if self._loaded is not None and hasattr(self._loaded[1], "close"):
-                self._loaded[1].close()
-            self._loaded = None  # frees the former model before the next one is read
-            self._prompts = {}
-            self._loaded = (model, open_engine(self._inputs.config, model, cached_folder(self._inputs.models[model])))
+            self._close()  # frees the former model before the next one is read
+            folder = cached_folder(self._inputs.models[model])
+            self._loaded = (model, open_engine(self._inputs.config, model, folder, self._room))
         return self._loaded[1]
+
+    def _close(self) -> None:
+        if self._loaded is not None and hasattr(self._loaded[1], "close"):
+            self._loaded[1].close()
+        self._loaded, self._prompts = None, {}
 
     def _prompts_of(self, chat_template: bool) -> Prompts:
         assert self._loaded is not None
@@ -161,48 +175,21 @@ def _report_failures(failures: dict[Cell, str], cells: list[Cell], scores: dict[
     (stage / FAILED_FILE).write_json({cell.file: reason for cell, reason in failures.items()})
     if not failures:
         return
-    reasons = "\n".join(f"  {cell.name}: {reason}" for cell, reason in failures.items())
+    named: dict[str, list[str]] = {}
+    for cell, reason in failures.items():
+        named.setdefault(reason, []).append(cell.name)
+    reasons = "\n".join(
+        f"  {names[0]}{f' and {len(names) - 1} more' if len(names) > 1 else ''}: {reason}"
+        for reason, names in named.items()
+    )
     if not scores:
         raise UserError(f"evaluate: all {len(cells)} work items failed:\n{reasons}")
     logger.error(
-        "evaluate: %d of %d work items failed; each counts 0, the others are stored and not computed again:\n%s",
+        "evaluate: %d of %d work items failed and count 0. Submit again to try them, and only them, once more:\n%s",
         len(failures),
         len(cells),
         reasons,
     )
-
-
-def summarise_tasks(scores: dict[Cell, float], model: str) -> dict[str, dict[str, float]]:
-    """Per cent by task and context length, every sample counting once; RULER and LV-Eval rounded as they print it."""
-    found: dict[str, dict[str, list[tuple[float, int]]]] = {}
-    for cell, score in scores.items():
-        if cell.model == model and cell.section >= 0:
-            place = found.setdefault(cell.task, {}).setdefault(str(cell.context_length_tokens), [])
-            place.append((score, cell.num_samples))
-    return {
-        task: {
-            length: mean_percent(task.split("/")[0], [sum(s * n for s, n in parts) / sum(n for _, n in parts)])
-            for length, parts in sorted(lengths.items(), key=lambda item: int(item[0]))
-        }
-        for task, lengths in sorted(found.items())
-    }
-
-
-def summarise(scores: dict[Cell, float], model: str, base_window: int) -> dict[str, float | None]:
-    """Mean and worst passkey score of a model, and the means on either side of the base window (None: no cells)."""
-    cells = {c: s for c, s in scores.items() if c.model == model and c.task == PASSKEY and c.context_length_tokens}
-    within = [s for c, s in cells.items() if (c.context_length_tokens or 0) <= base_window]
-    beyond = [s for c, s in cells.items() if (c.context_length_tokens or 0) > base_window]
-    return {
-        "mean": _mean(list(cells.values())),
-        "min_cell": min(cells.values(), default=None),
-        "mean_within_base_window": _mean(within),
-        "mean_beyond_base_window": _mean(beyond),
-    }
-
-
-def _mean(values: list[float]) -> float | None:
-    return sum(values) / len(values) if values else None
 
 
 def _num_workers(config: EvaluateConfig, num_cells: int) -> int:
@@ -227,6 +214,14 @@ def _num_workers(config: EvaluateConfig, num_cells: int) -> int:
     return min(fitting)
 
 
+@dataclass(frozen=True, eq=False)
+class _Worker:
+    """An `EvaluationWorker` actor, and the placement group that its engine's own actors stand in."""
+
+    actor: Any
+    room: Any = None
+
+
 @dataclass
 class _Pool:
     """Hands cells to actors until all are done; a lost actor is replaced and its cell tried again."""
@@ -237,12 +232,13 @@ class _Pool:
     num_stored: int = 0  # cells of earlier runs
     failures: dict[Cell, str] = field(default_factory=dict)
     _attempts: dict[Cell, int] = field(default_factory=dict)
-    _running: dict[Any, tuple[Any, Cell]] = field(default_factory=dict)
+    _workers: list[_Worker] = field(default_factory=list)
+    _running: dict[Any, tuple[_Worker, Cell]] = field(default_factory=dict)
 
     def run(self, num_workers: int) -> dict[Cell, float]:
         """Scores of the cells that could be computed; the rest is in `failures`."""
         scores: dict[Cell, float] = {}
-        progress = _Progress(sum(cell.tokens for cell in self.todo), len(self.todo), self.num_stored)
+        progress = Progress(sum(cell.tokens for cell in self.todo), len(self.todo), self.num_stored)
         progress.show(0, num_workers)
         try:
             workers = [self._new_worker() for _ in range(num_workers)]
@@ -258,30 +254,33 @@ class _Pool:
                         progress.finished(cell)
                 progress.show(len(self.failures), len(self._running))
         finally:
-            for worker, _ in self._running.values():
-                ray.kill(worker)
+            for worker in list(self._workers):
+                self._end(worker)
         return scores
 
-    def _check(self, worker: Any) -> None:
+    def _check(self, worker: _Worker) -> None:
         """Refuse what no worker could do. Whatever else goes wrong here is met again, and reported, cell by cell."""
-        if not self.inputs.config.tasks:
+        if not self.inputs.config.tasks and not isinstance(self.inputs.config.engine, EndpointEngine):
             return
         try:
-            ray.get(worker.check.remote(self.todo[0].model))
+            ray.get(worker.actor.check.remote(self.todo[0].model))
         except RayTaskError as error:
             if isinstance(error.cause, UserError):
                 raise error.cause from None
         except RayActorError:
             logger.warning("evaluate: the worker that checked the tasks was lost")
 
-    def _collect(self, reference: Any, worker: Any, cell: Cell, scores: dict[Cell, float]) -> None:
+    def _collect(self, reference: Any, worker: _Worker, cell: Cell, scores: dict[Cell, float]) -> None:
         try:
             scores[cell] = ray.get(reference)
         except RayTaskError as error:
             cause = error.cause if error.cause is not None else error
-            self.failures[cell] = str(cause) if isinstance(cause, UserError) else f"{type(cause).__name__}: {cause}"
-            logger.error("evaluate: %s failed: %s", cell.name, self.failures[cell])
+            reason = str(cause) if isinstance(cause, UserError) else f"{type(cause).__name__}: {cause}"
+            likewise = reason in self.failures.values()
+            self.failures[cell] = reason
+            logger.error("evaluate: %s failed%s", cell.name, " for the same reason" if likewise else f": {reason}")
         except RayActorError as error:
+            self._end(worker)
             worker = self._new_worker()
             self._attempts[cell] = self._attempts.get(cell, 0) + 1
             if self._attempts[cell] < MAX_ATTEMPTS:
@@ -291,18 +290,18 @@ class _Pool:
                 self.failures[cell] = f"its worker was lost {MAX_ATTEMPTS} times ({error})"
         self._assign(worker, cell.model)
 
-    def _assign(self, worker: Any, loaded: str | None) -> None:
+    def _assign(self, worker: _Worker, loaded: str | None) -> None:
         """Give a worker its next cell: the longest left, or one half as long for the model that it has loaded."""
         if not self.todo:
-            ray.kill(worker)
+            self._end(worker)
             return
         longest = self.todo[0]
         near = (cell for cell in self.todo if cell.model == loaded and 2 * cell.tokens >= longest.tokens)
         cell = next(near, longest)
         self.todo.remove(cell)
-        self._running[worker.run.remote(cell)] = (worker, cell)
+        self._running[worker.actor.run.remote(cell)] = (worker, cell)
 
-    def _new_worker(self) -> Any:
+    def _new_worker(self) -> _Worker:
         config = self.inputs.config
         needs: dict[str, Any] = {"num_cpus": config.cpus_per_task, "num_gpus": config.gpus_per_task}
         if isinstance(config.engine, ShardedEngine | VllmEngine):
@@ -310,46 +309,17 @@ class _Pool:
         needs["scheduling_strategy"] = "DEFAULT"  # not inside the placement group of a trial of Ray Tune
         if self.node_label:
             needs["label_selector"] = self.node_label
-        return _REMOTE_WORKER.options(**needs).remote(self.inputs)
+        room = None
+        if isinstance(config.engine, ShardedEngine):
+            from ultralong_ray.eval.sharded_group import reserve_group
 
+            room = reserve_group(config)
+        self._workers.append(_Worker(_REMOTE_WORKER.options(**needs).remote(self.inputs, room), room))
+        return self._workers[-1]
 
-@dataclass
-class _Progress:
-    """Log lines with the time left, judged by tokens: a cell's time grows with its length."""
-
-    total_tokens: int
-    total_cells: int
-    stored_cells: int = 0
-    done_tokens: int = 0
-    done_cells: int = 0
-    started: float = field(default_factory=time.monotonic)
-    last_line: float = 0.0
-
-    def finished(self, cell: Cell) -> None:
-        self.done_tokens += cell.tokens
-        self.done_cells += 1
-        now = time.monotonic()
-        if now - self.last_line < PROGRESS_SECONDS and self.done_cells < self.total_cells:
-            return
-        self.last_line = now
-        left = self.seconds_left(now)
-        logger.info(
-            "evaluate: %d of %d work items, about %d:%02d left (last: %s)",
-            self.done_cells,
-            self.total_cells,
-            int(left) // 60,
-            int(left) % 60,
-            cell.name,
-        )
-
-    def seconds_left(self, now: float) -> float:
-        return (now - self.started) * (self.total_tokens - self.done_tokens) / max(self.done_tokens, 1)
-
-    def show(self, failed: int, workers: int) -> None:
-        """The evaluation so far as metrics."""
-        show("ultralong_eval_cells", self.stored_cells + self.done_cells - failed)
-        show("ultralong_eval_planned_cells", self.stored_cells + self.total_cells)
-        show("ultralong_eval_failed_cells", failed)
-        show("ultralong_eval_workers", workers)
-        if self.done_cells:
-            show("ultralong_eval_time_left_seconds", self.seconds_left(time.monotonic()))
+    def _end(self, worker: _Worker) -> None:
+        """Stop a worker, if it is not gone already, and give back what was held for it."""
+        self._workers.remove(worker)
+        ray.kill(worker.actor)
+        if worker.room is not None:
+            ray.util.remove_placement_group(worker.room)

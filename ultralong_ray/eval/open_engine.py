@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from ultralong_ray.config import EvaluateConfig
 from ultralong_ray.config.engines import EndpointEngine, ShardedEngine, VllmEngine
 from ultralong_ray.eval.engine import Engine
 
 
-def open_engine(config: EvaluateConfig, model: str, folder: Path) -> Engine:
+def open_engine(config: EvaluateConfig, model: str, folder: Path, room: Any = None) -> Engine:
     """The engine of `config.engine.kind` with a model of the recipe, whose Hugging Face folder is given.
 
-    Imports are local: torch is slow, and an endpoint needs none.
+    `room`: the placement group of a sharded engine (`sharded_group.reserve_group`). Imports are local: torch is slow,
+    and an endpoint needs none.
     """
     if isinstance(config.engine, EndpointEngine):
         from ultralong_ray.eval.openai_engine import OpenAIEngine
@@ -21,7 +23,7 @@ def open_engine(config: EvaluateConfig, model: str, folder: Path) -> Engine:
     if isinstance(config.engine, ShardedEngine):
         from ultralong_ray.eval.sharded_group import ShardedGroup
 
-        return ShardedGroup(config, folder)
+        return ShardedGroup(config, folder, room)
     if isinstance(config.engine, VllmEngine):
         from ultralong_ray.eval.vllm_engine import VllmEngine as OnVllm
 

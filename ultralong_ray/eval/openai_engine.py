@@ -26,6 +26,7 @@ from ultralong_ray.types import UserError
 
 logger = logging.getLogger(__name__)
 
+CUT_SHORT = "length, after"  # begins the finish reason of an answer that the server ended before it was asked to
 MODELS_ATTEMPTS = 2  # a server that is not up is found out by the first prompt
 WINDOW_FIELDS = ("max_model_len", "max_context_length", "context_length", "context_window")  # of an entry of /models
 
@@ -75,18 +76,38 @@ class OpenAIEngine:
             "in_process or sharded, or take it out of names"
         )
 
+    def check(self) -> None:
+        """Raises: UserError when nothing answers at the address: else every cell would wait for it."""
+        asyncio.run(self._reach())
+
+    async def _reach(self) -> None:
+        async with self._client() as client:
+            try:
+                await client.get("/models", lambda body: None, self._config.max_attempts)
+            except NoAnswer as error:
+                raise UserError(
+                    f"{self._config.base_url}/models: {error}. Start the server or look at it, or correct "
+                    f"evaluate.engine.base_url, and submit again: stored cells are kept"
+                ) from error
+            except (Rejected, UserError) as error:
+                logger.warning("%s/models: %s", self._config.base_url, error)  # prompts will say what is wrong
+
+    def _client(self) -> EndpointClient:
+        return EndpointClient(self._config, "evaluate.engine", f"evaluate.engine.served {self._served!r}")
+
     async def _answers(self, requests: Iterator[Request]) -> list[str]:
         numbered = enumerate(requests)
         found: dict[int, tuple[str, str]] = {}
-        async with EndpointClient(
-            self._config, "evaluate.engine", f"evaluate.engine.served {self._served!r}"
-        ) as client:
+        async with self._client() as client:
             await self._learn_window(client)
 
             async def work() -> None:
                 for number, request in numbered:
-                    completion = await self._ask(client, number, request)
-                    found[number] = cut_answer(completion.text, request.stop, request.exact), completion.finish_reason
+                    completion = await self._ask(client, request)
+                    found[number] = (
+                        cut_answer(completion.text, request.stop, request.exact),
+                        self._how_it_ended(request, completion),
+                    )
 
             workers = [asyncio.create_task(work()) for _ in range(self._config.concurrency)]
             try:
@@ -103,11 +124,11 @@ class OpenAIEngine:
             return
         try:
             self._window = await client.get("/models", lambda body: window_of(body, self._served), MODELS_ATTEMPTS)
-        except (NoAnswer, Rejected) as error:
+        except (NoAnswer, Rejected, UserError) as error:
             logger.warning("%s/models: %s; its window is not checked", self._config.base_url, error)
         self._window_known = True
 
-    async def _ask(self, client: EndpointClient, number: int, request: Request) -> Completion:
+    async def _ask(self, client: EndpointClient, request: Request) -> Completion:
         needed = len(request.ids) + request.max_new_tokens
         if self._window is not None and needed > self._window:
             raise UserError(
@@ -124,7 +145,7 @@ class OpenAIEngine:
             ) from error
         except NoAnswer as error:
             raise UserError(
-                f"{self._config.base_url}: no answer to request {number} of this cell: {error}. Look at the server, "
+                f"{self._config.base_url}: no answer to one of its requests: {error}. Look at the server, "
                 f"raise evaluate.engine.timeout_seconds or max_attempts, and submit again: stored cells are kept"
             ) from error
         self._check(request, completion)
@@ -166,14 +187,19 @@ class OpenAIEngine:
                 f"folder that the recipe evaluates, with a window that holds the prompt; a server that adds a BOS of "
                 f'its own to text wants prompt_as = "token_ids"'
             )
+
+    def _how_it_ended(self, request: Request, completion: Completion) -> str:
+        """The server's reason, and of an answer that it ended too early, with how many tokens."""
         wrote = completion.completion_tokens
-        if completion.finish_reason == "length" and wrote is not None and wrote < request.max_new_tokens:
-            logger.warning(
-                "%s cut an answer after %d of %d tokens; it is scored as it is",
-                self._config.base_url,
-                wrote,
-                request.max_new_tokens,
-            )
+        if completion.finish_reason != "length" or wrote is None or wrote >= request.max_new_tokens:
+            return completion.finish_reason
+        logger.warning(
+            "%s cut an answer after %d of %d tokens; it is scored as it is, and counted in the report",
+            self._config.base_url,
+            wrote,
+            request.max_new_tokens,
+        )
+        return f"{CUT_SHORT} {wrote} of {request.max_new_tokens} tokens"
 
 
 def parse_completion(body: Any) -> Completion:

@@ -1,9 +1,10 @@
 """The sharded engine as one engine of an evaluation: a group of Ray actors, one rank each, behind one object.
 
 In go requests, in one worker; out come rank 0's answers. The actors form a process group of their own (NCCL with GPUs,
-gloo without) and hold the model until the worker ends. They are owned by the worker: Ray ends them and gives their
-resources back when it is gone. A rank that is lost takes the worker with it, so that the cell is tried again by a new
-group. Written against Ray 2.60.
+gloo without) and hold the model until the worker ends. They are owned by the worker: Ray ends them when it is gone. A
+rank that is lost takes the worker with it, so that the cell is tried again by a new group. The placement group that
+they stand in is made and removed by the worker's driver, since Ray keeps one that a dead actor made until the whole job
+ends (GcsPlacementGroup::IsPlacementGroupLifetimeDone). Written against Ray 2.60.
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ from typing import Any
 import numpy as np
 import ray
 from numpy.typing import NDArray
-from ray.exceptions import RayActorError
-from ray.util.placement_group import placement_group
+from ray.exceptions import RayActorError, RayTaskError
+from ray.util.placement_group import PlacementGroup, placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from ultralong_ray.config import EvaluateConfig
@@ -33,6 +34,7 @@ logger = logging.getLogger(__name__)
 
 LOST_RANK_STATUS = 17  # with which a worker ends that lost a rank
 START_SECONDS = 600.0  # for the cluster to make room for a group
+LOSS_SEEN_SECONDS = 15.0  # within which Ray says that a rank is lost, whose neighbours failed before
 
 
 class ShardedRank:
@@ -91,19 +93,27 @@ def widest_ulysses(folder: Path, degree: int) -> int:
     return next(part for part in fitting if heads_can_split(heads, config.num_key_value_heads or heads, part))
 
 
+def reserve_group(config: EvaluateConfig) -> PlacementGroup:
+    """Room for the actors of one group. Whoever asks for it removes it."""
+    assert isinstance(config.engine, ShardedConfig)
+    needs = {"CPU": config.cpus_per_task, "GPU": config.gpus_per_task}
+    return placement_group([{k: v for k, v in needs.items() if v}] * config.engine.degree, strategy="PACK")
+
+
 class ShardedGroup:
     """An `engine.Engine` whose work is done by `degree` actors."""
 
-    def __init__(self, config: EvaluateConfig, folder: Path) -> None:
-        """Raises: UserError when the cluster has no room for a group within START_SECONDS, or degrees do not fit."""
+    def __init__(self, config: EvaluateConfig, folder: Path, room: PlacementGroup) -> None:
+        """`room` is what `reserve_group` gave.
+
+        Raises: UserError when the cluster has no room for a group within START_SECONDS, or degrees do not fit.
+        """
         from transformers import AutoTokenizer
 
         assert isinstance(config.engine, ShardedConfig)
         degree = config.engine.degree
         self.tokenizer: Any = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-        needs = {"CPU": config.cpus_per_task, "GPU": config.gpus_per_task}
-        self._placed = placement_group([{k: v for k, v in needs.items() if v}] * degree, strategy="PACK")
-        if not self._placed.wait(START_SECONDS):
+        if not room.wait(START_SECONDS):
             raise UserError(
                 f"evaluate.engine.degree {degree}: the cluster had no room for {degree} processes of "
                 f"{config.cpus_per_task:g} CPU and {config.gpus_per_task:g} GPU within {START_SECONDS:.0f} s; lower "
@@ -114,15 +124,17 @@ class ShardedGroup:
             actor.options(
                 num_cpus=config.cpus_per_task,
                 num_gpus=config.gpus_per_task,
-                scheduling_strategy=PlacementGroupSchedulingStrategy(self._placed, rank),
+                scheduling_strategy=PlacementGroupSchedulingStrategy(room, rank),
             ).remote()
             for rank in range(degree)
         ]
-        address = ray.get(self._ranks[0].address.remote())
-        starts = [
-            rank.start.remote(number, degree, address, config, str(folder)) for number, rank in enumerate(self._ranks)
-        ]
-        self._first_of(starts)
+        try:
+            address = self._first_of([self._ranks[0].address.remote()])
+            starts = (rank.start.remote(i, degree, address, config, str(folder)) for i, rank in enumerate(self._ranks))
+            self._first_of(list(starts))
+        except BaseException:
+            self.close()  # the next group takes their room
+            raise
 
     def answers(self, requests: Iterable[Request]) -> list[str]:
         """One after the other, each by all ranks."""
@@ -146,21 +158,48 @@ class ShardedGroup:
         return self._first_of([rank.continuation_scores.remote(ids, continuations) for rank in self._ranks])
 
     def close(self) -> None:
-        """End the actors and give their resources back."""
+        """End the actors; their room is free for others."""
         for rank in self._ranks:
             ray.kill(rank)
-        ray.util.remove_placement_group(self._placed)
 
     def _first_of(self, references: list[Any]) -> Any:
-        """Rank 0's value once all are done. The first failure counts: the others wait for that rank for ever."""
+        """Rank 0's value once all are done. The first failure counts: the others may wait for that rank for ever.
+
+        Raises: UserError of a rank as it is. Does not return when a rank is lost: this worker ends with it.
+        """
         waiting = list(references)
         try:
             while waiting:
                 ready, waiting = ray.wait(waiting)
                 ray.get(ready)
         except RayActorError as error:
-            if not ray.get_runtime_context().get_actor_id():
-                raise
-            logger.error("a rank of the sharded engine was lost (%s); its worker ends and is replaced", error)
-            os._exit(LOST_RANK_STATUS)
+            _end_worker(error)
+            raise
+        except RayTaskError as error:
+            if isinstance(error.cause, UserError):
+                raise error.cause from None
+            # with gloo the neighbours of a lost rank fail at once, perhaps before Ray says that it is gone
+            if (lost := _loss_among(references)) is not None:
+                _end_worker(lost)
+            raise
         return ray.get(references[0])
+
+
+def _loss_among(references: list[Any]) -> RayActorError | None:
+    """What Ray says of the first actor that is gone; None when none is, as far as is known in time."""
+    ready, _ = ray.wait(references, num_returns=len(references), timeout=LOSS_SEEN_SECONDS)
+    for reference in ready:
+        try:
+            ray.get(reference)
+        except RayActorError as error:
+            return error
+        except RayTaskError:
+            continue
+    return None
+
+
+def _end_worker(error: RayActorError) -> None:
+    """End this process, where it is an actor, so that whoever started it starts another."""
+    if ray.get_runtime_context().get_actor_id():
+        logger.error("a rank of the sharded engine was lost (%s); its worker ends and is replaced", error)
+        os._exit(LOST_RANK_STATUS)

@@ -19,7 +19,7 @@ from ultralong_ray.report.published import (
     published,
     published_by_length,
 )
-from ultralong_ray.report.scores import Score, mean_of
+from ultralong_ray.report.scores import DOCUMENTS, Score, mean_loss, mean_of
 from ultralong_ray.report.words import short_tokens
 
 TITLES = {
@@ -31,7 +31,7 @@ TITLES = {
     "manyshot": "Many-shot classification",
     "retrieved": "Retrieval-augmented questions",
     "short_skills": "Short skills",
-    "perplexity": "Inverse perplexity of documents",
+    "perplexity": "Loss on documents",
     "standard": "Standard tests",
 }
 NUM_TASKS = {"ruler": 13, "lveval": 11, "infinitebench": 12}  # of the whole benchmark, as published means have them
@@ -61,14 +61,18 @@ def _suite(suite: str, scores: list[Score], models: Sequence[str], labels: dict[
         for model in order
         if any(score.model == model for score in scores)
     ]
+    counts = [len(score.points) for score in scores]
     return {
         "suite": suite,
         "title": TITLES.get(suite, suite),
+        "unit": "nats per token, lower is better" if suite == DOCUMENTS else "per cent",
         "columns": [short_tokens(column) if isinstance(column, int) else column for column in columns],
         "models": tables,
         "published": published(suite),
         "published_by_length": published_by_length() if suite == "ruler" else [],
         "summary_columns": list(dict.fromkeys(name for table in tables for name in table["summary"])),
+        "samples_per_score": sorted({min(counts), max(counts)}),
+        "limits": sorted({limit for score in scores if (limit := score.settings.get("section", {}).get("limit"))}),
         "settings": list({str(score.settings): score.settings for score in scores if score.settings}.values()),
         "sources": _sources(scores),
     }
@@ -119,6 +123,7 @@ def _model_table(suite: str, model: str, label: str, scores: list[Score], column
         "summary": _SUMMARIES.get(suite, _plain_summary)(names, columns, placed, means),
         "num_failed_cells": sum(len(score.failed) for score in scores),
         "num_empty_answers": sum(score.num_empty for score in scores),
+        "num_cut_answers": sum(score.num_cut for score in scores),
         "num_missing_samples": sum(score.num_missing for score in scores),
     }
 
@@ -147,7 +152,7 @@ def _ruler_summary(names: list[str], columns: list[Column], placed: Placed, mean
         lengths = [RULER_FIRST << k for k in range((bound // RULER_FIRST).bit_length())]
         asked = [by_length.get(length) for length in lengths]
         summary[name] = _mean_of_columns(asked) if len(names) == NUM_TASKS["ruler"] else None
-    summary["mean of the lengths above"] = _mean_of_columns(means)
+    summary["mean of the lengths asked"] = _mean_of_columns(means)
     return summary
 
 
@@ -159,14 +164,14 @@ def _lveval_summary(names: list[str], columns: list[Column], placed: Placed, mea
         name: _mean_of_columns([longest.get(level) for level in levels]) if whole else None
         for name, levels in LVEVAL_BOUNDS.items()
     }
-    summary["mean of the levels above"] = _mean_of_columns(means)
+    summary["mean of the levels asked"] = _mean_of_columns(means)
     return summary
 
 
 def _infinitebench_summary(names: list[str], columns: list[Column], placed: Placed, means: list[Mean]) -> Summary:
     """The mean of all twelve tasks, at the longest window, is what the paper prints."""
     whole = means[-1] if len(names) == NUM_TASKS["infinitebench"] else None
-    return {"mean": whole, "mean of the tasks above": _mean_of_columns(means)}
+    return {"mean": whole, "mean of the tasks asked": _mean_of_columns(means)}
 
 
 def _standard_summary(names: list[str], columns: list[Column], placed: Placed, means: list[Mean]) -> Summary:
@@ -191,8 +196,9 @@ def _mean_of_columns(means: Sequence[Mean]) -> Mean:
     """Plain mean over columns, None unless every one is there."""
     if not means or any(mean is None for mean in means):
         return None
-    percents = [mean["percent"] for mean in means if mean is not None]
-    return {"percent": sum(percents) / len(percents), "num_columns": len(percents)}
+    found = [mean for mean in means if mean is not None]
+    percent = sum(mean["percent"] for mean in found) / len(found)
+    return {"percent": percent, "num_columns": len(found), **mean_loss(found)}
 
 
 def depth_grids(scores: Sequence[Score], labels: dict[str, str], window: int) -> list[dict[str, Any]]:

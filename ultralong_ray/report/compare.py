@@ -25,7 +25,7 @@ from ultralong_ray.report.benchmarks import depth_grids
 from ultralong_ray.report.figures import heatmap, score_colour
 from ultralong_ray.report.intervals import DRAWS, difference
 from ultralong_ray.report.reading import StageReader
-from ultralong_ray.report.scores import FAILED_ARE, PLAN_FILE, Score, read_scores
+from ultralong_ray.report.scores import DOCUMENTS, FAILED_ARE, PLAN_FILE, Score, read_scores
 from ultralong_ray.stages import stage_directory
 from ultralong_ray.storage import Location, StageDirectory
 from ultralong_ray.types import UserError
@@ -138,7 +138,7 @@ def comparison_facts(first: Side, second: Side) -> dict[str, Any]:
             "name": side.name,
             "model": side.model,
             "evaluation": side.stage.location.uri,
-            "only": [f"{task} at {length}" for task, length in alone],
+            "only": [f"{task} at {length}" if length else task for task, length in alone],
             "grids": depth_grids(own, {}, _base_window(side)),
             "settings": {f"{score.task} at {score.context_length_tokens}": score.settings for score in own},
         }
@@ -164,18 +164,22 @@ def _base_window(side: Side) -> int:
 
 
 def _row(a: Score, b: Score) -> dict[str, Any]:
-    """One task at one length. `low`, `high` and `difference` are in per cent points."""
+    """One task at one length. `low`, `high` and `difference` are in per cent points, of documents in nats a token."""
     paired = a.identities == b.identities
     spread: Sequence[float | None] = (None, None)
-    if a.points and b.points:
+    apart: float | None = None
+    if a.losses and b.losses:
+        spread = difference(a.losses, b.losses, paired=paired)
+        apart = b.loss_facts()["loss"] - a.loss_facts()["loss"]
+    elif a.percent is not None and b.percent is not None and a.suite != DOCUMENTS:
         spread = [100 * end for end in difference(a.points, b.points, paired=paired)]
-    known = a.percent is not None and b.percent is not None
+        apart = b.percent - a.percent
     return {
         "task": a.task,
         "context_length_tokens": a.context_length_tokens,
         "a": a.facts(),
         "b": b.facts(),
-        "difference": (b.percent or 0.0) - (a.percent or 0.0) if known else None,
+        "difference": apart,
         "low": spread[0],
         "high": spread[1],
         "paired": paired,

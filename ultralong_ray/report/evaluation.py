@@ -13,7 +13,7 @@ from ultralong_ray.config import Recipe
 from ultralong_ray.report.benchmarks import benchmark_facts, failed_cells
 from ultralong_ray.report.intervals import WORDS as INTERVAL_WORDS
 from ultralong_ray.report.reading import StageReader, finite, json_safe
-from ultralong_ray.report.scores import FAILED_ARE, FAILED_FILE, PLAN_FILE, read_scores
+from ultralong_ray.report.scores import FAILED_ARE, FAILED_FILE, PLAN_FILE, is_cut_short, is_empty, read_scores
 from ultralong_ray.report.words import UNIT, percent, tokens
 
 LABELS = {
@@ -137,6 +137,7 @@ def _means(rows: list[list[Cell | None]], window: int) -> dict[str, Any]:
     asked = [cell for row in rows for cell in row]
     cells = [cell for cell in asked if cell is not None]
     weakest = min(cells, key=lambda cell: cell["score"], default=None)
+    samples = [sample for cell in cells for sample in cell["samples"]]
     return {
         "mean": _mean(cells),
         "mean_within_base_window": _mean([c for c in cells if c["context_length_tokens"] <= window]),
@@ -147,6 +148,9 @@ def _means(rows: list[list[Cell | None]], window: int) -> dict[str, Any]:
         "num_cells": len(cells),
         "num_failed": sum(cell["failed"] is not None for cell in cells),
         "num_missing": len(asked) - len(cells),
+        "num_answers": len(samples),
+        "num_empty_answers": sum(map(is_empty, samples)),
+        "num_cut_answers": sum(map(is_cut_short, samples)),
     }
 
 
@@ -200,6 +204,10 @@ def _passkey_verdict(passkey: dict[str, Any] | None) -> list[str]:
     if missing := sum(grid["num_missing"] for grid in passkey["models"]):
         cells = "1 cell is" if missing == 1 else f"{missing} cells are"
         sentences.append(f"{cells} missing and left out of every mean.")
+    for name, what in (("num_empty_answers", "are empty"), ("num_cut_answers", "were cut short by the server")):
+        if count := sum(grid[name] for grid in passkey["models"]):
+            asked = sum(grid["num_answers"] for grid in passkey["models"])
+            sentences.append(f"{count} of {asked} answers {what}.")
     return sentences
 
 

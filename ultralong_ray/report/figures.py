@@ -20,7 +20,8 @@ from ultralong_ray.report.words import UNIT, percent, short_tokens, tokens
 
 COLOUR_STOPS = ((0.0, (0xF0, 0x49, 0x6E)), (0.5, (0xEB, 0xB8, 0x39)), (1.0, (0x0C, 0xD7, 0x9F)))
 PRINTED_VALUE_PIXELS = 26  # narrower cells have no room for "100"
-EDGE_LABEL_PIXELS = 130  # "base window 131,072"
+PASSKEY = "Passkey retrieval"
+EDGE_LABEL_PIXELS = 8.0  # about, of a letter of the label of the base window
 MAX_POINTS = 600  # per drawn line; report.json keeps every step
 
 
@@ -33,13 +34,21 @@ def score_colour(score: float) -> str:
     raise ValueError(f"score {score} is above 1")
 
 
+def answers_anchor(model: str, length: int, depth: float) -> str:
+    """Where the page has the answers of a passkey cell."""
+    return f"p-{model}-{length}-{depth:g}"
+
+
 def heatmap(
     grid: dict[str, Any],
     passkey: dict[str, Any],
-    what: str = "Passkey retrieval",
+    what: str = PASSKEY,
     write_length: Callable[[int], str] = short_tokens,
 ) -> Markup:
-    """One model's grid (`evaluation.passkey_facts`). Missing cells are hollow and crossed out, failed ones red."""
+    """One model's grid (`evaluation.passkey_facts`). Missing cells are hollow and crossed out, failed ones red.
+
+    A cell of the passkey grid leads to its answers. It takes no keyboard focus: the list of answers itself does.
+    """
     lengths, depths = passkey["context_lengths_tokens"], passkey["depths_percent"]
     cell_width = 44 if len(lengths) <= 10 else 34 if len(lengths) <= 20 else 27
     cell_height = 32 if len(depths) <= 8 else 25
@@ -61,7 +70,10 @@ def heatmap(
         )
         for column, length in enumerate(lengths):
             x = left + column * cell_width
-            parts.append(_cell(grid["cells"][row][column], length, depth, x, y, cell_width, cell_height))
+            drawn = _cell(grid["cells"][row][column], length, depth, x, y, cell_width, cell_height)
+            if what == PASSKEY and grid["cells"][row][column] is not None:
+                drawn = element("a", drawn, href=f"#{answers_anchor(grid['model'], length, depth)}", tabindex="-1")
+            parts.append(drawn)
     for column, length in enumerate(lengths):
         x = left + (column + 0.5) * cell_width
         parts.append(_length_label(write_length(length), x, bottom + (10 if turned else 17), turned))
@@ -83,8 +95,10 @@ def heatmap(
         f"Share of right answers by context length and depth of the needle. Mean {percent(grid['mean'])}, within the "
         f"base window {percent(grid['mean_within_base_window'])}, beyond it {percent(grid['mean_beyond_base_window'])}."
     )
-    identity = f"heatmap-{grid['model']}" + ("" if what == "Passkey retrieval" else f"-{what.replace(' ', '-')}")
-    return figure(identity, title, description, right + 12, bottom + label_depth + 22, parts)
+    identity = f"heatmap-{grid['model']}" + ("" if what == PASSKEY else f"-{what.replace(' ', '-')}")
+    # the label of the edge may reach beyond a grid of few columns
+    width = max(right + 12, _edge_label_end(passkey["base_window_tokens"], lengths, left, cell_width))
+    return figure(identity, title, description, width, bottom + label_depth + 22, parts)
 
 
 def _turned_pixels(labels: Iterable[str]) -> float:
@@ -134,20 +148,33 @@ def _cell(
     return element("g", *parts)
 
 
-def _window_edge(window: int, lengths: list[int], left: float, width: float, top: float, bottom: float) -> list[str]:
-    """The line after the last length that the base model claims to read."""
+def _edge_label(window: int) -> str:
+    return f"base window {tokens(window)}"
+
+
+def _edge_place(window: int, lengths: list[int], left: float, width: float) -> tuple[float, bool]:
+    """x of the line after the last length that the base model claims to read; whether its label stands before it."""
     within = sum(length <= window for length in lengths)
     x = left + within * width
-    near_end = within > len(lengths) / 2
+    return x, within > len(lengths) / 2 and x > EDGE_LABEL_PIXELS * len(_edge_label(window)) + left
+
+
+def _edge_label_end(window: int, lengths: list[int], left: float, width: float) -> float:
+    x, before = _edge_place(window, lengths, left, width)
+    return 0.0 if before else x + 5 + EDGE_LABEL_PIXELS * len(_edge_label(window))
+
+
+def _window_edge(window: int, lengths: list[int], left: float, width: float, top: float, bottom: float) -> list[str]:
+    x, before = _edge_place(window, lengths, left, width)
     return [
         element("path", d=f"M{x:g} {top - 16:g}V{bottom + 4:g}", class_="window-edge"),
         element(
             "text",
-            text=f"base window {tokens(window)}",
+            text=_edge_label(window),
             class_="window-label",
-            x=x - 5 if near_end else x + 5,
+            x=x - 5 if before else x + 5,
             y=top - 8,
-            text_anchor="end" if near_end else "start",
+            text_anchor="end" if before else "start",
         ),
     ]
 
@@ -198,10 +225,10 @@ def line_chart(
     parts = _frame(across, up, x, y, ticks_up=max(2, round((bottom - top) / 30)))
     if edge is not None and across.low <= edge <= across.high:
         at = across(edge)
-        anchor, aside = ("end", -5) if at > right - EDGE_LABEL_PIXELS else ("start", 5)
+        anchor, aside = ("end", -5) if at > right - EDGE_LABEL_PIXELS * len(_edge_label(edge)) else ("start", 5)
         place = {"x": at + aside, "y": top - 6, "text_anchor": anchor}
         parts.append(element("path", d=f"M{at:.1f} {top - 14:g}V{bottom:g}", class_="window-edge"))
-        parts.append(element("text", text=f"base window {tokens(edge)}", class_="window-label", **place))
+        parts.append(element("text", text=_edge_label(edge), class_="window-label", **place))
     for line in lines:
         parts += _curve(line, across, up, x, y)
     values = [p[1] for p in points]

@@ -1,8 +1,10 @@
 """95 % confidence intervals of scores between 0 and 1. Pure: sample scores in, (low, high) out.
 
 Where every score is 0 or 1 the interval is Wilson's (JASA 22, 1927), which stays sensible at 0 and at 1 and for few
-samples. Where scores lie between, and for means over tasks, it is the percentile bootstrap over samples (Efron, 1979)
-with a fixed seed, each task drawn from its own samples. Means over trainings with different seeds have Student's.
+samples. Where scores lie between it is the percentile bootstrap over samples (Efron, 1979) with a fixed seed. For means
+over tasks the tasks' own intervals are combined by Zou and Donner's method of variance estimates recovery (Statistics
+in Medicine 27, 2008), so that a mean of tasks which are all 0 does not look certain. Means over trainings with
+different seeds have Student's.
 """
 
 from __future__ import annotations
@@ -19,8 +21,8 @@ Z_95 = 1.959963984540054
 T_95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
 DRAWS = 1000
 WORDS = (
-    "95 % intervals: Wilson's where every sample is right or wrong; else, and for means over tasks, the percentile "
-    f"bootstrap over samples within each task ({DRAWS} draws, fixed seed)"
+    "95 % intervals: Wilson's where every sample is right or wrong, else the percentile bootstrap over samples "
+    f"({DRAWS} draws, fixed seed); for means over tasks those of the tasks, combined by variance estimates recovery"
 )
 Kind = Literal["wilson", "bootstrap"]
 
@@ -29,7 +31,7 @@ def interval(scores: Sequence[float]) -> tuple[float, float, Kind]:
     """(low, high, which) of the mean of at least one score."""
     if all(score in (0.0, 1.0) for score in scores):
         return (*wilson(sum(scores), len(scores)), "wilson")
-    return (*stratified([scores]), "bootstrap")
+    return (*resampled(scores), "bootstrap")
 
 
 def wilson(right: float, count: int) -> tuple[float, float]:
@@ -51,11 +53,19 @@ def of_seeds(values: Sequence[float]) -> tuple[float, float] | None:
     return mean - half, mean + half
 
 
-def stratified(groups: Sequence[Sequence[float]]) -> tuple[float, float]:
-    """Of the plain mean of the groups' means: a draw takes as many samples of each group as it has."""
-    rng = np.random.default_rng(0)
-    means = sum((_drawn_means(group, rng) for group in groups), np.zeros(DRAWS))
-    return _middle(means / len(groups))
+def resampled(scores: Sequence[float]) -> tuple[float, float]:
+    """Percentile bootstrap of the mean of at least one score or loss."""
+    return _middle(_drawn_means(scores, np.random.default_rng(0)))
+
+
+def combined(groups: Sequence[Sequence[float]]) -> tuple[float, float]:
+    """Of the plain mean of the groups' means, from the interval of each; the groups are independent."""
+    means = [sum(group) / len(group) for group in groups]
+    ends = [interval(group) for group in groups]
+    mean = sum(means) / len(means)
+    below = math.hypot(*(value - low for value, (low, _, _) in zip(means, ends, strict=True))) / len(means)
+    above = math.hypot(*(high - value for value, (_, high, _) in zip(means, ends, strict=True))) / len(means)
+    return mean - below, mean + above
 
 
 def difference(first: Sequence[float], second: Sequence[float], *, paired: bool) -> tuple[float, float]:

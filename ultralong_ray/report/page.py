@@ -20,9 +20,10 @@ from markupsafe import Markup
 from ultralong_ray.config import Recipe
 from ultralong_ray.report import words
 from ultralong_ray.report.facts import run_facts
-from ultralong_ray.report.figures import Axis, Line, heatmap, length_histogram, line_chart, score_colour
+from ultralong_ray.report.figures import Axis, Line, answers_anchor, heatmap, length_histogram, line_chart, score_colour
 from ultralong_ray.report.recipe_toml import recipe_toml
 from ultralong_ray.report.tuning import tuning_charts
+from ultralong_ray.stages import inputs
 from ultralong_ray.storage import StageDirectory
 
 # A page of a 40 x 10 grid with 5 samples a cell would pass 3 MB; what is left out is counted on the page.
@@ -50,7 +51,8 @@ def write_report(recipe: Recipe, directories: dict[str, StageDirectory], stage: 
     (stage.location / "report.html").write_bytes(_render("page.html.j2", facts, toml, answers).encode())
     page = (stage.location / "report.html").uri
     summary = {"report": page, "verdict": facts["verdict"], "notes": facts["notes"]}
-    return {**summary, "num_failed": _num_failed(facts)}
+    unfinished = [name for name in inputs(recipe, "report") if name not in directories or not directories[name].done]
+    return {**summary, "num_failed": _num_failed(facts), "num_unfinished_stages": len(unfinished)}
 
 
 def _num_failed(facts: dict[str, Any]) -> int:
@@ -76,6 +78,7 @@ def _render(template: str, facts: dict[str, Any], toml: str, answers: Answers) -
         duration=words.duration,
         colour=score_colour,
     )
+    environment.globals["anchor"] = answers_anchor
     return environment.get_template(template).render(
         facts=facts,
         toml=toml,
@@ -92,6 +95,7 @@ def _charts(facts: dict[str, Any]) -> dict[str, Any]:
     return {
         "heatmaps": [heatmap(grid, passkey) for grid in passkey["models"]] if passkey else [],
         "needles": _needle_charts(facts["benchmarks"]),
+        "documents": _document_charts(facts["benchmarks"]),
         "loss": {name: _loss_charts(name, training) for name, training in facts["training"].items() if training},
         "tuning": tuning_charts(facts["tuning"]),
         "perplexity": _perplexity_chart(facts["perplexity"]) if facts["perplexity"] else Markup(""),
@@ -108,6 +112,26 @@ def _needle_charts(benchmarks: dict[str, Any] | None) -> dict[str, list[dict[str
             for grid in suite["grids"]
         ]
     return charts
+
+
+def _document_charts(benchmarks: dict[str, Any] | None) -> list[dict[str, Any]]:
+    """Loss by position, a chart per kind of documents at the greatest length that was asked."""
+    suite = next((each for each in (benchmarks or {}).get("suites", []) if each["suite"] == "perplexity"), None)
+    if suite is None:
+        return []
+    lines: dict[str, list[Line]] = {}
+    for table in suite["models"]:
+        for row in table["rows"]:
+            measured = [score for score in row["scores"] if score and "bucket_loss" in score]
+            if measured:
+                longest = measured[-1]["bucket_end_tokens"], measured[-1]["bucket_loss"]
+                lines.setdefault(row["name"], []).append(Line(table["label"], f"model-{table['model']}", *longest))
+    across = Axis("position of the predicted token", "log2", lambda end: words.short_tokens(round(end)))
+    up = Axis("loss, nats per token", "linear", words.tick)
+    return [
+        {"title": f"Loss by position: {name}", "svg": line_chart(f"documents-{name}", name, curves, across, up)}
+        for name, curves in lines.items()
+    ]
 
 
 def _examples_per_score(benchmarks: dict[str, Any] | None) -> int:

@@ -11,11 +11,13 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ultralong_ray.report.intervals import interval, stratified
+from ultralong_ray.report.intervals import combined, interval, resampled
 from ultralong_ray.report.reading import StageReader, finite, json_safe
 
 PLAN_FILE, FAILED_FILE = "plan.json", "failed.json"
 ROUNDED = ("ruler", "lveval")  # suites that print means with two decimals
+CUT_SHORT = "length, after"  # begins the finish reason of such answers (eval/openai_engine.py)
+DOCUMENTS = "perplexity"  # the suite whose scores are losses of documents
 EXAMPLES = 4  # samples of a score that the page can show, wrong ones first
 EXAMPLE_CHARACTERS = 400  # of each of its texts
 SOURCE_FACTS = ("haystack", "words", "questions_from", "texts_from")
@@ -34,11 +36,15 @@ class Score:
     failed: dict[str, str] = field(default_factory=dict)  # file -> reason
     num_missing: int = 0
     num_empty: int = 0
+    num_cut: int = 0  # answers that a server ended before it was asked to
     by_depth: dict[float, list[float]] = field(default_factory=dict)
     examples: list[dict[str, Any]] = field(default_factory=list)
     settings: dict[str, Any] = field(default_factory=dict)
     identities: list[str] = field(default_factory=list)  # depth and question of every sample: equal ones can be paired
     sources: set[str] = field(default_factory=set)  # "haystack: made up", as the samples' facts say
+    losses: list[float] = field(default_factory=list)  # of documents, in nats per token; empty for questions
+    bucket_ends: list[int] = field(default_factory=list)  # positions where the buckets of every document end
+    bucket_losses: list[list[float]] = field(default_factory=list)  # [documents, buckets]
 
     @property
     def suite(self) -> str:
@@ -51,6 +57,20 @@ class Score:
             return None
         value = 100 * (sum(self.points) / len(self.points))
         return round(value, 2) if self.suite in ROUNDED else value
+
+    def loss_facts(self) -> dict[str, Any]:
+        """Mean loss of the documents with its interval, and by position; empty for tasks of questions.
+
+        A cell that failed has no loss: it is left out, and a score without any has the loss None.
+        """
+        if self.suite != DOCUMENTS:
+            return {}
+        if not self.losses:
+            return {"loss": None}
+        low, high = resampled(self.losses)
+        curve = [sum(bucket) / len(bucket) for bucket in zip(*self.bucket_losses, strict=True)]
+        loss = {"loss": sum(self.losses) / len(self.losses), "loss_low": low, "loss_high": high}
+        return {**loss, "bucket_end_tokens": self.bucket_ends, "bucket_loss": curve}
 
     def facts(self) -> dict[str, Any]:
         """For report.json."""
@@ -66,9 +86,11 @@ class Score:
             "num_failed_cells": len(self.failed),
             "num_missing_samples": self.num_missing,
             "num_empty_answers": self.num_empty,
+            "num_cut_answers": self.num_cut,
             "files": self.files,
             "failed": self.failed,
             "examples": self.examples,
+            **self.loss_facts(),
         }
 
 
@@ -128,11 +150,32 @@ def _add(score: Score, stored: dict[str, Any], name: str, cell: dict[str, Any]) 
     score.settings = score.settings or json_safe(stored.get("settings") or {})
     score.identities += [f"{cell['depth_percent']} {s.get('prompt_end')} {s.get('expected')}" for s in samples]
     score.sources |= {source for sample in samples for source in _sources(sample)}
-    score.num_empty += sum(not str(sample.get("answer", "")).strip() for sample in samples)
+    score.num_empty += sum(map(is_empty, samples))
+    score.num_cut += sum(map(is_cut_short, samples))
     _count(score, [float(sample["score"]) for sample in samples], cell)
+    for sample in samples:
+        _add_loss(score, sample)
     wrong_first = sorted([*score.examples, *(_example(sample, name) for sample in samples)], key=_points)
     # two wrong and two right tell more than four wrong
     score.examples = [*wrong_first[: EXAMPLES // 2], *wrong_first[EXAMPLES // 2 :][-EXAMPLES // 2 :]]
+
+
+def is_empty(sample: dict[str, Any]) -> bool:
+    """Whether the model said nothing."""
+    return not str(sample.get("answer", "")).strip()
+
+
+def is_cut_short(sample: dict[str, Any]) -> bool:
+    """Whether a server ended the answer before it was asked to."""
+    return str(sample.get("finish_reason", "")).startswith(CUT_SHORT)
+
+
+def _add_loss(score: Score, sample: dict[str, Any]) -> None:
+    """The losses of a document (eval/tasks/perplexity.py); a question has none."""
+    if score.suite == DOCUMENTS:
+        score.losses.append(float(sample["facts"]["loss"]))
+        score.bucket_ends = list(sample["facts"]["bucket_end_tokens"])
+        score.bucket_losses.append([float(loss) for loss in sample["facts"]["bucket_loss"]])
 
 
 def _sources(sample: dict[str, Any]) -> Iterator[str]:
@@ -166,6 +209,7 @@ def _example(sample: dict[str, Any], file: str) -> dict[str, Any]:
         "index": sample.get("index"),
         "score": float(sample["score"]),
         "prompt_tokens": sample.get("prompt_tokens"),
+        "finish_reason": sample.get("finish_reason"),
         **{name: clipped(text, EXAMPLE_CHARACTERS, keep_end=name == "prompt_end") for name, text in texts.items()},
     }
 
@@ -178,19 +222,28 @@ def clipped(value: Any, characters: int, *, keep_end: bool) -> str:
     return f"[...] {text[-characters:]}" if keep_end else f"{text[:characters]} [...]"
 
 
+def mean_loss(means: Iterable[dict[str, Any]]) -> dict[str, Any]:
+    """{"loss": the plain mean} of facts that have a loss, None where one of them has none; {} of other facts."""
+    losses = [mean["loss"] for mean in means if "loss" in mean]
+    if not losses:
+        return {}
+    return {"loss": None if None in losses else sum(losses) / len(losses)}
+
+
 def mean_of(scores: Iterable[Score | None]) -> dict[str, Any] | None:
     """The plain mean of the tasks' per cents with its interval; None when one of them is not there."""
     found = list(scores)
     if not found or any(score is None or score.percent is None for score in found):
         return None
     whole: Sequence[Score] = [score for score in found if score is not None]
-    low, high = stratified([score.points for score in whole])
+    low, high = combined([score.points for score in whole])
     percents = [score.percent for score in whole if score.percent is not None]
     return {
+        **mean_loss(score.loss_facts() for score in whole),
         "percent": sum(percents) / len(percents),
         "low": 100 * low,
         "high": 100 * high,
-        "interval": "bootstrap",
+        "interval": "combined",
         "num_samples": sum(len(score.points) for score in whole),
         "num_tasks": len(whole),
     }

@@ -46,7 +46,7 @@ def test_texts_of_every_form(tmp_path: Path) -> None:
         ("t.json", {"x": 1}, r't.json: a JSON text must be of the form \{"text"'),
         ("t.jsonl", '{"text": "a"}\n{"tex": "b"}', r"t.jsonl:2: no field 'text' \(fields: tex\)"),
         ("t.txt.gz", b"no gzip", r"t.txt.gz: damaged gzip file"),
-        ("t.txt", b"\xff\xfe", r"t.txt: not UTF-8 text at byte 0"),
+        ("t.txt", b"\xff\xfe", r"t.txt:1: not UTF-8 text at byte 0 of the file"),
         ("t.parquet", b"PAR1", r"t.parquet: no Parquet file with a text column"),
         ("t.jsonl", "\n", r"t.jsonl: no rows"),
     ],

@@ -108,6 +108,10 @@ def write_task(stage: StageDirectory, model: str, task: str, length: int, points
     file = f"cells/{model}/{task}/{length}-shard0.json"
     place = {"model": model, "task": task, "context_length_tokens": length, "depth_percent": None, "shard": 0}
     samples = [made_sample(point) for point in points]
+    if task.startswith("perplexity/"):
+        losses = [{"loss": -math.log(point), "bucket_end_tokens": [length]} for point in points]
+        facts = [{**loss, "bucket_loss": [loss["loss"]]} for loss in losses]
+        samples = [{**sample, "facts": found} for sample, found in zip(samples, facts, strict=True)]
     write_json(stage, file, {**place, "score": sum(points) / len(points), "samples": samples, "settings": {}})
     return {**place, "section": 0, "first_sample": 0, "num_samples": len(points), "tokens": 1, "file": file}
 

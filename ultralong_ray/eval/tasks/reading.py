@@ -27,7 +27,8 @@ def read_text(file: Location) -> str:
     except (OSError, EOFError) as error:
         raise UserError(f"{file}: damaged gzip file ({error}); fetch it again") from error
     except UnicodeDecodeError as error:
-        raise UserError(f"{file}: not UTF-8 text at byte {error.start}; convert it") from error
+        line = error.object.count(b"\n", 0, error.start) + 1
+        raise UserError(f"{file}:{line}: not UTF-8 text at byte {error.start} of the file; convert it") from error
 
 
 def read_json(file: Location) -> Any:

@@ -98,6 +98,8 @@ def _read(test: str, file: Location, *, few_shot: bool) -> list[dict[str, Any]]:
         for name in texts:
             text_field(row, name, where)
         _check(test, row, where)
+        if test == "gsm8k" and not few_shot and "####" not in row["answer"]:
+            raise UserError(f"{where}: answer has no #### with the number; mend or remove the line")
     return rows
 
 

@@ -76,7 +76,7 @@ def niah(results: dict[str, Any]) -> str | None:
             continue
         right = f"{grid['num_cells_all_right']} of {grid['num_cells']} cells all right"
         heading = f"{name}: {right}, mean {percent(grid['mean'])}"
-        chart = heatmap(*_heatmap_input(grid, subject, window), write_length=near_tokens)
+        chart = heatmap(*_heatmap_input(grid, subject, window), "Passkey", near_tokens)
         charts.append(Placed(chart, heading))
     if not charts:
         return None
