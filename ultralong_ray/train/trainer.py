@@ -254,7 +254,7 @@ def _worker(config: dict[str, Any]) -> int | None:
     except Interrupted as interrupted:
         if interrupted.notice == STOPPED:
             return None
-        if interrupted.notice == PREEMPTED:
+        if interrupted.notice == PREEMPTED and not job.recipe.cluster.max_failures:
             wait_for_the_end()
         raise
     except UserError as error:

@@ -1,0 +1,54 @@
+"""Faults in the midst of a step of a run on Ray, for small_driver.py.
+
+Flows in: {"rank": 1, "step": 3, "kinds": ["error", null]}, where the kind is that of the attempt (the last one of those
+that follow), and the config of a rank. Flows out: what the rank's own function returns, or the failure.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from typing import Any
+
+CHUNK_BYTES, MOST_BYTES = 128 * 2**20, 6 * 2**30
+
+
+def rank(fault: dict[str, Any], config: dict[str, Any]) -> int | None:
+    """One rank, which fails as `fault` says."""
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # before deepspeed is imported
+    import torch.distributed as dist
+
+    from ultralong_ray.train import loop, trainer
+    from ultralong_ray.train.events import read_events
+
+    begun = sum(event["event"] in ("start", "resume") for event in read_events(config["job"].stage))
+    kind = fault["kinds"][min(begun, len(fault["kinds"]) - 1)]
+    learning_rate = loop.learning_rate
+
+    def faulty(train: Any, step: int, num_steps: int) -> float:
+        if kind is not None and dist.get_rank() == fault["rank"] and step == fault["step"]:
+            fail(kind)
+        return learning_rate(train, step, num_steps)
+
+    loop.learning_rate = faulty
+    try:
+        return trainer._worker(config)
+    finally:
+        loop.learning_rate = learning_rate
+
+
+def fail(kind: str) -> None:
+    """Raise, or be killed by Ray, as `kind` says."""
+    import torch
+
+    if kind == "cuda memory":
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+    if kind == "host memory":
+        torch.empty(2**60, dtype=torch.uint8)
+    if kind == "grows":
+        taken = []
+        while len(taken) * CHUNK_BYTES < MOST_BYTES:
+            taken.append(b"x" * CHUNK_BYTES)
+            time.sleep(0.05)
+        time.sleep(60)  # Ray looks four times a second
+    raise ValueError("a bad token")

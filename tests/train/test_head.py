@@ -1,0 +1,91 @@
+"""The head is lost with all its processes and comes back with its tables, which lie in Redis: training goes on.
+
+Nodes are network namespaces (hosts.py). The driver, and with it Ray Train's controller, is on a worker node, or on the
+head and lost with it. With ULTRALONG_SLOW_TESTS=1 only.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.train.hosts import Hosts, namespaces_permitted
+from tests.train.made_jobs import write_inputs
+from tests.train.small_cluster import slow, wait_for
+from ultralong_ray.storage import Location
+from ultralong_ray.train.events import read_events
+from ultralong_ray.train.metrics import read_metrics
+from ultralong_ray.train.status import describe_run
+
+pytestmark = [
+    slow,
+    pytest.mark.skipif(shutil.which("redis-server") is None, reason="needs a Redis server (Debian: redis-server)"),
+    pytest.mark.skipif(not namespaces_permitted(), reason="network namespaces need root and iproute2"),
+]
+WAIT_SECONDS = 400.0
+JOB: dict[str, Any] = {
+    "steps": 2000,
+    "global_batch_sequences": 8,
+    "checkpoint_every_steps": 20,
+    "sequence_parallel_degree": 2,
+    "cluster": {"num_workers": 2, "max_failures": 0},  # any restart would end the run
+    "env": {"GLOO_SOCKET_IFNAME": "eth0"},
+}
+
+
+@pytest.fixture
+def hosts() -> Iterator[Hosts]:
+    """A head without CPUs (0), the host of its Redis (1) and two nodes with one CPU (2, 3)."""
+    made = Hosts()
+    try:
+        made.add_host()
+        made.start_redis(made.add_host())
+        made.start_node(0, 0)
+        made.add_node(1)
+        made.add_node(1)
+        yield made
+    finally:
+        made.close()
+
+
+def lose_head(hosts: Hosts) -> None:
+    hosts.kill(0)
+    time.sleep(3)  # nobody answers for so long at least
+    hosts.start_node(0, 0)
+
+
+def last_step(place: Location) -> int:
+    return max((record.step for record in read_metrics(place)), default=0)
+
+
+def test_training_does_not_notice_that_the_head_is_lost_and_comes_back(hosts: Hosts, tmp_path: Path) -> None:
+    write_inputs(tmp_path)
+    driver, place = hosts.start_driver(2, tmp_path, "head", JOB), Location.of(tmp_path / "head")
+    wait_for(lambda: last_step(place) >= 2, WAIT_SECONDS, "step 2")
+    lost_at = last_step(place)
+    lose_head(hosts)
+    assert driver.wait(WAIT_SECONDS) == 0, (tmp_path / "head.log").read_text()[-3000:]
+    events = [event["event"] for event in read_events(place) if event["event"] != "checkpoint"]
+    assert events == ["submit", "start", "end"]
+    assert [record.step for record in read_metrics(place)] == list(range(1, JOB["steps"] + 1))
+    assert (tmp_path / "head" / "model" / "config.json").exists()
+    print(f"the head was lost in step {lost_at + 1}\n{describe_run(place)}")
+
+
+def test_a_driver_lost_with_the_head_is_submitted_again_to_the_one_that_came_back(hosts: Hosts, tmp_path: Path) -> None:
+    write_inputs(tmp_path)
+    place = Location.of(tmp_path / "driver")
+    hosts.start_driver(0, tmp_path, "driver", JOB)
+    wait_for(lambda: any(event["event"] == "checkpoint" for event in read_events(place)), WAIT_SECONDS, "a checkpoint")
+    lose_head(hosts)
+    driver = hosts.start_driver(0, tmp_path, "driver", JOB)
+    assert driver.wait(WAIT_SECONDS) == 0, (tmp_path / "driver.log").read_text()[-3000:]
+    (resume,) = [event for event in read_events(place) if event["event"] == "resume"]
+    assert resume["step"] % 20 == 0 and resume["step"] > 0
+    assert [record.step for record in read_metrics(place)] == list(range(1, JOB["steps"] + 1))
+    print(describe_run(place))
