@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 import signal
+import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -159,6 +160,35 @@ def test_a_loss_spike_is_told_or_stops_the_run(two_cpus: SmallCluster, tmp_path:
     assert len(stopped.events("start", "resume")) == 1, "it is not tried again"
 
 
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A stage's folder on a disk of its own, of 2 MiB."""
+    folder = tmp_path / "full"
+    folder.mkdir()
+    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(folder)], capture_output=True)
+    if done.returncode != 0:
+        pytest.skip("file systems cannot be mounted here")
+    yield folder
+    subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+def test_a_full_disk_stops_the_run_and_with_room_it_goes_on(
+    two_cpus: SmallCluster, tmp_path: Path, small_disk: Path
+) -> None:
+    write_inputs(tmp_path)
+    run = Run(two_cpus, tmp_path, small_disk.name)
+    run.start(steps=24, keep_checkpoints=100)
+    refusal = run.refusal()
+    assert "no space left" in refusal and str(small_disk) in refusal
+    reached = run.steps()[-1]
+    assert 0 < reached < 24 and len(run.events("start", "resume")) == 1, "it is not tried again"
+    subprocess.run(["mount", "-o", "remount,size=64m", str(small_disk)], check=True)
+    run.start(steps=24, keep_checkpoints=100)
+    assert run.finish() == 0, run.log()[-3000:]
+    (resume,) = run.events("resume")
+    assert 0 < resume["step"] <= reached and run.steps() == list(range(1, 25))
+
+
 def test_a_rank_that_rays_memory_monitor_kills_is_lack_of_memory(one_cpu: SmallCluster, tmp_path: Path) -> None:
     memory = psutil.virtual_memory()
     if memory.available < 10 * GIB:
@@ -229,8 +259,7 @@ def test_a_node_drained_by_ray_is_left_in_time(
     run.until(resume["step"] + 3)
     assert run.steps() == list(range(1, len(run.steps()) + 1))
     events = read_events(run.stage)
-    assert {event["kind"] for event in events if event["event"] == "breakdown"} == {"preempted"}
-    assert breakdowns_in_a_row(events) == []
+    assert breakdowns_in_a_row(events) == [], "it does not count"
     run.leave()
     print(f"drained: saved after {saved['time'] - announced:.1f} s, elsewhere after {resume['time'] - announced:.1f} s")
     print(describe_run(run.stage))
