@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from functools import partial
 from pathlib import Path
@@ -210,6 +211,15 @@ def test_a_broken_number_names_the_last_good_checkpoint_from_before(tmp_path: Pa
         refuse_broken(3, [[1.0, 10.0, 1.0]], float("inf"), [8, 9], Location.of(tmp_path))
     with pytest.raises(UserError, match=r"step 7: loss 9.*The last good checkpoint is step-00000006-a"):
         refuse_spike(7, "step 7: loss 9", Location.of(tmp_path))
+
+
+def test_each_row_of_the_failure_table_names_tests_that_exist() -> None:
+    tests = Path(__file__).resolve().parents[1]
+    text = (tests.parent / "cluster" / "README.md").read_text()
+    rows = re.findall(r"^\| .*", text[text.index("| Failure |") : text.index("| Setting |")], re.MULTILINE)[2:]
+    named = [re.findall(r"`([\w/]+\.py)::(\w+)`", row) for row in rows]
+    assert len(rows) >= 18 and all(named)
+    assert [test for row in named for file, test in row if f"def {test}(" not in (tests / file).read_text()] == []
 
 
 def test_a_loss_stands_out_from_the_median_before_it() -> None:

@@ -29,7 +29,7 @@ pytestmark = [
 ]
 WAIT_SECONDS = 400.0
 JOB: dict[str, Any] = {
-    "steps": 2000,
+    "steps": 600,
     "global_batch_sequences": 8,
     "checkpoint_every_steps": 20,
     "sequence_parallel_degree": 2,
