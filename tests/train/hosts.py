@@ -70,6 +70,8 @@ class Hosts:
         address = self.address(number)
         options = ["--num-cpus", str(cpus), "--node-ip-address", address, "--object-store-memory", str(80 * 2**20)]
         if number == 0:
+            # a file of the head before it, by which, and by processes of all hosts, Ray would take itself for running
+            Path(self.temp, "ray_current_cluster").unlink(missing_ok=True)
             options += ["--head", "--port", "6379", "--include-dashboard=false", "--system-config", json.dumps(QUICK)]
             options += ["--temp-dir", self.temp]
         else:
@@ -96,7 +98,8 @@ class Hosts:
         script = [sys.executable, str(HERE / "small_driver.py"), f"{self.address(0)}:6379"]
         log = (folder / f"{stage}.log").open("a")
         command = self.inside(number, [*script, str(folder), stage, json.dumps(changes)])
-        driver = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=self._env())
+        env = {**self._env(), "NODE_ADDRESS": self.address(number)}
+        driver = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=env)
         self.processes.append(driver)
         return driver
 

@@ -31,7 +31,9 @@ def main(address: str, folder: str, stage: str, changes: str) -> None:
     # RAY_ADDRESS: with several clusters on a machine, what frees a dead controller's workers asks for it (Ray 2.60)
     env = {"PYTHONPATH": f"{ROOT}{os.pathsep}{Path(__file__).parent}", "OMP_NUM_THREADS": "1", "RAY_ADDRESS": address}
     env |= fields.pop("env", {})
-    ray.init(address=address, logging_level=logging.WARNING, runtime_env={"env_vars": env})
+    # without its own address a driver joins the head wherever it sees the head's processes, as it does from a namespace
+    node = os.environ.get("NODE_ADDRESS")
+    ray.init(address, logging_level=logging.WARNING, runtime_env={"env_vars": env}, _node_ip_address=node)
     where = Location.of(folder)
     if fault := fields.pop("fault", None):
         trainer._worker = partial(faults.rank, fault)
