@@ -42,17 +42,14 @@ class SmallCluster:
         head = {"num_cpus": head_cpus, "_system_config": QUICK, "include_dashboard": False, "temp_dir": self.temp}
         head["object_store_memory"] = 80 * 2**20
         with changed_environment(env or {}):
-            self.cluster = Cluster(initialize_head=True, head_node_args=head)
+            self.cluster = patiently(lambda: Cluster(initialize_head=True, head_node_args=head))
         self.address = self.cluster.address
         self.drivers: list[subprocess.Popen[str]] = []
 
     def add_node(self, cpus: int, env: dict[str, str] | None = None) -> Any:
-        """A new node. Ray gives a raylet 30 s to come up, which on a busy machine may not do."""
+        """A new node; `env` of its processes."""
         with changed_environment(env or {}):
-            for _ in range(4):
-                with contextlib.suppress(Exception):
-                    return self.cluster.add_node(num_cpus=cpus, object_store_memory=80 * 2**20)
-            return self.cluster.add_node(num_cpus=cpus, object_store_memory=80 * 2**20)
+            return patiently(lambda: self.cluster.add_node(num_cpus=cpus, object_store_memory=80 * 2**20))
 
     def drain_node(self, node: Any, seconds: int) -> None:
         """Announce, as KubeRay's autoscaler and a cloud's notice of preemption do, that the node goes in `seconds`.
@@ -96,6 +93,14 @@ class SmallCluster:
             driver.kill()
             driver.wait()
         self.cluster.shutdown()
+
+
+def patiently(start: Callable[[], Any]) -> Any:
+    """What `start` gives. Ray gives a raylet 30 s to come up, which on a busy machine may not do."""
+    for _ in range(4):
+        with contextlib.suppress(Exception):
+            return start()
+    return start()
 
 
 @contextlib.contextmanager
