@@ -11,8 +11,6 @@ import os
 import time
 from typing import Any
 
-CHUNK_BYTES, MOST_BYTES = 128 * 2**20, 6 * 2**30
-
 
 def rank(fault: dict[str, Any], config: dict[str, Any]) -> int | None:
     """One rank, which fails as `fault` says."""
@@ -43,17 +41,11 @@ def rank(fault: dict[str, Any], config: dict[str, Any]) -> int | None:
 
 
 def fail(kind: str) -> None:
-    """Raise, or be killed by Ray, as `kind` says."""
+    """Raise as `kind` says."""
     import torch
 
     if kind == "cuda memory":
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
     if kind == "host memory":
         torch.empty(2**60, dtype=torch.uint8)
-    if kind == "grows":
-        taken = []
-        while len(taken) * CHUNK_BYTES < MOST_BYTES:
-            taken.append(b"x" * CHUNK_BYTES)
-            time.sleep(0.05)
-        time.sleep(60)  # Ray looks four times a second
     raise ValueError("a bad token")

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -35,21 +35,19 @@ slow = pytest.mark.skipif(SLOW not in os.environ, reason=f"takes half a minute o
 class SmallCluster:
     """A head of `head_cpus` CPUs, on whose node drivers run, and nodes that can be added and killed."""
 
-    def __init__(self, head_cpus: int, env: dict[str, str] | None = None) -> None:
+    def __init__(self, head_cpus: int) -> None:
         from ray.cluster_utils import Cluster
 
         self.temp = tempfile.mkdtemp(prefix="r-", dir="/tmp")  # a short path: sockets lie below it
         head = {"num_cpus": head_cpus, "_system_config": QUICK, "include_dashboard": False, "temp_dir": self.temp}
         head["object_store_memory"] = 80 * 2**20
-        with changed_environment(env or {}):
-            self.cluster = patiently(lambda: Cluster(initialize_head=True, head_node_args=head))
+        self.cluster = patiently(lambda: Cluster(initialize_head=True, head_node_args=head))
         self.address = self.cluster.address
         self.drivers: list[subprocess.Popen[str]] = []
 
-    def add_node(self, cpus: int, env: dict[str, str] | None = None) -> Any:
-        """A new node; `env` of its processes."""
-        with changed_environment(env or {}):
-            return patiently(lambda: self.cluster.add_node(num_cpus=cpus, object_store_memory=80 * 2**20))
+    def add_node(self, cpus: int) -> Any:
+        """A new node."""
+        return patiently(lambda: self.cluster.add_node(num_cpus=cpus, object_store_memory=80 * 2**20))
 
     def drain_node(self, node: Any, seconds: int) -> None:
         """Announce, as KubeRay's autoscaler and a cloud's notice of preemption do, that the node goes in `seconds`.
@@ -101,18 +99,6 @@ def patiently(start: Callable[[], Any]) -> Any:
         with contextlib.suppress(Exception):
             return start()
     return start()
-
-
-@contextlib.contextmanager
-def changed_environment(changes: dict[str, str]) -> Iterator[None]:
-    """This process's environment with `changes` within the block."""
-    saved = dict(os.environ)
-    os.environ.update(changes)
-    try:
-        yield
-    finally:
-        os.environ.clear()
-        os.environ.update(saved)
 
 
 def wait_for(condition: Callable[[], Any], seconds: float, what: str, every: float = 0.02) -> Any:
