@@ -56,8 +56,11 @@ def recipe(folder: Path, cluster: dict[str, Any] | None = None, init: str = "ran
     return Recipe.model_validate(values)
 
 
-def write_inputs(folder: Path) -> None:
-    """`folder/model/config.json` and `folder/packed`, whose sequences count up, so that there is something to learn."""
+def write_inputs(folder: Path, ids: list[np.ndarray] | None = None) -> None:
+    """`folder/model/config.json` and `folder/packed`. Its sequences count up, so that there is something to learn.
+
+    `ids`: the NUM_SEQUENCES sequences instead.
+    """
     config = {
         "model_type": "llama",
         "max_position_embeddings": LENGTH,
@@ -67,7 +70,8 @@ def write_inputs(folder: Path) -> None:
     }
     Location.of(folder / "model" / "config.json").write_json(config)
     packed = Location.of(folder / "packed")
-    ids = [(np.arange(LENGTH) * (i % 3 + 1) + i) % VOCAB for i in range(NUM_SEQUENCES)]
+    if ids is None:
+        ids = [(np.arange(LENGTH) * (i % 3 + 1) + i) % VOCAB for i in range(NUM_SEQUENCES)]
     sequences = [PackedSequence(i, row.astype(np.int32)) for i, row in enumerate(ids)]
     write_sequences(packed / file_name(0), sequences, LENGTH, weights=False)
     write_placements(packed, [Placement(i, 0, LENGTH, str(i), "text", 0, 0, LENGTH) for i in range(NUM_SEQUENCES)])

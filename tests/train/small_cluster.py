@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import pytest
 
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")
 HERE = Path(__file__).resolve().parent
@@ -27,31 +28,37 @@ QUICK = {"health_check_initial_delay_ms": 1000, "health_check_period_ms": 1000, 
 QUICK |= {"prestart_worker_first_driver": False, "enable_worker_prestart": False}
 
 
+SLOW = "ULTRALONG_SLOW_TESTS"  # environment variable that switches on tests of half a minute and more
+slow = pytest.mark.skipif(SLOW not in os.environ, reason=f"takes half a minute or more; set {SLOW}=1")
+
+
 class SmallCluster:
     """A head of `head_cpus` CPUs, on whose node drivers run, and nodes that can be added and killed."""
 
-    def __init__(self, head_cpus: int, env: dict[str, str] | None = None) -> None:
+    def __init__(self, head_cpus: int) -> None:
         from ray.cluster_utils import Cluster
 
         self.temp = tempfile.mkdtemp(prefix="r-", dir="/tmp")  # a short path: sockets lie below it
-        saved = dict(os.environ)
-        os.environ.update(env or {})
         head = {"num_cpus": head_cpus, "_system_config": QUICK, "include_dashboard": False, "temp_dir": self.temp}
         head["object_store_memory"] = 80 * 2**20
-        try:
-            self.cluster = Cluster(initialize_head=True, head_node_args=head)
-        finally:
-            os.environ.clear()
-            os.environ.update(saved)
+        self.cluster = patiently(lambda: Cluster(initialize_head=True, head_node_args=head))
         self.address = self.cluster.address
         self.drivers: list[subprocess.Popen[str]] = []
 
     def add_node(self, cpus: int) -> Any:
-        """A new node. Ray gives a raylet 30 s to come up, which on a busy machine may not do."""
-        for _ in range(4):
-            with contextlib.suppress(Exception):
-                return self.cluster.add_node(num_cpus=cpus, object_store_memory=80 * 2**20)
-        return self.cluster.add_node(num_cpus=cpus, object_store_memory=80 * 2**20)
+        """A new node."""
+        return patiently(lambda: self.cluster.add_node(num_cpus=cpus, object_store_memory=80 * 2**20))
+
+    def drain_node(self, node: Any, seconds: int) -> None:
+        """Announce, as KubeRay's autoscaler and a cloud's notice of preemption do, that the node goes in `seconds`.
+
+        Whoever announces it takes the node away then; Ray does not.
+        """
+        command = [str(Path(sys.executable).with_name("ray")), "drain-node", "--address", self.address]
+        command += ["--node-id", node.node_id, "--reason", "DRAIN_NODE_REASON_PREEMPTION"]
+        command += ["--reason-message", "a test", "--deadline-remaining-seconds", str(seconds)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
 
     @staticmethod
     def pid_of(node: Any, process: str = "raylet") -> int:
@@ -61,12 +68,12 @@ class SmallCluster:
         """kill -9 of a raylet; its workers notice and end."""
         os.kill(self.pid_of(node), signal.SIGKILL)
 
-    def workers(self, name: str) -> list[psutil.Process]:
-        """Processes of the actor class `name` on all nodes: children of our raylets whose title holds it."""
+    def workers(self, name: str, node: Any = None) -> list[psutil.Process]:
+        """Processes of the actor class `name` on all nodes, or one: children of our raylets whose title holds it."""
         found = []
-        for node in self.cluster.list_all_nodes():
+        for each in self.cluster.list_all_nodes() if node is None else [node]:
             try:
-                children = psutil.Process(self.pid_of(node)).children(recursive=True)
+                children = psutil.Process(self.pid_of(each)).children(recursive=True)
                 found += [child for child in children if name in " ".join(child.cmdline())]
             except (psutil.NoSuchProcess, psutil.ZombieProcess):
                 continue
@@ -84,6 +91,14 @@ class SmallCluster:
             driver.kill()
             driver.wait()
         self.cluster.shutdown()
+
+
+def patiently(start: Callable[[], Any]) -> Any:
+    """What `start` gives. Ray gives a raylet 30 s to come up, which on a busy machine may not do."""
+    for _ in range(4):
+        with contextlib.suppress(Exception):
+            return start()
+    return start()
 
 
 def wait_for(condition: Callable[[], Any], seconds: float, what: str, every: float = 0.02) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from functools import partial
 from pathlib import Path
@@ -19,7 +20,7 @@ from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
 from tests.train.made_jobs import ARCHITECTURE, recipe
 from ultralong_ray.flops import ModelShape
 from ultralong_ray.storage import Location
-from ultralong_ray.train import watchdog
+from ultralong_ray.train import controller, watchdog
 from ultralong_ray.train.bad_steps import SpikeWatch, refuse_broken, refuse_spike
 from ultralong_ray.train.batches import accumulation_steps
 from ultralong_ray.train.checkpoint_files import MANIFEST_FILE
@@ -212,6 +213,15 @@ def test_a_broken_number_names_the_last_good_checkpoint_from_before(tmp_path: Pa
         refuse_spike(7, "step 7: loss 9", Location.of(tmp_path))
 
 
+def test_each_row_of_the_failure_table_names_tests_that_exist() -> None:
+    tests = Path(__file__).resolve().parents[1]
+    text = (tests.parent / "cluster" / "README.md").read_text()
+    rows = re.findall(r"^\| .*", text[text.index("| Failure |") : text.index("| Setting |")], re.MULTILINE)[2:]
+    named = [re.findall(r"`([\w/]+\.py)::(\w+)`", row) for row in rows]
+    assert len(rows) >= 18 and all(named)
+    assert [test for row in named for file, test in row if f"def {test}(" not in (tests / file).read_text()] == []
+
+
 def test_a_loss_stands_out_from_the_median_before_it() -> None:
     watch = SpikeWatch(2.0)
     assert [watch.spike(loss) for loss in (1.0, 9.0, 2.0, 2.0, 2.0)] == [None] * 5
@@ -252,12 +262,15 @@ def test_a_range_of_workers_is_ordered(tmp_path: Path) -> None:
         recipe(tmp_path, cluster={"num_workers": 2, "min_workers": 3})
 
 
-def test_the_policy_of_sizes_takes_the_largest_legal_one_and_grows_only_after_a_checkpoint(tmp_path: Path) -> None:
+def test_the_policy_of_sizes_takes_the_largest_legal_one_and_grows_only_after_a_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     stage = Location.of(tmp_path)
+    monkeypatch.setattr(controller, "draining_nodes", lambda: {"leaving"})
     scaling = ScalingConfig(num_workers=(1, 4), resources_per_worker={"CPU": 1}, elastic_resize_monitor_interval_s=0)
     pickler: Any = cloudpickle
     policy: Any = pickler.loads(pickler.dumps(LegalSizes(scaling, (1, 2, 4), stage)))
-    resources = {"head": {"CPU": 1.0}, "node": {"CPU": 2.0, "memory": 9.0}}
+    resources = {"head": {"CPU": 1.0}, "node": {"CPU": 2.0, "memory": 9.0}, "leaving": {"CPU": 9.0}}
     assert policy._count_possible_workers(resources) == 2  # the third stands by
     policy._get_reserved_resources = lambda: resources
     policy._maybe_send_resource_request = lambda: None

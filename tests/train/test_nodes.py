@@ -1,20 +1,9 @@
-"""Nodes as separate hosts: network namespaces on a bridge, each with its own address, and a link that can be cut.
-
-Needs root and iproute2. Every node is `ray start` inside a namespace; the driver runs in the head's.
-"""
+"""A host that is lost and a link that is cut, on nodes that are separate hosts (hosts.py)."""
 
 from __future__ import annotations
 
-import contextlib
-import json
-import os
-import shutil
-import signal
 import subprocess
 import sys
-import tempfile
-import time
-import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,8 +11,9 @@ from typing import Any
 import psutil
 import pytest
 
+from tests.train.hosts import Hosts, namespaces_permitted
 from tests.train.made_jobs import write_inputs
-from tests.train.small_cluster import HERE, QUICK, wait_for
+from tests.train.small_cluster import wait_for
 from ultralong_ray.storage import Location
 from ultralong_ray.train.events import read_events
 from ultralong_ray.train.metrics import read_metrics
@@ -42,106 +32,7 @@ JOB: dict[str, Any] = {
 }
 
 
-def namespaces_permitted() -> bool:
-    if os.geteuid() != 0 or shutil.which("ip") is None:
-        return False
-    name = f"t{uuid.uuid4().hex[:6]}"
-    made = subprocess.run(["ip", "netns", "add", name], capture_output=True).returncode == 0
-    if made:
-        subprocess.run(["ip", "netns", "del", name], capture_output=True)
-    return made
-
-
 pytestmark = pytest.mark.skipif(not namespaces_permitted(), reason="network namespaces need root and iproute2")
-
-
-class Hosts:
-    """Namespaces h0, h1, ... on a bridge of their own; h0 is the head."""
-
-    def __init__(self) -> None:
-        self.key = uuid.uuid4().hex[:5]
-        self.network = f"10.{200 + int(self.key[:2], 16) % 50}.{int(self.key[2:4], 16)}"
-        self.bridge, self.temp = f"b{self.key}", tempfile.mkdtemp(prefix="r-", dir="/tmp")
-        self.names: list[str] = []
-        self.processes: list[subprocess.Popen[Any]] = []
-        _ip("link", "add", self.bridge, "type", "bridge")
-        _ip("link", "set", self.bridge, "up")
-
-    def add_host(self) -> int:
-        """A namespace on the bridge; its number."""
-        number = len(self.names)
-        name, link = f"n{self.key}{number}", f"v{self.key}{number}"
-        self.names.append(name)
-        _ip("netns", "add", name)
-        _ip("link", "add", link, "type", "veth", "peer", "name", "eth0", "netns", name)
-        _ip("link", "set", link, "master", self.bridge, "up")
-        self.run(number, ["ip", "addr", "add", f"{self.address(number)}/24", "dev", "eth0"])
-        for device in ("lo", "eth0"):
-            self.run(number, ["ip", "link", "set", device, "up"])
-        # Ray asks the default route for its own address; without one a driver joins any node
-        self.run(number, ["ip", "route", "add", "default", "dev", "eth0"])
-        return number
-
-    def add_node(self, cpus: int) -> int:
-        """A host with a Ray node; its number."""
-        number = self.add_host()
-        address = self.address(number)
-        options = ["--num-cpus", str(cpus), "--node-ip-address", address, "--object-store-memory", str(80 * 2**20)]
-        if number == 0:
-            options += ["--head", "--port", "6379", "--include-dashboard=false", "--system-config", json.dumps(QUICK)]
-            options += ["--temp-dir", self.temp]
-        else:
-            options += ["--address", f"{self.address(0)}:6379"]
-        self.run(number, [str(Path(sys.executable).parent / "ray"), "start", *options])
-        return number
-
-    def address(self, number: int) -> str:
-        return f"{self.network}.{number + 10}"
-
-    def run(self, number: int, command: list[str]) -> None:
-        done = subprocess.run(self._inside(number, command), capture_output=True, text=True, env=self._env())
-        assert done.returncode == 0, (command, done.stdout, done.stderr)
-
-    def start_driver(self, folder: Path, stage: str) -> subprocess.Popen[Any]:
-        script = [sys.executable, str(HERE / "small_driver.py"), f"{self.address(0)}:6379"]
-        log = (folder / f"{stage}.log").open("a")
-        command = self._inside(0, [*script, str(folder), stage, json.dumps(JOB)])
-        driver = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=self._env())
-        self.processes.append(driver)
-        return driver
-
-    def kill(self, number: int) -> None:
-        """kill -9 of all that runs on the host, as when it loses its power."""
-        pids = subprocess.run(["ip", "netns", "pids", self.names[number]], capture_output=True, text=True).stdout
-        for pid in map(int, pids.split()):
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-
-    def cut(self, number: int) -> None:
-        """The host's cable: nothing comes through, and nobody is told."""
-        _ip("link", "set", f"v{self.key}{number}", "nomaster")
-
-    def close(self) -> None:
-        for process in self.processes:
-            process.kill()
-        for number in range(len(self.names)):
-            self.kill(number)
-        time.sleep(0.5)
-        for name in self.names:
-            subprocess.run(["ip", "netns", "del", name], capture_output=True)
-        subprocess.run(["ip", "link", "del", self.bridge], capture_output=True)
-        shutil.rmtree(self.temp, ignore_errors=True)
-
-    def _inside(self, number: int, command: list[str]) -> list[str]:
-        return ["ip", "netns", "exec", self.names[number], *command]
-
-    @staticmethod
-    def _env() -> dict[str, str]:
-        return {**os.environ, "RAY_AUTH_MODE": "disabled", "GLOO_SOCKET_IFNAME": "eth0", "RAY_DEDUP_LOGS": "0"}
-
-
-def _ip(*arguments: str) -> None:
-    subprocess.run(["ip", *arguments], check=True, capture_output=True)
 
 
 @pytest.fixture
@@ -158,7 +49,7 @@ def started(hosts: Hosts, folder: Path, stage: str) -> tuple[subprocess.Popen[An
     write_inputs(folder)
     hosts.add_node(1)
     hosts.add_node(1)
-    driver, place = hosts.start_driver(folder, stage), Location.of(folder / stage)
+    driver, place = hosts.start_driver(0, folder, stage, JOB), Location.of(folder / stage)
     wait_for(lambda: len(read_metrics(place)) >= 2, WAIT_SECONDS, "step 2")
     return driver, place
 
@@ -204,7 +95,7 @@ def test_the_hosts_are_apart(hosts: Hosts) -> None:
     hosts.add_host()
     hosts.add_host()
     server = f"import socket; s = socket.create_server(('{hosts.address(0)}', 7000)); s.accept()"
-    listening = subprocess.Popen(hosts._inside(0, [sys.executable, "-c", server]))
+    listening = subprocess.Popen(hosts.inside(0, [sys.executable, "-c", server]))
     hosts.processes.append(listening)
     wait_for(lambda: psutil.pid_exists(listening.pid), 5, "the server")
     reach = (

@@ -9,9 +9,11 @@ import pytest
 
 from tests.parallel.spawn import run_distributed
 from tests.train.made_jobs import job, write_inputs
+from tests.train.small_cluster import SmallCluster, slow, wait_for
 from ultralong_ray.storage import Location
 from ultralong_ray.train.events import read_events
 from ultralong_ray.train.metrics import read_metrics
+from ultralong_ray.train.status import describe_run
 
 STEPS = 8
 # (ranks, degree) of steps 1-2, 3-4, 5-6 and 7-8
@@ -71,3 +73,43 @@ def test_the_losses_are_those_of_the_unbroken_run(folder: Path, stage: str) -> N
     begins = [event for event in read_events(Location.of(folder / stage)) if event["event"] in ("start", "resume")]
     layouts = [(event["layout"]["world_size"], event["layout"]["ulysses_degree"]) for event in begins]
     assert layouts == (DEGREES if stage == "degrees" else WORLDS[:3])
+
+
+@slow
+def test_a_run_grows_on_a_node_that_joins_and_shrinks_when_one_is_drained_or_lost(tmp_path: Path) -> None:
+    write_inputs(tmp_path)
+    cluster = SmallCluster(head_cpus=1)
+    try:
+        changes = {
+            "steps": 100_000,
+            "global_batch_sequences": 8,
+            "checkpoint_every_steps": 20,
+            "cluster": {"num_workers": 4, "min_workers": 1, "max_failures": -1},  # three do not divide the batch
+        }
+        driver = cluster.start_driver(tmp_path, "elastic", changes)
+        stage = Location.of(tmp_path / "elastic")
+
+        def sizes() -> list[int]:
+            assert driver.poll() is None, (tmp_path / "elastic.log").read_text()[-3000:]
+            begins = [event for event in read_events(stage) if event["event"] in ("start", "resume")]
+            return [event["layout"]["world_size"] for event in begins]
+
+        wait_for(lambda: sizes() == [1] and len(read_metrics(stage)) >= 2, 400, "one worker, the least")
+        node = cluster.add_node(2)
+        wait_for(lambda: sizes() == [1, 2], 400, "two of three workers")
+        cluster.drain_node(node, 200)
+        wait_for(lambda: sizes() == [1, 2, 1], 190, "one worker before the drained node goes")
+        cluster.kill_node(node)
+        node = cluster.add_node(2)
+        wait_for(lambda: sizes() == [1, 2, 1, 2], 400, "two workers again")
+        cluster.kill_node(node)
+        wait_for(lambda: sizes()[-1] == 1 and len(sizes()) > 4, 400, "one worker again")
+        grown = [(event["workers"], event["to"]) for event in read_events(stage) if event["event"] == "resize"]
+        assert grown.count((1, 2)) == 2
+        steps = [record.step for record in read_metrics(stage)]
+        assert steps == list(range(1, len(steps) + 1))
+        status = describe_run(stage)
+        assert "2 workers, now 1" in status and "1 workers became 2" in status
+        print(status)
+    finally:
+        cluster.close()

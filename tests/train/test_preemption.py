@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from tests.train.made_jobs import job, write_inputs
 from ultralong_ray.storage import Location
 from ultralong_ray.train.checkpoint import CHECKPOINTS, committed
 from ultralong_ray.train.events import read_events
+from ultralong_ray.train.failures import breakdowns_in_a_row, kind_of
 from ultralong_ray.train.metrics import read_metrics
 from ultralong_ray.train.notices import NONE, PREEMPTED, STOPPED, TERMINATED, Interrupted, cause_of
 from ultralong_ray.train.preemption import STOP_FILE, stopped_by_sigterm
@@ -72,6 +74,12 @@ def test_a_notice_to_one_rank_is_obeyed_by_all_after_the_step_in_flight(tmp_path
 def test_the_strongest_notice_counts_and_its_ranks_are_named() -> None:
     assert cause_of([NONE, TERMINATED, PREEMPTED, PREEMPTED]).endswith("will be taken away, to ranks 2, 3")
     assert cause_of([STOPPED, TERMINATED]).endswith("to rank 0")
+
+
+def test_the_controller_gets_what_a_rank_raised_and_does_not_count_it() -> None:
+    error = pickle.loads(pickle.dumps(Interrupted(PREEMPTED, 3, "drained")))
+    assert (error.notice, error.step, str(error)) == (PREEMPTED, 3, "drained; step 3 is saved")
+    assert kind_of(error) == "preempted"
 
 
 def test_sigterm_is_heard_once_and_kills_after_the_grace() -> None:
@@ -146,6 +154,7 @@ def test_sigterm_to_a_worker_and_to_the_driver_on_ray(tmp_path: Path) -> None:
     wait_for(lambda: any(event["event"] == "resume" for event in read_events(stage)), first, tmp_path)
     events = [event for event in read_events(stage) if event["event"] in ("interrupted", "resume")]
     assert "SIGTERM reached rank" in events[0]["cause"] and events[0]["step"] == events[1]["step"] > 3
+    assert breakdowns_in_a_row(read_events(stage)) == [], "asked to leave is no failure"
     wait_for(steps_beyond(events[1]["step"] + 2), first, tmp_path)
     first.send_signal(signal.SIGTERM)
     assert first.wait(120) == 128 + signal.SIGTERM

@@ -5,8 +5,8 @@ Flows in: workers' failures as Ray Train polls them, and the resources that it m
 sequence-parallel groups that share a batch evenly, so `LegalSizes` takes the largest of those. What is left over
 stands by in the cluster: it holds no process and no shard, and is taken when it completes a larger legal size.
 
-Read against Ray 2.60 (Ray Train V2): `ElasticScalingPolicy._count_possible_workers` is internal, and so is
-`_initialize_and_run_controller`, which is handed the policy that Ray made.
+Read against Ray 2.60 (Ray Train V2): `ElasticScalingPolicy._count_possible_workers` is internal, and so are
+`_initialize_and_run_controller`, which is handed the policy that Ray made, and `state`, which knows draining nodes.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from collections.abc import Callable
 from typing import Any
 
 import ray
+from ray._private.state import state
 from ray.train import UserCallback
 from ray.train.torch import TorchTrainer
 from ray.train.v2._internal.execution.scaling_policy import ElasticScalingPolicy, NoopDecision, ResizeDecision
@@ -111,7 +112,9 @@ class LegalSizes(ElasticScalingPolicy):
         self.sizes, self.stage = sizes, stage
 
     def _count_possible_workers(self, reserved_resources: Any) -> int:
-        possible = super()._count_possible_workers(reserved_resources)
+        leaving = draining_nodes()  # Ray 2.60 counts these, but puts no new worker on them
+        staying = {node: resources for node, resources in reserved_resources.items() if node not in leaving}
+        possible = super()._count_possible_workers(staying)
         size = largest_legal(self.sizes, possible)
         if size < possible:
             logger.info("of %d possible workers %d take part: %d stand by", possible, size, possible - size)
@@ -130,6 +133,11 @@ class LegalSizes(ElasticScalingPolicy):
             except Exception:
                 logger.exception("a change of the number of workers could not be recorded")
         return decision
+
+
+def draining_nodes() -> set[str]:
+    """Ids of the nodes that are announced to be taken away."""
+    return set(state.get_draining_nodes() or {})
 
 
 def placement_groups_of_job() -> set[str]:

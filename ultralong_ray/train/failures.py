@@ -1,59 +1,7 @@
 """What a failure is, what is done about each kind, and when a run has failed too often. Pure: events in, words out.
 
-The failure table. "Then" is without a person unless it says stop; "shown" are files below tests/. A commit is a
-checkpoint whose manifest is written (train/checkpoint_files.py), which happens while the steps after it run, and
-nothing committed is ever lost. "The steps since" are at most checkpoint_every_steps, those during the upload that a
-failure cuts short, and the one in flight. Times in brackets are defaults. cluster/README.md has the same table.
-
-  - worker killed. Seen: Ray Train, at its next look (0.2 s). Then: all ranks start again from the last commit. Lost:
-    the steps since. Shown: train/test_kill_schedule.py.
-  - node killed or removed. Seen: broken collective of its partners at once; Ray after 15 s without an answer. Then:
-    the same, on a node that joins or on fewer (min_workers). Lost: the steps since. Shown: train/test_nodes.py,
-    test_kill_schedule.py (raylet).
-  - link cut, nobody is told. Seen: Ray after 15 s (towards the head); else the watchdog, which tries every node.
-    Then: the node that cannot be reached is named; the same. Ranks that live on there neither commit nor remove a
-    checkpoint once another attempt has begun. Lost: the steps since. Shown: train/test_nodes.py, test_failures.py,
-    test_beside.py (ranks that live on).
-  - Ray Train's controller killed. Seen: the driver, at once. Then: the driver begins again. Lost: the steps since.
-    Shown: train/test_kill_schedule.py.
-  - driver or head lost. Seen: whoever submitted it (KubeRay too, where backoffLimit is above the 0 of base/). Then:
-    submitted again it goes on from the last commit. Lost: the steps since. Shown: train/test_kill_schedule.py (driver).
-  - head's control service lost, GCS fault tolerance on. Seen: nobody, for up to 60 s. Then: nodes and ranks wait for
-    it and go on. Lost: nothing. Shown: not yet.
-  - rank hangs or is frozen. Seen: watchdog: hang_timeout_seconds, or 10 median steps and at least 300 s; while the
-    loop waits for a checkpoint, an hour, more where it is large. Then: named with node, step and stacks (hangs/),
-    killed; all start again. Lost: the steps since. Shown: train/test_hang.py, test_beside.py (a slow upload is none).
-  - SIGTERM to a worker. Seen: all ranks, at the end of the step. Then: that step is saved and all start again, with
-    preemption_grace_seconds (60) for both; then the signal kills. Lost: nothing; killed, the steps since. Shown:
-    train/test_preemption.py.
-  - Ray's preemption notice (a node is drained). Seen: Ray Train, which asks every second; all ranks at the end of the
-    step. Then: that step is saved; Ray ends the ranks at the drain's deadline and starts them elsewhere, uncounted by
-    max_failures. Lost: nothing; where the deadline is too near, the steps since. Shown: train/test_preemption.py (a
-    notice to the loop).
-  - SIGTERM to the driver (`ray job stop`). Seen: the ranks, within a second and at the end of the step. Then: that
-    step is saved and the run ends, within the same grace; submitted again it goes on from there. Lost: nothing; past
-    the grace, or Ray's RAY_JOB_STOP_WAIT_TIME_S (3), the steps since. Shown: train/test_preemption.py.
-  - NCCL or gloo error. Seen: the ranks that get it, at once. Then: recorded after 2 s, in which a dead partner is
-    found; all start again. Lost: the steps since. Shown: train/test_failures.py, test_kill_schedule.py.
-  - out of memory on a rank. Seen: that rank, or Ray's memory monitor, at once. Then: recorded beside the plan's
-    memory; one restart, then stop. Lost: the steps since. Shown: train/test_failures.py.
-  - loss or gradient not finite. Seen: the step itself, before it is saved. Then: stop, naming ranks, sequences, last
-    good checkpoint. Lost: the steps since. Shown: train/test_failures.py.
-  - loss spike. Seen: the step itself (loss_spike_factor). Then: on_loss_spike: warn (event, log) or stop. Lost:
-    nothing; with stop the steps since. Shown: train/test_failures.py.
-  - object store away. Seen: the request that fails. Then: tried again for 90 s, then the attempt fails as above.
-    Lost: time. Shown: data/test_object_store.py.
-  - object store away during an upload. Seen: the request that fails. Then: steps go on, up to the next checkpoint; the
-    upload is tried again up to four times, for 90 s each; then the attempt fails as above. What was not committed is
-    taken for no checkpoint, and removed later. Lost: time; the steps since where it stays away. Shown:
-    train/test_checkpoint_store.py.
-  - checkpoint damaged (torn, truncated, bits flipped). Seen: at load, by its sizes and checksums. Then: it is named,
-    and the one before it is used; stop where none is whole. Lost: the steps since that one. Shown:
-    train/test_checkpoint_damage.py.
-  - fails again and again. Seen: max_failures restarts without a new checkpoint. Then: stop, naming step and
-    sequences; a new submission has one attempt. Lost: nothing more. Shown: train/test_failures.py.
-  - disk full, other user errors. Seen: the rank that meets it. Then: stop with the message. Lost: the steps since.
-    Shown: train/test_trainer.py.
+The failure table of cluster/README.md says for each failure who sees it within what time, what happens, what is lost,
+and which test shows it.
 """
 
 from __future__ import annotations

@@ -19,7 +19,11 @@ class Interrupted(Exception):
 
     def __init__(self, notice: int, step: int, cause: str) -> None:
         super().__init__(f"{cause}; step {step} is saved")
-        self.notice, self.step = notice, step
+        self.notice, self.step, self.cause = notice, step, cause
+
+    def __reduce__(self) -> tuple[type[Interrupted], tuple[int, int, str]]:
+        """Ray hands it from a worker to its controller, where pickle would call `__init__` with the message alone."""
+        return Interrupted, (self.notice, self.step, self.cause)
 
 
 def cause_of(notices: list[int]) -> str:

@@ -4,8 +4,9 @@ Flows in: signals, Ray's news, a file in the stage's directory. Flows out: the n
 asked for by the loop at the end of every step. The loop then saves, and leaves so that Ray starts it again from there:
 
     a worker gets SIGTERM       it has `cluster.preemption_grace_seconds`; then the signal does what it did before
-    a node is drained           Ray Train ends the workers at the drain's deadline and starts them elsewhere; this does
-                                not count as one of cluster.max_failures
+    a node is drained           Ray places nothing on it from then on, so Ray Train starts them elsewhere; this does not
+                                count as one of cluster.max_failures. With max_failures 0 Ray takes whoever leaves for
+                                a failure; then they wait until it ends them, at the drain's deadline
     the driver gets SIGTERM     (`ray job stop`) it asks the workers by a file and waits for them, for the same grace.
                                 Ray kills a stopped job after RAY_JOB_STOP_WAIT_TIME_S, 3 s unless the job's runtime
                                 environment says more; what was committed before stays good whatever happens
@@ -78,7 +79,8 @@ def preemption_info() -> Any:
 def wait_for_the_end() -> None:
     """After a preemption notice: until Ray ends this process at the deadline, or that is overdue.
 
-    A worker that raised instead would count as failed, and one that returned as done.
+    A worker that raised instead would count as failed, which ends a run with cluster.max_failures 0; one that returned
+    would count as done.
     """
     info = preemption_info()
     seconds = NO_DEADLINE_SECONDS

@@ -61,6 +61,8 @@ logger = logging.getLogger(__name__)
 PARTNER_SECONDS = 2.0
 # A healthy run asks no more often than this whether there are more workers, and only just after a checkpoint.
 RESIZE_SECONDS = 30.0
+# An elastic run asks for what it counted, in which a node may be that was just lost; then it counts anew.
+ELASTIC_START_SECONDS = 30.0
 RAY_SETTINGS = {
     # The controller looks at its workers every 2 s by default, and a report waits for that look.
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
@@ -103,7 +105,8 @@ def train(
     for name, value in RAY_SETTINGS.items():
         os.environ.setdefault(name, value)
     # After a lost node Ray Train waits for another one for 60 s unless told otherwise, then asks anew.
-    os.environ.setdefault(WORKER_GROUP_START_TIMEOUT_S_ENV_VAR, f"{60 * recipe.cluster.wait_minutes:.0f}")
+    start_seconds = ELASTIC_START_SECONDS if plans else 60 * recipe.cluster.wait_minutes
+    os.environ.setdefault(WORKER_GROUP_START_TIMEOUT_S_ENV_VAR, f"{start_seconds:.0f}")
     handler = signal.getsignal(signal.SIGINT)
     try:
         with stopped_by_sigterm(place, recipe.cluster.preemption_grace_seconds):
@@ -254,7 +257,7 @@ def _worker(config: dict[str, Any]) -> int | None:
     except Interrupted as interrupted:
         if interrupted.notice == STOPPED:
             return None
-        if interrupted.notice == PREEMPTED:
+        if interrupted.notice == PREEMPTED and not job.recipe.cluster.max_failures:
             wait_for_the_end()
         raise
     except UserError as error:
