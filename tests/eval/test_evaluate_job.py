@@ -30,10 +30,7 @@ WINDOW_TOKENS = 16384  # what the harness's own model may read before it would c
 
 pytestmark = [
     pytest.mark.skipif(not BENCHMARKS.exists(), reason=f"needs the benchmark files in {BENCHMARKS}"),
-    pytest.mark.skipif(
-        os.environ.get("ULTRALONG_SLOW_TESTS") != "1",
-        reason="asks the model and the harness hundreds of questions; set ULTRALONG_SLOW_TESTS=1 to run it",
-    ),
+    pytest.mark.slow,
 ]
 
 RECIPE = """

@@ -24,11 +24,6 @@ from ultralong_ray.stages import stage_directory
 from ultralong_ray.storage import Location, StageDirectory
 from ultralong_ray.types import UserError
 
-slow = pytest.mark.skipif(
-    os.environ.get("ULTRALONG_SLOW_TESTS") != "1",
-    reason="starts groups of processes with a model each; set ULTRALONG_SLOW_TESTS=1 to run it",
-)
-
 
 @pytest.fixture(scope="module")
 def local_ray() -> Iterator[None]:
@@ -64,7 +59,7 @@ class Rank:
         os._exit(1)
 
 
-@slow
+@pytest.mark.slow
 def test_degrees_that_do_not_fit_the_model_are_refused_in_words(
     local_ray: None, tiny_recipe: Callable[..., Recipe], tiny_llama: Path
 ) -> None:
@@ -87,7 +82,7 @@ def _cells(folder: Path) -> dict[str, Any]:
     return found
 
 
-@slow
+@pytest.mark.slow
 def test_a_killed_rank_costs_the_cell_under_way_and_the_table_is_the_same(
     local_ray: None,
     tiny_recipe: Callable[..., Recipe],

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-import pytest
 
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")
 HERE = Path(__file__).resolve().parent
@@ -26,10 +25,6 @@ HERE = Path(__file__).resolve().parent
 QUICK = {"health_check_initial_delay_ms": 1000, "health_check_period_ms": 1000, "health_check_failure_threshold": 3}
 # Workers that nobody asked for cost seconds of a small machine.
 QUICK |= {"prestart_worker_first_driver": False, "enable_worker_prestart": False}
-
-
-SLOW = "ULTRALONG_SLOW_TESTS"  # environment variable that switches on tests of half a minute and more
-slow = pytest.mark.skipif(SLOW not in os.environ, reason=f"takes half a minute or more; set {SLOW}=1")
 
 
 class SmallCluster:

@@ -18,7 +18,7 @@ import psutil
 import pytest
 
 from tests.train.made_jobs import LENGTH, NUM_SEQUENCES, VOCAB, recipe, write_inputs
-from tests.train.small_cluster import SmallCluster, slow, wait_for
+from tests.train.small_cluster import SmallCluster, wait_for
 from ultralong_ray.storage import Location
 from ultralong_ray.train.events import read_events
 from ultralong_ray.train.failures import Event, breakdowns_in_a_row
@@ -26,7 +26,7 @@ from ultralong_ray.train.metrics import read_metrics
 from ultralong_ray.train.order import sequences_of_step
 from ultralong_ray.train.status import describe_run
 
-pytestmark = slow
+pytestmark = pytest.mark.slow
 WAIT_SECONDS = 400.0  # for what takes seconds on an idle machine
 REFUSED = 2  # exit status of a driver that met a UserError
 

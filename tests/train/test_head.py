@@ -18,14 +18,14 @@ import pytest
 
 from tests.train.hosts import Hosts, namespaces_permitted
 from tests.train.made_jobs import write_inputs
-from tests.train.small_cluster import slow, wait_for
+from tests.train.small_cluster import wait_for
 from ultralong_ray.storage import Location
 from ultralong_ray.train.events import read_events
 from ultralong_ray.train.metrics import read_metrics
 from ultralong_ray.train.status import describe_run
 
 pytestmark = [
-    slow,
+    pytest.mark.slow,
     pytest.mark.skipif(shutil.which("redis-server") is None, reason="needs a Redis server (Debian: redis-server)"),
     pytest.mark.skipif(not namespaces_permitted(), reason="network namespaces need root and iproute2"),
 ]

@@ -9,7 +9,7 @@ import pytest
 
 from tests.parallel.spawn import run_distributed
 from tests.train.made_jobs import job, write_inputs
-from tests.train.small_cluster import SmallCluster, slow, wait_for
+from tests.train.small_cluster import SmallCluster, wait_for
 from ultralong_ray.storage import Location
 from ultralong_ray.train.events import read_events
 from ultralong_ray.train.metrics import read_metrics
@@ -75,7 +75,7 @@ def test_the_losses_are_those_of_the_unbroken_run(folder: Path, stage: str) -> N
     assert layouts == (DEGREES if stage == "degrees" else WORLDS[:3])
 
 
-@slow
+@pytest.mark.slow
 def test_a_run_grows_on_a_node_that_joins_and_shrinks_when_one_is_drained_or_lost(tmp_path: Path) -> None:
     write_inputs(tmp_path)
     cluster = SmallCluster(head_cpus=1)

@@ -109,7 +109,7 @@ def write_task(stage: StageDirectory, model: str, task: str, length: int, points
     place = {"model": model, "task": task, "context_length_tokens": length, "depth_percent": None, "shard": 0}
     samples = [made_sample(point) for point in points]
     if task.startswith("perplexity/"):
-        losses = [{"loss": -math.log(point), "bucket_end_tokens": [length]} for point in points]
+        losses = [{"loss": -math.log(max(point, 1e-6)), "bucket_end_tokens": [length]} for point in points]
         facts = [{**loss, "bucket_loss": [loss["loss"]]} for loss in losses]
         samples = [{**sample, "facts": found} for sample, found in zip(samples, facts, strict=True)]
     write_json(stage, file, {**place, "score": sum(points) / len(points), "samples": samples, "settings": {}})
