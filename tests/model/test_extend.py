@@ -78,6 +78,22 @@ def test_old_spelling_of_rope_is_replaced(tiny_recipe: Make, changed_base: Calla
     assert (summary["base_rope_scheme"], summary["base_rope_factor"]) == ("linear", 2.0)
 
 
+@pytest.mark.parametrize("written", [None, {}, {"eos_token_id": [1, 9]}], ids=["absent", "empty", "own"])
+def test_answers_end_at_the_tokenizers_eos_where_nothing_else_is_said(
+    tiny_recipe: Make, changed_base: Callable[..., Path], written: dict[str, Any] | None
+) -> None:
+    """A generation config without eos_token_id lets transformers write on behind the end of an answer."""
+    base = changed_base(eos_token_id=None, bos_token_id=None)
+    (base / "generation_config.json").unlink(missing_ok=True)
+    if written is not None:
+        (base / "generation_config.json").write_text(json.dumps(written))
+    folder, _ = run(tiny_recipe(model={"base": str(base)}))
+    from transformers import AutoModelForCausalLM
+
+    ends = AutoModelForCausalLM.from_pretrained(folder).generation_config.eos_token_id
+    assert ends == ([1, 9] if written else 1)
+
+
 def test_random_init_writes_a_config_that_builds_a_model(tiny_recipe: Make) -> None:
     for model_type in ("llama", "qwen2", "qwen3", "mistral"):
         shape = SHAPE | {"model_type": model_type, "head_dim": 8, "tie_word_embeddings": True}

@@ -64,13 +64,14 @@ def extend(recipe: Recipe, stage: StageDirectory) -> dict[str, Any]:
         config = extended_config(model, raw, base_rope.theta, head_dim)
         parameters = sum(math.prod(shape) for shape in tensor_shapes(folder).values())
     target = stage.location / "model"
-    vocabulary = _write_tokenizer(model, folder, target)
+    tokenizer = _write_tokenizer(model, folder, target)
+    vocabulary = max(tokenizer.get_vocab().values()) + 1
     if vocabulary > config["vocab_size"]:
         raise UserError(
             f"{folder}: the tokenizer has ids up to {vocabulary - 1}, the model's vocab_size is {config['vocab_size']}"
         )
     (target / "config.json").write_json(config)
-    (target / "generation_config.json").write_json(_generation_config(folder, config))
+    (target / "generation_config.json").write_json(_generation_config(folder, config, tokenizer))
     if model.init == "pretrained":
         _copy_weights(folder, target)
     return {
@@ -182,8 +183,8 @@ def _head_dim(shape: Any) -> int:
     return getattr(shape, "head_dim", None) or shape.hidden_size // shape.num_attention_heads
 
 
-def _write_tokenizer(model: ModelConfig, folder: Path, target: Location) -> int:
-    """Copy the tokenizer with model_max_length set to the target; returns the number of ids it can give."""
+def _write_tokenizer(model: ModelConfig, folder: Path, target: Location) -> Any:
+    """Copy the tokenizer with model_max_length set to the target, and return it."""
     from transformers import AutoTokenizer
 
     try:
@@ -196,17 +197,21 @@ def _write_tokenizer(model: ModelConfig, folder: Path, target: Location) -> int:
     limits = target / "tokenizer_config.json"
     settings = limits.read_json() if limits.exists() else {}
     limits.write_json(settings | {"model_max_length": model.exported_max_position_embeddings})
-    return max(tokenizer.get_vocab().values()) + 1
+    return tokenizer
 
 
-def _generation_config(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
-    """The base's generation config; a limit on the whole length, where it has one, becomes the new window."""
+def _generation_config(folder: Path, config: dict[str, Any], tokenizer: Any) -> dict[str, Any]:
+    """The base's generation config; a limit on the whole length, where it has one, becomes the new window.
+
+    Special tokens that neither it nor config.json names are the tokenizer's: without one that ends an answer
+    transformers writes on.
+    """
     path = folder / "generation_config.json"
-    if path.is_file():
-        settings = json.loads(path.read_bytes())
-    else:
-        names = ("bos_token_id", "eos_token_id", "pad_token_id")
-        settings = {name: config[name] for name in names if config.get(name) is not None}
+    settings = json.loads(path.read_bytes()) if path.is_file() else {}
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        known = config.get(name) if config.get(name) is not None else getattr(tokenizer, name)
+        if settings.get(name) is None and known is not None:
+            settings[name] = known
     if "max_length" in settings:
         settings["max_length"] = config["max_position_embeddings"]
     return settings
