@@ -76,7 +76,9 @@ def read_results(file: Path) -> dict[str, Any]:
     try:
         results = json.loads(file.read_text())
     except (OSError, ValueError) as error:
-        raise UserError(f"{file}: {error}; write it by  python jobs/figures.py gather RUNS --out {file}") from None
+        reason = error.strerror if isinstance(error, OSError) else error
+        words = f"cannot be read ({reason}); write it by  python jobs/figures.py gather RUNS --out {file}"
+        raise UserError(f"{file} {words}") from None
     if not isinstance(results, dict) or "parts" not in results or "notes" not in results:
         raise UserError(f"{file} has no parts and notes, so it is not of jobs/figures.py gather; name another --out")
     return results
