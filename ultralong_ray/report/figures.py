@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any
 
@@ -183,7 +183,7 @@ def _window_edge(window: int, lengths: list[int], left: float, width: float, top
 class Line:
     """One curve; a None in `ys` interrupts it. `style` is a class of the style sheet that sets colour and dashes.
 
-    `bounds`: (low, high) of the interval of every point, or none at all.
+    `bounds`: (low, high) of the interval of every point, or none at all. `aside`: pixels that it is drawn to the right.
     """
 
     label: str
@@ -191,6 +191,7 @@ class Line:
     xs: list[float]
     ys: list[float | None]
     bounds: list[tuple[float, float]] = field(default_factory=list)
+    aside: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -219,7 +220,8 @@ def line_chart(
     if not points:
         return Markup("")
     left, right, top, bottom = 58.0, width - 12, 26.0, height - 42
-    across = _scale(x, [p[0] for p in points], left, right, padded=False)
+    beside = max(abs(line.aside) for line in lines)
+    across = _scale(x, [p[0] for p in points], left + beside, right - beside, padded=False)
     bounds = [bound for line in lines for pair in line.bounds for bound in pair]
     up = _scale(y, [*(p[1] for p in points), *bounds], bottom, top, padded=True)
     parts = _frame(across, up, x, y, ticks_up=max(2, round((bottom - top) / 30)))
@@ -283,6 +285,7 @@ def _frame(across: Scale, up: Scale, x: Axis, y: Axis, ticks_up: int) -> list[st
 
 def _curve(line: Line, across: Scale, up: Scale, x: Axis, y: Axis) -> list[str]:
     """The line, interrupted where a value is missing, and a dot with its value on hover where there are few."""
+    across = replace(across, start=across.start + line.aside, end=across.end + line.aside)
     stride = -(-len(line.xs) // MAX_POINTS)
     points = list(zip(line.xs, line.ys, strict=True))
     drawn = [*points[:-1:stride], points[-1]]

@@ -84,6 +84,8 @@ def test_ruler_has_a_line_with_intervals_for_every_model(results: Path, tmp_path
         assert len([p for p in root.iter(f"{SVG}path") if p.get("class") == f"interval {style}"]) == 3
     hover = [title.text or "" for title in root.iter(f"{SVG}title")]
     assert any(text.startswith("base model, context length, tokens 4K: 81.2") for text in hover)
+    labels = [text for text in _texts(root) if text.endswith("K")]
+    assert len(set(labels)) == len(labels) > 3  # a tick between two measured lengths is not named after one of them
 
 
 def test_the_recipe_is_the_line_that_variants_are_held_against(results: Path, tmp_path: Path) -> None:

@@ -43,7 +43,7 @@ from ultralong_ray.report.reproduction.trials import AT_END, BEYOND, RECIPE, WIT
 from ultralong_ray.report.reproduction.variants import RECIPE_LABEL, grouped, label
 from ultralong_ray.report.words import near_tokens, percent, short_tokens
 
-BESIDE = 0.07  # octaves between the points of two models at one length
+BESIDE = 7.0  # pixels between the points of two models at one length: equal points would hide each other
 TEXT = "perplexity"  # a suite whose scores are 1 / perplexity
 SUITES = TITLES | {"short_skills": "Short skills", TEXT: "Text, 100 / perplexity"}
 FAR = 2.5  # times the median
@@ -99,14 +99,13 @@ def _heatmap_input(grid: dict[str, Any], subject: Subject, window: int) -> tuple
 
 def ruler(results: dict[str, Any]) -> str | None:
     found = {subject: means for subject in SUBJECTS if (means := means_of(results, subject, "ruler"))}
-    lengths = sorted({length for means in found.values() for length in means})
     lines = []
     for number, (subject, means) in enumerate(found.items()):
-        aside = 2 ** (BESIDE * (number - (len(found) - 1) / 2))  # equal points would hide each other
+        aside = BESIDE * (number - (len(found) - 1) / 2)
         bounds = [(mean["low"], mean["high"]) for mean in means.values()]
         ys: list[float | None] = [mean["percent"] for mean in means.values()]
-        lines.append(Line(subject.label, subject.style, [length * aside for length in means], ys, bounds))
-    x = Axis("context length, tokens", "log2", lambda at: short_tokens(min(lengths, key=lambda n: abs(n - at))))
+        lines.append(Line(subject.label, subject.style, [float(length) for length in means], ys, bounds, aside))
+    x = Axis("context length, tokens", "log2", lambda at: short_tokens(round(at)))
     y = Axis("per cent", "linear", words.tick, from_zero=True)
     window = base_window(results)
     chart = line_chart("ruler", "RULER by context length", lines, x, y, height=350, width=760, edge=window)

@@ -16,6 +16,7 @@ from ultralong_ray.report.figures import COLOUR_STOPS, score_colour
 from ultralong_ray.report.svg import element
 
 MARGIN = 26.0
+SUBTITLE_CHARACTER = 7.0  # pixels, about
 FONT = 'system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", "DejaVu Sans", Arial, sans-serif'
 # subject's class -> colour; the model after continued pretraining alone is drawn in dashes and hollow
 COLOURS = {"base": "#c2540a", "extend_128k": "#0b62a8", "extend_1m": "#0a7a55"}
@@ -81,7 +82,7 @@ def sheet(
     gap = 34.0
     beside = side_by_side and len(charts) > 1
     across = sum(w for w, _ in sizes) + gap * (len(sizes) - 1) if beside else max(w for w, _ in sizes)
-    width = max(across, 640.0) + 2 * MARGIN
+    width = max(across, 640.0, SUBTITLE_CHARACTER * len(subtitle)) + 2 * MARGIN
     parts = [
         element("text", text=title, class_="title", x=MARGIN, y=MARGIN + 18),
         element("text", text=subtitle, class_="subtitle", x=MARGIN, y=MARGIN + 42),
