@@ -11,7 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from transformers import LlamaConfig, MistralConfig, Qwen2Config
 
+from ultralong_ray.eval.chunk_attention import usual_attention
 from ultralong_ray.eval.generate import Engine
 
 LENGTH = 192  # tokens: three times the window that the model claims
@@ -22,8 +24,8 @@ def ids() -> torch.Tensor:
     return torch.randint(10, 300, (2, LENGTH), generator=torch.Generator().manual_seed(1))
 
 
-def engine(folder: Path, chunk: int) -> Engine:
-    return Engine(folder, precision="float32", prefill_chunk_tokens=chunk, device="cpu")
+def engine(folder: Path, chunk: int, attention: Any = None) -> Engine:
+    return Engine(folder, precision="float32", prefill_chunk_tokens=chunk, device="cpu", attention=attention)
 
 
 @torch.inference_mode()
@@ -31,11 +33,28 @@ def whole_logits(model: Any, ids: torch.Tensor) -> torch.Tensor:
     return model(ids).logits  # [batch, seq, vocab]
 
 
+@pytest.mark.parametrize("attention", ["sdpa", "ultralong_chunk"])
 @pytest.mark.parametrize("chunk", [1000, 64, 50, 1])
-def test_chunked_prefill_equals_one_pass(tiny_llama: Path, ids: torch.Tensor, chunk: int) -> None:
-    ours = engine(tiny_llama, chunk)
-    logits = ours.prefill(ids[0].tolist())
-    torch.testing.assert_close(logits, whole_logits(ours.model, ids)[0, -1], rtol=0, atol=1e-4)
+def test_chunked_prefill_equals_one_pass(tiny_llama: Path, ids: torch.Tensor, chunk: int, attention: str) -> None:
+    logits = engine(tiny_llama, chunk, attention).prefill(ids[0].tolist())
+    expected = whole_logits(engine(tiny_llama, chunk).model, ids)[0, -1]
+    torch.testing.assert_close(logits, expected, rtol=0, atol=1e-4)
+
+
+def test_both_attentions_give_the_same_answers_and_losses(tiny_llama: Path, ids: torch.Tensor) -> None:
+    ours, theirs = engine(tiny_llama, 50, "ultralong_chunk"), engine(tiny_llama, 50, "sdpa")
+    assert ours.model.config._attn_implementation != theirs.model.config._attn_implementation
+    for prompt in ids.tolist():
+        assert ours.answer(prompt, 20, stop=()) == theirs.answer(prompt, 20, stop=())
+        losses = (each.token_losses(np.array(prompt, dtype=np.int32)) for each in (ours, theirs))
+        np.testing.assert_allclose(*losses, rtol=1e-4, atol=1e-4)
+
+
+def test_gpus_get_our_attention_unless_a_window_slides() -> None:
+    llama, mistral = LlamaConfig(), MistralConfig(sliding_window=4096)
+    assert usual_attention(llama, "cuda") == usual_attention(MistralConfig(sliding_window=None), "cuda") != "sdpa"
+    assert usual_attention(mistral, "cuda") == usual_attention(llama, "cpu") == "sdpa"
+    assert usual_attention(Qwen2Config(sliding_window=4096, use_sliding_window=False), "cuda") != "sdpa"
 
 
 def test_a_shared_beginning_is_not_run_again_and_changes_nothing(tiny_llama: Path, ids: torch.Tensor) -> None:

@@ -13,11 +13,12 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from tests.parallel.spawn import run_distributed
-from ultralong_ray.eval import sharded_attention
+from ultralong_ray.eval import partial_attention
 from ultralong_ray.eval.generate import Engine
+from ultralong_ray.eval.partial_attention import attend_slice, merge
 from ultralong_ray.eval.passkey import build_prompt, encode_prompt
 from ultralong_ray.eval.sharded import ShardedEngine, ShardedModel
-from ultralong_ray.eval.sharded_attention import SHARDED_ATTENTION, attend_slice, merge, register_sharded_attention
+from ultralong_ray.eval.sharded_attention import SHARDED_ATTENTION, register_sharded_attention
 from ultralong_ray.parallel.kernels import math
 from ultralong_ray.types import UserError
 
@@ -121,7 +122,7 @@ def sharded(family: str, ulysses: int, chunk: int, **changes: Any) -> ShardedMod
 
 def families(layouts: list[tuple[int, int]]) -> list[tuple[str, float, float, bool]]:
     """(what, error of logits, error of losses, was a shared beginning reused with the same bits) of every case."""
-    sharded_attention.SPLIT_ROWS = 4
+    partial_attention.SPLIT_ROWS = 4
     found = []
     for family in FAMILIES:
         plain = tiny(family, "eager")
@@ -191,7 +192,7 @@ def test_model_families_layouts_chunks_and_reuse(world: int, solved: Any) -> Non
 
 @pytest.mark.parametrize("rows", [1, 7, 8, 19])
 def test_a_slice_in_stretches_is_the_slice(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sharded_attention, "SPLIT_ROWS", 4)
+    monkeypatch.setattr(partial_attention, "SPLIT_ROWS", 4)
     generator = torch.Generator().manual_seed(rows)
     query = torch.randn(6, 8, generator=generator)
     keys, values = torch.randn(2, 1, rows, 2, 8, generator=generator)

@@ -14,10 +14,12 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
+from ultralong_ray.eval.chunk_attention import CHUNK_ATTENTION, Attention, register_chunk_attention, usual_attention
 from ultralong_ray.eval.engine import Request, cut_answer, is_finished
 from ultralong_ray.model.angles import install_angles
+from ultralong_ray.parallel.kernels.choose import choose_kernel
 
 LOSS_TILE_TOKENS = 1024  # rows of [vocabulary] logits that exist at a time
 
@@ -25,12 +27,34 @@ LOSS_TILE_TOKENS = 1024  # rows of [vocabulary] logits that exist at a time
 class Engine:
     """One model, ready to answer. Not thread-safe."""
 
-    def __init__(self, folder: Path, *, precision: str, prefill_chunk_tokens: int, device: str | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        precision: str,
+        prefill_chunk_tokens: int,
+        device: str | None = None,
+        attention: Attention | None = None,
+    ) -> None:
+        """`attention`: transformers' own or chunk_attention.py's, see `usual_attention`."""
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.chunk_tokens = prefill_chunk_tokens
         self.tokenizer: Any = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        config: Any = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        dtype = getattr(torch, precision)
+        attention = attention or usual_attention(config, self.device.type)
+        self._passed: dict[str, Any] = {}  # to every call of the model
+        if attention == CHUNK_ATTENTION:
+            register_chunk_attention()
+            head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+            self._passed = {"kernel": choose_kernel("auto", self.device, dtype, head_dim)}
         model: Any = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=getattr(torch, precision), trust_remote_code=False, use_safetensors=True
+            folder,
+            config=config,
+            dtype=dtype,
+            trust_remote_code=False,
+            use_safetensors=True,
+            attn_implementation=attention,
         )
         self.model: Any = model.to(self.device).eval()
         install_angles(self.model)
@@ -60,7 +84,7 @@ class Engine:
         self._prompt = ids
         output: Any = None
         for chunk in torch.from_numpy(ids[None, keep:]).to(self.device).split(self.chunk_tokens, dim=1):  # [1, chunk]
-            output = self.model(chunk, past_key_values=self._cache, use_cache=True, logits_to_keep=1)
+            output = self._run(self.model, chunk, self._cache, logits_to_keep=1)
         return output.logits[0, -1]
 
     @torch.inference_mode()
@@ -89,7 +113,11 @@ class Engine:
     def _decode(self, token: int) -> torch.Tensor:
         """Logits [vocab] after one more token."""
         next_id = torch.tensor([[token]], device=self.device)  # [1, 1]
-        return self.model(next_id, past_key_values=self._cache, use_cache=True).logits[0, -1]
+        return self._run(self.model, next_id, self._cache).logits[0, -1]
+
+    def _run(self, model: Any, ids: torch.Tensor, cache: DynamicCache, **more: Any) -> Any:
+        """Token ids [1, rows] through `model`, behind what `cache` holds."""
+        return model(ids, past_key_values=cache, use_cache=True, **self._passed, **more)
 
     @torch.inference_mode()
     def token_losses(self, input_ids: NDArray[np.int32]) -> NDArray[np.float32]:
@@ -101,7 +129,7 @@ class Engine:
         # The last token is a target only; it is not run.
         for start in range(0, ids.shape[1] - 1, self.chunk_tokens):
             end = min(start + self.chunk_tokens, ids.shape[1] - 1)
-            output = self.model.model(ids[:, start:end], past_key_values=cache, use_cache=True)
+            output = self._run(self.model.model, ids[:, start:end], cache)
             hidden = output.last_hidden_state[0]  # [chunk, hidden]
             targets = ids[0, start + 1 : end + 1]  # [chunk]
             for rows, wanted in zip(hidden.split(LOSS_TILE_TOKENS), targets.split(LOSS_TILE_TOKENS), strict=True):

@@ -7,13 +7,12 @@ chunk, attend to their own slice without a mask, and send each row's partial res
 Decode: all ranks compute the same new token, each attends to its own slice, and one small all-gather brings the partial
 results together. The token's own key and value are held by one rank only.
 
-Partial results are merged in float32 by their log-sum-exp, which is exact (Ring Attention, arXiv 2310.01889).
+Partial results and their merging: partial_attention.py.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +21,7 @@ import torch.distributed as dist
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from ultralong_ray.eval.kv_cache import KVSlice
+from ultralong_ray.eval.partial_attention import Partial, attend_slice, merge, no_keys
 from ultralong_ray.parallel.kernels.kernel import Kernel, within_limit
 from ultralong_ray.parallel.mesh import SequenceMesh
 from ultralong_ray.parallel.ring import ring_forward
@@ -29,10 +29,6 @@ from ultralong_ray.parallel.ulysses import gather_sequence, scatter_sequence
 from ultralong_ray.types import UserError
 
 SHARDED_ATTENTION = "ultralong_sharded"
-# Keys of one program of a decode step: kernels without a split of the keys would leave most of a GPU idle.
-SPLIT_ROWS = 4096
-
-Partial = tuple[torch.Tensor, torch.Tensor]  # output [..., heads, head_dim], log-sum-exp [..., heads]
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,39 +119,11 @@ def _over_cached(query: torch.Tensor, scale: float, layer: int, sharded_pass: Sh
         output, lse = within_limit(sharded_pass.kernel).forward(everyone[None], keys, values, scale, False)
         output, lse = output[0].contiguous(), lse[0].mT.contiguous().float()
     else:
-        output, lse = _nothing(everyone)
+        output, lse = no_keys(everyone)
     home, home_lse = torch.empty_like(output), torch.empty_like(lse)
     dist.all_to_all_single(home, output)
     dist.all_to_all_single(home_lse, lse)
     return home.unflatten(0, (degree, -1)), home_lse.unflatten(0, (degree, -1))
-
-
-def attend_slice(
-    query: torch.Tensor,  # [heads, head_dim], of one token
-    keys: torch.Tensor,  # [1, rows, kv_heads, head_dim], all of them before it
-    values: torch.Tensor,
-    scale: float,
-    kernel: Kernel,
-) -> Partial:
-    """One token over a slice: float32 output [heads, head_dim] and log-sum-exp [heads]; 0 and -inf over no rows.
-
-    The query heads of a key-value head become rows, so keys are read once, and stretches of the slice become a batch.
-    """
-    rows, kv_heads = keys.shape[1:3]
-    if rows == 0:
-        return _nothing(query.float())
-    grouped = query.unflatten(0, (kv_heads, -1)).transpose(0, 1).contiguous()  # [group, kv_heads, head_dim]
-    whole = rows // SPLIT_ROWS * SPLIT_ROWS
-    outputs, sums = [], []
-    for part, length in ((slice(0, whole), SPLIT_ROWS), (slice(whole, rows), rows - whole)):
-        if part.start == part.stop:
-            continue
-        k, v = (tensor[0, part].unflatten(0, (-1, length)) for tensor in (keys, values))
-        output, lse = kernel.forward(grouped.expand(len(k), -1, -1, -1).contiguous(), k, v, scale, False)
-        outputs += output.unbind()  # of [group, kv_heads, head_dim]
-        sums.append(lse.mT.float())  # [splits, group, kv_heads]
-    output, lse = merge(outputs, torch.cat(sums))
-    return output.transpose(0, 1).flatten(0, 1), lse.T.flatten()
 
 
 def _merged_over_ranks(own: Partial) -> torch.Tensor:
@@ -165,21 +133,3 @@ def _merged_over_ranks(own: Partial) -> torch.Tensor:
     dist.all_gather_into_tensor(gathered, packed)
     parts = gathered.unflatten(0, (-1, packed.shape[0]))  # [degree, heads, head_dim + 1]
     return merge(parts[..., :-1].unbind(), parts[..., -1])[0]
-
-
-def merge(outputs: Sequence[torch.Tensor], sums: torch.Tensor) -> Partial:
-    """Attention over the union of keys, in float32, from partial outputs [..., heads, head_dim] over its parts.
-
-    `sums` [parts, ..., heads] are their log-sum-exps; -inf marks a part without keys. One part at least has keys.
-    """
-    total = sums.logsumexp(0)
-    shares = (sums - total).exp()  # [parts, ..., heads]
-    merged = torch.zeros_like(outputs[0], dtype=torch.float32)
-    for output, share in zip(outputs, shares, strict=True):
-        merged.addcmul_(output.float(), share.unsqueeze(-1))
-    return merged, total
-
-
-def _nothing(rows: torch.Tensor) -> Partial:
-    """The partial result of rows [..., heads, head_dim] over no keys."""
-    return torch.zeros_like(rows), rows.new_full(rows.shape[:-1], float("-inf"), dtype=torch.float32)
