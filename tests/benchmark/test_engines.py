@@ -28,7 +28,7 @@ def test_parity_of_all_layouts(tiny_llama: Path, tmp_path: Path) -> None:
     arguments = ["--gpus", "2", "--device", "cpu", "--precision", "float32", "--prompts", "4", "--lengths", "192"]
     assert main(["parity", "--model", str(tiny_llama), *arguments, "--prefill-chunk", "50", "--out", str(out)]) == 0
     result = json.loads(out.read_text())
-    assert set(result["engines"]) == {"sharded 1x2", "sharded 2x1"} and result["passed"]
+    assert set(result["engines"]) == {"in process, ultralong_chunk", "sharded 1x2", "sharded 2x1"} and result["passed"]
     for engine in result["engines"].values():
         assert engine["share_equal"] == 1.0 and engine["different"] == []
         assert 0 < engine["largest_logit_difference"] < 1e-3

@@ -1,8 +1,8 @@
-"""`python jobs/benchmark.py parity ...`: do the in-process and the sharded engine give the same answers?
+"""`python jobs/benchmark.py parity ...`: do the engines give the same answers?
 
-Flows in: a model folder and a number of passkey prompts. Flows out: a JSON with both engines' answers, the share that
-agree and the largest difference of the logits behind the prompts. Every engine runs in processes of its own; degrees
-beside the in-process one are all that the GPUs and the model's heads allow.
+Flows in: a model folder and a number of passkey prompts. Flows out: a JSON with all engines' answers, the share that
+agree with those of transformers' own attention in one process, and the largest difference of the logits behind the
+prompts. Every engine runs in processes of its own; the sharded one at all degrees that the GPUs and the heads allow.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import torch.distributed as dist
 from ultralong_ray.benchmark.launch import run_ranks, set_environment
 from ultralong_ray.benchmark.record import environment
 from ultralong_ray.config.degrees import heads_can_split
+from ultralong_ray.eval.chunk_attention import CHUNK_ATTENTION, Attention
 from ultralong_ray.eval.generate import Engine
 from ultralong_ray.eval.passkey import build_prompt, encode_prompt
 from ultralong_ray.eval.sharded import ShardedEngine
@@ -32,7 +33,7 @@ KEPT_LOGITS = 16  # the largest ones behind each prompt
 
 @dataclass(frozen=True, slots=True)
 class Parity:
-    """What one engine is asked. `ulysses` 0 is the in-process engine."""
+    """What one engine is asked. `ulysses` 0 is the in-process engine, with `attention`."""
 
     folder: str
     precision: str
@@ -42,6 +43,7 @@ class Parity:
     chunk: int
     chat: bool
     ulysses: int = 0
+    attention: Attention = "sdpa"
 
 
 def add_parity(add: Any) -> None:
@@ -75,7 +77,8 @@ def run_parity(options: argparse.Namespace, command: list[str]) -> dict[str, Any
         (folder / "chat_template.jinja").exists(),
     )
     runs: dict[str, Any] = {}
-    for name, ranks, work in ("in_process", 1, asked), *_sharded(asked, options.gpus, folder):
+    ours = (f"in process, {CHUNK_ATTENTION}", 1, replace(asked, attention=CHUNK_ATTENTION))
+    for name, ranks, work in ("in_process", 1, asked), ours, *_sharded(asked, options.gpus, folder):
         left = options.limit_seconds - (time.monotonic() - began)
         runs[name] = run_ranks(MODULE, ranks, options.device, work, left)[0]
     reference = runs["in_process"]
@@ -85,6 +88,7 @@ def run_parity(options: argparse.Namespace, command: list[str]) -> dict[str, Any
         "environment": environment(options.device),
         "setup": {"model": folder.name, "precision": options.precision, "prompts": options.prompts}
         | {"lengths": options.lengths, "new_tokens": options.decode, "prefill_chunk": options.prefill_chunk},
+        "seconds_of_transformers_attention": reference["seconds"],
         "engines": engines,
         "least_share": LEAST_SHARE[options.precision],
         "passed": all(engine["share_equal"] >= LEAST_SHARE[options.precision] for engine in engines.values()),
@@ -130,7 +134,7 @@ def run(asked: Parity, device: torch.device) -> dict[str, Any]:
     engine: Any = (
         ShardedEngine(Path(asked.folder), ulysses_degree=asked.ulysses, device=device, **shared)
         if asked.ulysses
-        else Engine(Path(asked.folder), device=str(device), **shared)
+        else Engine(Path(asked.folder), device=str(device), attention=asked.attention, **shared)
     )
     answers, logits, expected = [], [], []
     dist.barrier()
@@ -163,9 +167,9 @@ def run(asked: Parity, device: torch.device) -> dict[str, Any]:
 def parity_table(result: dict[str, Any]) -> str:
     """The result as lines for a terminal."""
     right = sum(want in said for want, said in zip(result["expected"], result["answers"]["in_process"], strict=True))
-    rows = [f"in process      {right} of {len(result['expected'])} passkeys right"]
+    rows = [f"{'in process, sdpa':27s} {right} of {len(result['expected'])} passkeys right"]
     rows += [
-        f"{name:15s} {engine['share_equal']:.1%} of the answers equal, logits differ by at most "
+        f"{name:27s} {engine['share_equal']:.1%} of the answers equal, logits differ by at most "
         f"{engine['largest_logit_difference']:.2g}"
         for name, engine in result["engines"].items()
     ]
