@@ -11,6 +11,7 @@ import pytest
 from tests.report.reproduction.made_reproduction import trial_record, write_extension, write_trials
 from ultralong_ray.report.reproduction.command import figures_command
 from ultralong_ray.report.reproduction.gather import gather
+from ultralong_ray.report.words import ABSENT
 from ultralong_ray.types import UserError
 
 LENGTHS = [4096, 8192]
@@ -113,7 +114,7 @@ def test_the_ablation_table_tells_which_side_the_paper_has(tmp_path: Path, beyon
     table = gather(tmp_path, tmp_path / "results.json", [])["tables"]["ablations"]
     assert _row(table, "no separator")[-2:] == ["79.15", side]
     assert _row(table, "the recipe")[:3] == ["3", "100.0 [100.0, 100.0]", "50.0 [50.0, 50.0]"]
-    assert _row(table, "mask between documents") == ["1", "100.0", "40.0", "-10.0", "4.95", "", ""]
+    assert _row(table, "mask between documents") == ["1", "100.0", "40.0", "-10.0", ABSENT, "4.95", "+0.47", "", ""]
     assert "`<s>`" in table
 
 

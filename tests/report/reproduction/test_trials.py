@@ -11,7 +11,7 @@ import pytest
 
 from tests.report.reproduction.made_reproduction import trial_record, write_trials
 from ultralong_ray.report.intervals import of_seeds
-from ultralong_ray.report.reproduction.trials import AT_END, BEYOND, RULER, WITHIN, ablations, read_trials
+from ultralong_ray.report.reproduction.trials import AT_END, BEYOND, RULER, SKILLS, WITHIN, ablations, read_trials
 
 
 def test_trial_files_alone_are_enough(tmp_path: Path) -> None:
@@ -45,6 +45,24 @@ def test_variants_are_compared_over_the_seeds_that_both_have(tmp_path: Path) -> 
     against = ablations(read_trials(tmp_path, []), 1)["variants"]["rope_ntk"]["against_recipe"]
     assert against[BEYOND]["mean"] == pytest.approx(-0.1) and against[BEYOND]["num_seeds"] == 2
     assert against[BEYOND]["high"] < 0  # the seeds differ more than the variants, yet pairs tell
+
+
+def test_suites_are_means_over_their_tasks_and_compared_in_pairs(tmp_path: Path) -> None:
+    records = [trial_record(variant, 1, 0.5) for variant in ("recipe", "rope_ntk")]
+    for record, shift in zip(records, (0.0, 0.2), strict=True):
+        record["scores"] |= {
+            "pretrained/ruler/vt/4096": 0.4 + shift,
+            "pretrained/ruler/cwe/65536": 0.2,
+            "pretrained/short_skills/copying/0": 0.3 + shift,
+            "pretrained/short_skills/arithmetic/0": 0.7 + shift,
+        }
+    write_trials(tmp_path, records)
+    variants = ablations(read_trials(tmp_path, []), 1)["variants"]
+    assert variants["recipe"]["measures"][RULER]["mean"] == pytest.approx(0.3)
+    assert variants["recipe"]["measures"][SKILLS]["mean"] == pytest.approx(0.5)
+    against = variants["rope_ntk"]["against_recipe"]
+    assert against[RULER]["mean"] == pytest.approx(0.1) and against[SKILLS]["mean"] == pytest.approx(0.2)
+    assert against[AT_END]["mean"] == 0.0
 
 
 def test_a_trial_with_sft_is_known_by_its_final_model(tmp_path: Path) -> None:

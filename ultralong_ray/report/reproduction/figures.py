@@ -39,7 +39,7 @@ from ultralong_ray.report.reproduction.subjects import (
     paid_rows,
     parts_of,
 )
-from ultralong_ray.report.reproduction.trials import AT_END, BEYOND, RECIPE, WITHIN, exp_or_none
+from ultralong_ray.report.reproduction.trials import AT_END, BEYOND, RECIPE, RULER, WITHIN, exp_or_none
 from ultralong_ray.report.reproduction.variants import RECIPE_LABEL, grouped, label
 from ultralong_ray.report.words import near_tokens, percent, short_tokens
 
@@ -163,9 +163,11 @@ def ablations(results: dict[str, Any]) -> str | None:
     measures = {name: found["measures"] for name, found in variants.items()}
     reads = base_window(results)
     window = "the window" if reads is None else short_tokens(reads)
+    asked_ruler = any(RULER in found for found in measures.values())
+    beside = (RULER, "RULER") if asked_ruler else (WITHIN, f"passkey within {window}")
     panels = {
         BEYOND: (f"passkey beyond {window}", _percent, _share_limits(measures, BEYOND)),
-        WITHIN: (f"passkey within {window}", _percent, _share_limits(measures, WITHIN)),
+        beside[0]: (beside[1], _percent, _share_limits(measures, beside[0])),
         AT_END: (f"perplexity at {_reached(results)}", words.number, _most(measures, AT_END)),
     }
     shown = [

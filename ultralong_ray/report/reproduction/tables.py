@@ -15,7 +15,7 @@ from ultralong_ray.report.reproduction.subjects import (
     paid,
     paid_rows,
 )
-from ultralong_ray.report.reproduction.trials import AT_END, BEYOND, RECIPE, RULER, WITHIN
+from ultralong_ray.report.reproduction.trials import AT_END, BEYOND, RECIPE, RULER, SKILLS, WITHIN
 from ultralong_ray.report.reproduction.variants import RECIPE_LABEL, grouped, label
 from ultralong_ray.report.words import ABSENT, number, percent, short_tokens
 
@@ -112,7 +112,9 @@ def _ablations(results: dict[str, Any]) -> str:
     heads += ["RULER"] if compared == RULER else []
     heads += [
         f"{what}, less the recipe's",
+        "short skills",
         "perplexity at end",
+        "perplexity, less the recipe's",
         f"paper, RULER {ABLATION_COLUMN}",
         "side of the recipe",
     ]
@@ -133,8 +135,10 @@ def _ablation(name: str, found: dict[str, Any], compared: str) -> list[str]:
         _share(measures.get(WITHIN)),
         _share(measures.get(BEYOND)),
         *([_share(measures.get(RULER))] if compared == RULER else []),
-        _difference(against.get(compared)),
+        _difference(against.get(compared), 100.0, ".1f"),
+        _share(measures.get(SKILLS)),
         _perplexity(measures.get(AT_END)),
+        _difference(against.get(AT_END), 1.0, ".2f"),
     ]
 
 
@@ -145,10 +149,13 @@ def _share(measure: dict[str, Any] | None) -> str:
     return f"{100 * measure['mean']:.1f} [{low:.1f}, {high:.1f}]"
 
 
-def _difference(measure: dict[str, Any] | None) -> str:
-    if measure is None or measure["low"] is None:
-        return ABSENT if measure is None else f"{100 * measure['mean']:+.1f}"
-    return f"{100 * measure['mean']:+.1f} [{100 * measure['low']:+.1f}, {100 * measure['high']:+.1f}]"
+def _difference(measure: dict[str, Any] | None, unit: float, digits: str) -> str:
+    """Mean and interval with their signs, in `unit`s."""
+    if measure is None:
+        return ABSENT
+    bounds = {key: measure[key] for key in ("mean", "low", "high") if measure[key] is not None}
+    said = {key: f"{unit * bound:+{digits}}" for key, bound in bounds.items()}
+    return f"{said['mean']} [{said['low']}, {said['high']}]" if "low" in said else said["mean"]
 
 
 def _perplexity(measure: dict[str, Any] | None) -> str:

@@ -17,8 +17,9 @@ from ultralong_ray.report.reading import finite
 
 RECIPE = "recipe"  # the variant that changes nothing
 WITHIN, BEYOND, AT_END = "passkey within window", "passkey beyond window", "perplexity at end"
-RULER = "ruler over all lengths"
-COMPARED = (WITHIN, BEYOND, AT_END, RULER)
+RULER, SKILLS = "ruler over all lengths", "short skills"
+OF_ALL = {"ruler": RULER, "short_skills": SKILLS}  # suite -> the mean of all its scores
+COMPARED = (WITHIN, BEYOND, AT_END, RULER, SKILLS)
 
 
 def read_trials(folder: Path, notes: list[str]) -> dict[str, dict[str, Any]]:
@@ -104,8 +105,8 @@ def _measures(trial: dict[str, Any]) -> dict[str, float]:
         task, _, length = key.rpartition("/")
         if "/" in task:
             suites[f"{task.split('/', 1)[0]}/{length}"].append(score)
-            if task.startswith("ruler/"):
-                suites[RULER].append(score)
+            if (of_all := OF_ALL.get(task.split("/", 1)[0])) is not None:
+                suites[of_all].append(score)
     measures |= {key: math.fsum(scores) / len(scores) for key, scores in suites.items()}
     return {key: number for key, value in measures.items() if (number := finite(value)) is not None}
 

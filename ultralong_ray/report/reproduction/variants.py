@@ -26,10 +26,9 @@ GROUPS = {
         "two_steps": "two steps: 32K, 128K",
     },
     "Tokens": {
-        "tokens_2m": "2M tokens, not 8M",
-        "tokens_4m": "4M tokens",
+        "tokens_2m": "2M tokens, not 4M",
+        "tokens_8m": "8M tokens",
         "tokens_16m": "16M tokens",
-        "tokens_31m": "31M tokens",
     },
     "SFT": {
         "sft_short": "SFT on short samples",
