@@ -22,6 +22,7 @@ from ultralong_ray.config.engines import EndpointEngine, ShardedEngine, VllmEngi
 from ultralong_ray.eval.cells import Cell, grid, run_cell, store_cell, stored_score
 from ultralong_ray.eval.making import Maker, check_sections
 from ultralong_ray.eval.open_engine import open_engine
+from ultralong_ray.eval.order import next_cell
 from ultralong_ray.eval.perplexity import run_perplexity
 from ultralong_ray.eval.progress import PROGRESS_SECONDS, Progress
 from ultralong_ray.eval.summaries import summarise, summarise_tasks
@@ -288,16 +289,14 @@ class _Pool:
                 self.todo.appendleft(cell)
             else:
                 self.failures[cell] = f"its worker was lost {MAX_ATTEMPTS} times ({error})"
-        self._assign(worker, cell.model)
+        self._assign(worker, cell)
 
-    def _assign(self, worker: _Worker, loaded: str | None) -> None:
-        """Give a worker its next cell: the longest left, or one half as long for the model that it has loaded."""
+    def _assign(self, worker: _Worker, last: Cell | None) -> None:
+        """Give a worker its next cell; `last` is the one that it has done."""
         if not self.todo:
             self._end(worker)
             return
-        longest = self.todo[0]
-        near = (cell for cell in self.todo if cell.model == loaded and 2 * cell.tokens >= longest.tokens)
-        cell = next(near, longest)
+        cell = next_cell(self.todo, last)
         self.todo.remove(cell)
         self._running[worker.actor.run.remote(cell)] = (worker, cell)
 
