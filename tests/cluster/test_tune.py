@@ -96,7 +96,8 @@ def test_a_killed_trial_is_resumed_and_the_table_completes(cluster: Head, tmp_pa
         time.sleep(0.1)
     output = driver.communicate(timeout=1200)[0]
     assert driver.returncode == 2 and "1 of 4 trials are not over; submit again" in output, output[-6000:]
-    assert sorted(states(folder)) == ["done", "done", "done", "waiting"]
+    assert sorted(states(folder)) == ["done", "done", "done", "failed"]
+    assert "Submitted again the run makes one more attempt from step " in output
     again = start(cluster, path, workdir)
     output = again.communicate(timeout=1200)[0]
     assert again.returncode == 0 and "4 trials, 3 of them over" in output, output[-6000:]
