@@ -35,7 +35,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if os.environ.get(SLOW) == "1":
         return
     for item in items:
-        if "slow" in item.keywords:
+        if item.get_closest_marker("slow") is not None:  # keywords hold names of folders as well
             item.add_marker(pytest.mark.skip(reason=f"takes half a minute or more; set {SLOW}=1 to run it"))
 
 
