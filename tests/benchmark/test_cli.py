@@ -45,13 +45,28 @@ def test_more_setups() -> None:
 
 @pytest.mark.parametrize("gpus", [2, 4, 8])
 @pytest.mark.parametrize(
-    "name", ["128k", "512k", "512k-8", "1m", "4m-layer", "degrees-256k", "ring-256k", "keep-512k", "rows-512k", "sweep"]
+    "name",
+    [
+        "128k",
+        "512k",
+        "512k-8",
+        "1m",
+        "1m-whole",
+        "2m-whole",
+        "4m-layer",
+        "degrees-256k",
+        "degrees-1m",
+        "ring-256k",
+        "keep-512k",
+        "rows-512k",
+        "sweep",
+    ],
 )
 def test_presets_are_commands_that_can_run(name: str, gpus: int) -> None:
     benchmark = benchmark_of(parse(["train", "--preset", name, "--gpus", str(gpus), *OUT]))
     benchmark.check()
     assert all(setup.plan.degree == gpus for setup in benchmark.setups)
-    assert len(benchmark.setups) > 1 or name in ("128k", "512k", "512k-8", "1m", "4m-layer")
+    assert len(benchmark.setups) > 1 or name in ("128k", "512k", "512k-8", "1m", "1m-whole", "2m-whole", "4m-layer")
 
 
 def test_the_command_line_overrules_a_preset() -> None:

@@ -1,6 +1,7 @@
 """The project's measured claims as named commands: a preset and a number of GPUs in, arguments out.
 
-What stands on the command line after the preset overrules it. Steps are few enough for ten minutes on four H200.
+What stands on the command line after the preset overrules it. Steps are few enough for ten minutes on four H200;
+1m-whole, 2m-whole (half an hour) and degrees-1m are for eight.
 """
 
 from __future__ import annotations
@@ -22,8 +23,11 @@ def arguments(name: str, gpus: int, verb: str = "train") -> list[str]:
         "512k": "--length 524288 --layers 32 --steps 1 --peers alst --peer-layers 8",
         "512k-8": "--length 524288 --layers 8 --steps 2 --peers alst",
         "1m": "--length 1048576 --layers 16 --keep host --steps 1",
+        "1m-whole": "--length 1048576 --layers 32 --steps 1",
+        "2m-whole": "--length 2097152 --layers 32 --keep host --steps 1 --warmup 0 --limit-seconds 1800",
         "4m-layer": "--long 4194304 --layers 1",
         "degrees-256k": f"--length 262144 --layers 2 --steps 3 --compare-degrees {gpus}x1,1x{gpus},{mixed}",
+        "degrees-1m": f"--length 1048576 --layers 8 --steps 1 --also degrees={mixed} --also degrees=2x{half}",
         "ring-256k": f"--length 262144 --layers 8 --steps 3 --also degrees=1x{gpus} --also degrees={mixed} --profile",
         "keep-512k": "--length 524288 --layers 8 --steps 2 --also keep=host --profile",
         "rows-512k": "--length 524288 --layers 4 --steps 2 --also rows=0.5 --also rows=0",
