@@ -38,8 +38,8 @@ def tune(recipe: Recipe, recipe_path: str, only: tuple[str, ...] = ()) -> None:
 
     Raises UserError for a search that cannot be, and at the end for the trials that failed.
     """
-    folder = stage_directory(recipe, "tune").location
     planned = plan_trials(recipe)
+    folder = stage_directory(recipe, "tune").location
     chosen = chosen_trials(planned, only)
     todo = [trial for trial in chosen if not is_over(trial, folder)]
     log.info("tune: %d trials, %d of them over; %s", len(chosen), len(chosen) - len(todo), folder)
