@@ -272,6 +272,7 @@ class _Pool:
             logger.warning("evaluate: the worker that checked the tasks was lost")
 
     def _collect(self, reference: Any, worker: _Worker, cell: Cell, scores: dict[Cell, float]) -> None:
+        held: Cell | None = cell  # by the worker's cache
         try:
             scores[cell] = ray.get(reference)
         except RayTaskError as error:
@@ -282,14 +283,14 @@ class _Pool:
             logger.error("evaluate: %s failed%s", cell.name, " for the same reason" if likewise else f": {reason}")
         except RayActorError as error:
             self._end(worker)
-            worker = self._new_worker()
+            worker, held = self._new_worker(), None
             self._attempts[cell] = self._attempts.get(cell, 0) + 1
             if self._attempts[cell] < MAX_ATTEMPTS:
                 logger.warning("evaluate: the worker of %s was lost; the cell is tried again", cell.name)
                 self.todo.appendleft(cell)
             else:
                 self.failures[cell] = f"its worker was lost {MAX_ATTEMPTS} times ({error})"
-        self._assign(worker, cell)
+        self._assign(worker, held)
 
     def _assign(self, worker: _Worker, last: Cell | None) -> None:
         """Give a worker its next cell; `last` is the one that it has done."""
