@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import threading
 import time
@@ -197,6 +198,31 @@ def test_a_killed_worker_costs_its_cell_only(local_ray: None, tiny_recipe: Make,
     thread.join(timeout=120)
     assert result["num_computed"] == 6 and len(list((folder / "cells").rglob("*.json"))) == 6
     assert {path: path.stat().st_mtime_ns for path in before} == before, "stored cells stay as they are"
+
+
+def test_a_worker_lost_after_it_stored_its_result_costs_nothing(
+    local_ray: None, tiny_recipe: Make, tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    computed = tmp_path / "computed"
+    computed.mkdir()
+
+    class Dying(EvaluationWorker):
+        """Dies between the first cell's file and the answer to the driver."""
+
+        def run(self, cell: Cell) -> float:
+            score = super().run(cell)
+            (computed / f"{time.time_ns()}-{cell.depth_percent}").touch()
+            if len(list(computed.iterdir())) == 1:
+                os._exit(1)
+            return score
+
+    monkeypatch.setattr(fanout, "_REMOTE_WORKER", ray.remote(Dying))
+    recipe = tiny_recipe(evaluate={"context_lengths": [192], "depths_percent": [0, 50, 100], "cpus_per_task": 2})
+    stage, folder = place(recipe)
+    summary = evaluate(recipe, {"base": Location.of(tiny_llama)}, None, stage)
+    assert (summary["num_computed"], summary["num_failed"]) == (3, 0)
+    assert len(list((folder / "cells").rglob("*.json"))) == 3
+    assert len(list(computed.iterdir())) == 3, "what was stored is not computed a second time"
 
 
 def test_a_server_that_fails_now_and_then_costs_what_it_failed_and_no_more(

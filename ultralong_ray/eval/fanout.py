@@ -285,7 +285,10 @@ class _Pool:
             self._end(worker)
             worker, held = self._new_worker(), None
             self._attempts[cell] = self._attempts.get(cell, 0) + 1
-            if self._attempts[cell] < MAX_ATTEMPTS:
+            stored = stored_score(self.inputs.config, cell, self.inputs.stage)
+            if stored is not None:  # lost after it had stored the result, before it could say so
+                scores[cell] = stored
+            elif self._attempts[cell] < MAX_ATTEMPTS:
                 logger.warning("evaluate: the worker of %s was lost; the cell is tried again", cell.name)
                 self.todo.appendleft(cell)
             else:
