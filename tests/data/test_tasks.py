@@ -14,6 +14,7 @@ import pytest
 from pydantic import ValidationError
 
 from ultralong_ray.config import SftConfig, SourceConfig
+from ultralong_ray.data.passes import tokenize_items, tokenize_part
 from ultralong_ray.data.task_kinds import (
     BODIES,
     arithmetic,
@@ -25,7 +26,9 @@ from ultralong_ray.data.task_kinds import (
     variables,
 )
 from ultralong_ray.data.tasks import task_documents
+from ultralong_ray.data.token_shards import read_document_table
 from ultralong_ray.data.tokenize import load_tokenizer
+from ultralong_ray.storage import Location
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 EVERY_KIND = {kind: 1.0 for kind in ("passkey", "key_value", "repetition", *BODIES)}
@@ -121,6 +124,22 @@ def test_a_conversation_learns_from_its_answer_alone() -> None:
         if text.endswith(tokenizer().eos_token):  # not cut at the budget
             targets = tokenizer().decode(document.input_ids[document.loss_weight > 0])
             assert text.split(header)[-1] == targets
+
+
+def test_two_sources_of_tasks_make_different_documents(tmp_path: Path) -> None:
+    name = str(REPOSITORY / "jobs/models/tiny-512")
+    short, long = (
+        SourceConfig(kind="tasks", num_documents=3, max_tokens_per_document=n, task_mix={"passkey": 1.0})
+        for n in (192, 384)
+    )
+    folder = Location.of(tmp_path)
+    alone, _ = tokenize_items([(short, "text")], (name, None), folder, 384, 0)
+    items, _ = tokenize_items([(short, "text"), (long, "text")], (name, None), folder, 384, 0)
+    assert items[: len(alone)] == alone, "what stands behind a source changes nothing of it"
+    shards = [(item.name, tokenize_part(item)["weights"], item.source) for item in items]
+    table = read_document_table(folder, shards)
+    assert len(table) == 6 and len(table.repeated()) == 0
+    assert max(table.num_tokens[:3]) <= 192 < max(table.num_tokens[3:])
 
 
 def test_mixes_that_make_no_sense_are_refused() -> None:

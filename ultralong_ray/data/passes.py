@@ -120,6 +120,7 @@ def tokenize_items(
     items: list[TokenizeItem] = []
     skipped: list[SkippedShard] = []
     base, revision = tokenizer_name
+    tasks_before = 0  # a second source of tasks goes on where the first one ends: no two documents are the same
     for number, (source, reading) in enumerate(sources):
         if source.kind == "tasks":
             assert source.num_documents and source.max_tokens_per_document
@@ -130,7 +131,8 @@ def tokenize_items(
             per_part = max(1, TASK_TOKENS_PER_PART // longest)
             for first in range(0, source.num_documents, per_part):
                 count = min(per_part, source.num_documents - first)
-                items.append(_named(blank, max_tokens=longest, first_task=first, num_tasks=count))
+                items.append(_named(blank, max_tokens=longest, first_task=tasks_before + first, num_tasks=count))
+            tasks_before += source.num_documents
             continue
         columns = DocumentColumns.of(source, MESSAGES_COLUMN if reading == "chat" else None)
         kind = "input_ids" if source.input_ids_column and reading == "text" else reading

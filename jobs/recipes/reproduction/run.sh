@@ -2,7 +2,7 @@
 # One part of the reproduction, from data to scores, by the project's jobs alone. What is done is not done again, so a
 # part that was cut short continues when it is called again.
 #
-#   jobs/recipes/reproduction/run.sh base|128k|1m [overrides of all recipes, as in --cluster.num_workers 1]
+#   jobs/recipes/reproduction/run.sh base|128k|1m|128k_long_sft|1m_long_sft [overrides, as in --cluster.num_workers 1]
 #
 # base: base_512.toml, then base_4k.toml; the model lands in runs/reproduction/models/base. RECIPES: another folder.
 # EVALUATE: further overrides of what is evaluated, each without blanks.
@@ -42,12 +42,17 @@ base)
   adopt export base_4k base
   evaluate base_4k
   ;;
-128k | 1m)
+128k | 1m | 128k_long_sft | 1m_long_sft)
+  plain=runs/reproduction/extend_${part%_long_sft}
+  if [ "$plain" != "runs/reproduction/extend_$part" ] && [ -d "$plain" ]; then # all before SFT is the same
+    mkdir -p "runs/reproduction/extend_$part"
+    cp -rn "$plain"/{prepare,extend,pretrain}-* "runs/reproduction/extend_$part"
+  fi
   for stage in prepare extend pretrain sft export; do job "$stage" "extend_$part"; done
   evaluate "extend_$part"
   ;;
 *)
-  echo "run.sh: no part $part; there are base, 128k and 1m" >&2
+  echo "run.sh: no part $part; there are base, 128k, 1m, 128k_long_sft and 1m_long_sft" >&2
   exit 2
   ;;
 esac

@@ -1,6 +1,6 @@
 """`jobs/figures.py`: the JSON of `gather` in, five SVG files out. The same JSON gives the same bytes.
 
-niah.svg        passkey grids of the base model and of both extensions, as the paper draws them
+niah.svg        passkey grids of the base model and of the extensions, as the paper draws them
 ruler.svg       RULER by context length
 perplexity.svg  perplexity of held-out books by position
 ablations.svg   every variant of the ablations against the recipe

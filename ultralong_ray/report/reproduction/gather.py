@@ -16,11 +16,12 @@ from typing import Any
 
 from ultralong_ray.report.reading import json_safe
 from ultralong_ray.report.reproduction.runs import read_part
+from ultralong_ray.report.reproduction.subjects import BASE_PART, EXTENSIONS
 from ultralong_ray.report.reproduction.tables import tables
 from ultralong_ray.report.reproduction.trials import ablations, read_trials
 from ultralong_ray.types import UserError
 
-ORDER = ("base_512", "base_4k", "extend_128k", "extend_1m")
+ORDER = ("base_512", BASE_PART, *EXTENSIONS)
 DIGITS = 6
 OBJECT_CHARACTERS = 320
 

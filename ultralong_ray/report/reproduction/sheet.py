@@ -19,7 +19,13 @@ MARGIN = 26.0
 SUBTITLE_CHARACTER = 7.0  # pixels, about
 FONT = 'system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", "DejaVu Sans", Arial, sans-serif'
 # subject's class -> colour; the model after continued pretraining alone is drawn in dashes and hollow
-COLOURS = {"base": "#c2540a", "extend_128k": "#0b62a8", "extend_1m": "#0a7a55"}
+COLOURS = {
+    "base": "#c2540a",
+    "extend_128k": "#0b62a8",
+    "extend_128k_long_sft": "#7a3fa0",
+    "extend_1m": "#0a7a55",
+    "extend_1m_long_sft": "#a0353f",
+}
 STYLE = f"""
 text {{ font: 12px {FONT}; fill: #1b2430; }}
 .chart {{ overflow: visible; }}

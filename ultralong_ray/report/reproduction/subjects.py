@@ -10,7 +10,13 @@ from dataclasses import dataclass
 from typing import Any
 
 BASE_PART = "base_4k"
-EXTENSIONS = {"extend_128k": "128K", "extend_1m": "1M"}  # run folder -> the window it extends to
+# run folder -> the window it extends to, and what else it has
+EXTENSIONS = {
+    "extend_128k": "128K",
+    "extend_128k_long_sft": "128K, long SFT",
+    "extend_1m": "1M",
+    "extend_1m_long_sft": "1M, long SFT",
+}
 
 
 @dataclass(frozen=True)

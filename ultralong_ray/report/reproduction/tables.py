@@ -86,11 +86,12 @@ def _with_bounds(mean: dict[str, Any] | None) -> str:
 
 
 def _paid(results: dict[str, Any]) -> str:
-    rows = []
-    asked = [subject.label for subject in SUBJECTS]
-    for suite, task in paid_rows(results):
-        means = paid(results, suite, task)
-        rows.append([task or f"{suite}, mean of all tasks", *(_with_bounds(means.get(name)) for name in asked)])
+    found = {row: paid(results, *row) for row in paid_rows(results)}
+    asked = [s.label for s in SUBJECTS if any(s.label in means for means in found.values())]
+    rows = [
+        [task or f"{suite}, mean of all tasks", *(_with_bounds(means.get(name)) for name in asked)]
+        for (suite, task), means in found.items()
+    ]
     window = short_tokens(base_window(results) or 0)
     return (
         _table([f"within {window}", *asked], rows, "Per cent with 95 % intervals; of perplexity, 100 / perplexity.")
@@ -194,7 +195,11 @@ def _training(results: dict[str, Any]) -> str:
 
 def _gpu_time(results: dict[str, Any]) -> str:
     """GPU time of every part, and its sum: what trainings and evaluations took, start-up included."""
-    times = {name: part["gpu_seconds"] for name, part in results["parts"].items()}
+    times: dict[str, float] = {}
+    counted: set[str] = set()
+    for name, part in results["parts"].items():
+        times[name] = part["gpu_seconds"] - _gpu_seconds_of(part, counted)
+        counted.update(part["folders"])
     if "ablations" in results:
         times["ablations"] = results["ablations"]["gpu_seconds"]
     if not times:
@@ -204,6 +209,12 @@ def _gpu_time(results: dict[str, Any]) -> str:
     below = "Seconds x GPUs of trainings and evaluations, start-up included; preparing data takes no GPU."
     held = [line for name, note in results["notes"].items() if (line := _whole_command(name, note))]
     return _table(["part", "GPU-seconds", "GPU-hours"], rows, " ".join([below, *held]))
+
+
+def _gpu_seconds_of(part: dict[str, Any], folders: set[str]) -> float:
+    """Of those of its stages that ran once for this part and for another: their folders are among `folders`."""
+    shared = {folder.rpartition("-")[0] for folder in folders.intersection(part["folders"])}
+    return sum(time["seconds"] * time["gpus"] for stage, time in part["stages"].items() if stage in shared)
 
 
 def _whole_command(name: str, note: Any) -> str:
