@@ -116,6 +116,16 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return computed
 
 
+def test_a_cluster_that_cannot_be_joined_gets_words(monkeypatch: pytest.MonkeyPatch):
+    def init(**_: Any) -> None:
+        raise RuntimeError("Version mismatch: The cluster was started with Python 3.12")
+
+    monkeypatch.setattr("ray.init", init)
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    with pytest.raises(UserError, match=r"(?s)10\.0\.0\.1:6379.*Version mismatch.*RAY_ADDRESS=local starts one"):
+        job.connect_to_ray()
+
+
 def test_a_done_stage_is_not_computed_again(tmp_path: Path, counted: list[str]):
     recipe = load_recipe(str(ROOT / QUICKSTART), ["--workdir", str(tmp_path)])
     for _ in range(2):

@@ -170,7 +170,10 @@ def preflight_stage(recipe: Recipe, stage: str, recipe_path: str) -> None:
 
 
 def connect_to_ray() -> None:
-    """Join the cluster that RAY_ADDRESS names (set inside a Ray job), else the one running here, else start one."""
+    """Join the cluster that RAY_ADDRESS names (set inside a Ray job), else the one running here, else start one.
+
+    Raises: UserError where that cluster cannot be joined, as one of another Python.
+    """
     import ray
 
     if ray.is_initialized():
@@ -179,7 +182,15 @@ def connect_to_ray() -> None:
     # run directly from a clone that is not installed, they need to be told where it is.
     package_root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
     python_path = os.pathsep.join(filter(None, [package_root, os.environ.get("PYTHONPATH")]))
-    ray.init(log_to_driver=True, logging_level=logging.WARNING, runtime_env={"env_vars": {"PYTHONPATH": python_path}})
+    workers_env = {"env_vars": {"PYTHONPATH": python_path}}
+    try:
+        ray.init(log_to_driver=True, logging_level=logging.WARNING, runtime_env=workers_env)
+    except (RuntimeError, ConnectionError, ValueError) as error:  # Ray 2.60: another Python, nothing there, no address
+        where = os.environ.get("RAY_ADDRESS", "the cluster that runs here")
+        raise UserError(
+            f"Ray cannot be joined (RAY_ADDRESS: {where}): {error}\nSet RAY_ADDRESS to another cluster; "
+            "RAY_ADDRESS=local starts one for this command alone"
+        ) from error
     signal.signal(signal.SIGTERM, _stop)  # ray.init has put its own handler there
 
 

@@ -68,7 +68,7 @@ def test_a_chat_carries_messages_and_the_beginning_of_the_answer(server: Served)
     assert engine(server.address, api="chat").answers([chat]) == ["ok"]
     body = server.bodies[-1]
     assert body["messages"] == [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "The key is"}]
-    assert body["continue_final_message"] and not body["add_generation_prompt"] and body["max_completion_tokens"] == 4
+    assert body["continue_final_message"] and not body["add_generation_prompt"] and body["max_tokens"] == 4
     engine(server.address, api="chat", continue_answer=False).answers([chat])
     assert [message["role"] for message in server.bodies[-1]["messages"]] == ["user"]
     with pytest.raises(UserError, match="this prompt is no chat"):

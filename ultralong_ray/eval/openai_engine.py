@@ -154,10 +154,12 @@ class OpenAIEngine:
     def _body(self, request: Request) -> dict[str, Any]:
         config = self._config
         body: dict[str, Any] = {"model": self._served, "temperature": 0.0, **config.request_fields}
+        # In chats too: max_completion_tokens, its newer name, is passed over by servers such as transformers 5.17.
+        body["max_tokens"] = request.max_new_tokens
         if request.exact and request.stop:
             body["stop"] = list(request.stop)  # only to save time: answers are cut here
         if config.api == "completions":
-            return {**body, "max_tokens": request.max_new_tokens, "prompt": self._prompt(request)}
+            return {**body, "prompt": self._prompt(request)}
         if not request.messages:
             raise UserError(
                 "evaluate.engine.api is chat, but this prompt is no chat: set evaluate.chat_template (or the task's) "
@@ -167,7 +169,7 @@ class OpenAIEngine:
         if request.answer_prefix and config.continue_answer:
             messages.append({"role": "assistant", "content": request.answer_prefix})
             body |= {"add_generation_prompt": False, "continue_final_message": True}
-        return {**body, "max_completion_tokens": request.max_new_tokens, "messages": messages}
+        return {**body, "messages": messages}
 
     def _prompt(self, request: Request) -> list[int] | str:
         """Ids, or a text to which the server's tokenizer adds the one BOS that it should have."""
