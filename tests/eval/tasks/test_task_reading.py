@@ -73,6 +73,23 @@ def test_ends_of_sentences(word: str, ends: bool) -> None:
     assert ends_sentence(word) == ends
 
 
+@pytest.mark.parametrize(
+    ("text", "sentences"),
+    [
+        ("Corn, rye, etc. Smith ate, e.g. oats.", ["Corn, rye, etc.", "Smith ate, e.g.", "oats."]),
+        ("The U.S. Army left. Mr. Day of the U.S. He did.", ["The U.S. Army left.", "Mr. Day of the U.S.", "He did."]),
+        ("Wait... no. Wait... But why?", ["Wait... no.", "Wait...", "But why?"]),
+        ("Good.[2] So (it is.)Then.", ["Good.", "[2] So (it is.", ")Then."]),
+        ('"Is it?" "No." [Yes.] Go.', ['"Is it?"', '"No."', "[Yes.]", "Go."]),
+    ],
+)
+def test_sentences_are_those_of_punkt(tmp_path: Path, text: str, sentences: list[str]) -> None:
+    """The expected ones were made with nltk 3.9.1 and its English parameters."""
+    haystack = load_haystack([put(tmp_path, "a.txt", text)])
+    ends = [*haystack.sentence_starts[1:], len(haystack.words)]
+    assert [haystack.text(*span) for span in zip(haystack.sentence_starts, ends, strict=True)] == sentences
+
+
 def test_words_from_a_file_from_the_package_and_built_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     lists = {"noun": ["cat"], "adjective": ["red"], "verb": ["go"]}
     words = load_words(put(tmp_path, "w.json", lists), put(tmp_path, "d.txt", "one\ntwo\n"))
