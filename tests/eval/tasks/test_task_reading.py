@@ -139,9 +139,16 @@ def test_squad_and_hotpotqa_forms(tmp_path: Path) -> None:
         (load_squad, {"x": 1}, "not in SQuAD's form"),
         (load_squad, {"data": [{"paragraphs": [{"context": 1, "qas": []}]}]}, r"data\[0\].paragraphs\[0\]: a text"),
         (load_squad, {"data": [{"paragraphs": [{"context": "", "qas": [{}]}]}]}, "one of its qas has no `question`"),
+        (
+            load_squad,
+            {"data": [{"paragraphs": [{"context": "", "qas": [{"question": "q", "answers": [{"text": 7}]}]}]}]},
+            "one of its answers has no text `text`",
+        ),
         (load_squad, {"data": []}, "no answerable question"),
         (load_hotpotqa, {}, "a list of questions is needed"),
         (load_hotpotqa, [{"question": "q"}], "row 0 needs `question`, `answer` and `context`"),
+        (load_hotpotqa, [{"question": "q", "answer": 7, "context": []}], "row 0: `question` and `answer` must be text"),
+        (load_hotpotqa, [{"question": "q", "answer": "a", "context": {"title": ["T"]}}], r"list of \[title, \[sent"),
     ],
 )
 def test_bad_question_files(tmp_path: Path, load: Any, value: Any, message: str) -> None:
