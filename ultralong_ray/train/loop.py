@@ -38,6 +38,7 @@ from ultralong_ray.train.job import TrainJob
 from ultralong_ray.train.metrics import MetricsWriter
 from ultralong_ray.train.notices import FAILED, NONE, Interrupted, cause_of
 from ultralong_ray.train.order import cursor_after, sequences_of_step
+from ultralong_ray.train.patience import collective_timeout
 from ultralong_ray.train.preflight import RunShape, check_first_loss, preflight
 from ultralong_ray.train.schedule import learning_rate
 from ultralong_ray.train.step import StepResult, train_step
@@ -76,7 +77,7 @@ class Trainer:
         self.shape: dict[str, Any] = (job.model / "config.json").read_json()
         plan = job.plan
         self.topology = Topology(dist.get_world_size(), dist.get_rank(), plan.ulysses_degree, plan.ring_degree)
-        self.mesh = create_mesh(self.topology)
+        self.mesh = create_mesh(self.topology, collective_timeout(job.first_step_seconds))
         dtype = self.dtype = torch.bfloat16 if self.train.precision == "bfloat16" else torch.float32
         head_dim = self.shape.get("head_dim") or self.shape["hidden_size"] // self.shape["num_attention_heads"]
         self.kernel = spanned(choose_kernel(self.train.attention, device, dtype, head_dim))
@@ -249,7 +250,8 @@ def run(job: TrainJob, device: torch.device, report: Report, asked: Callable[[],
     if writer is not None:
         trainer.flush = writer.flush
     try:
-        with Watchdog(job.stage, trainer.attempt, restored + 1, job.train.hang_timeout_seconds) as watchdog:
+        patience = job.train.hang_timeout_seconds, job.first_step_seconds
+        with Watchdog(job.stage, trainer.attempt, restored + 1, *patience) as watchdog:
             notices = _train_on(trainer, restored, writer, report, asked, watchdog)
     except Exception:
         trainer.saver.finish()  # what was taken before the error is worth keeping
