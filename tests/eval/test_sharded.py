@@ -17,7 +17,7 @@ from ultralong_ray.eval import partial_attention
 from ultralong_ray.eval.generate import Engine
 from ultralong_ray.eval.partial_attention import attend_slice, merge
 from ultralong_ray.eval.passkey import build_prompt, encode_prompt
-from ultralong_ray.eval.sharded import ShardedEngine, ShardedModel
+from ultralong_ray.eval.sharded import GROUP_TIMEOUT, ShardedEngine, ShardedModel
 from ultralong_ray.eval.sharded_attention import SHARDED_ATTENTION, register_sharded_attention
 from ultralong_ray.parallel.kernels import math
 from ultralong_ray.types import UserError
@@ -76,6 +76,8 @@ def ask_all(ulysses: int, every: int) -> tuple[list[str], np.ndarray, dict[str, 
     engine.answer(asked[-1], NEW_TOKENS)
     cache = engine.model.cache
     held = {"tokens": len(asked[-1]), "positions": cache.positions.tolist(), "bytes": cache.num_bytes}
+    group: Any = engine.model._mesh.ulysses or engine.model._mesh.ring
+    held["timeout"] = group._get_backend(CPU).options._timeout
     return answers, np.stack(logits), held
 
 
@@ -89,6 +91,7 @@ def test_answers_are_those_of_the_in_process_engine(world: int, index: int, expe
         assert found == answers
         np.testing.assert_allclose(found_logits, logits, rtol=0, atol=1e-4)
     held = [rank[2] for rank in by_rank]
+    assert {rank["timeout"] for rank in held} == {GROUP_TIMEOUT}, "a long prompt is queued as a whole"
     positions = sorted(position for rank in held for position in rank["positions"])
     tokens = held[0]["tokens"]
     assert positions == list(range(len(positions))), "every token is held by one rank"

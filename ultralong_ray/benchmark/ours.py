@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from ultralong_ray.benchmark.gradients import gradients_of
+from ultralong_ray.benchmark.launch import group_timeout
 from ultralong_ray.benchmark.long_check import check_against_reference
 from ultralong_ray.benchmark.measure import StepNumbers, Work, measure, progress
 from ultralong_ray.benchmark.setups import LEARNING_RATE
@@ -38,7 +39,7 @@ class Ours:
         self.config = benchmark.config(setup.layers)
         self.topology = Topology(dist.get_world_size(), dist.get_rank(), setup.ulysses, setup.ring)
         self.segments = local_segments(setup.length, self.topology)
-        self.mesh = create_mesh(self.topology)
+        self.mesh = create_mesh(self.topology, group_timeout(benchmark.limit_seconds))
         train = PretrainConfig(
             global_batch_sequences=self.topology.dp_size,
             learning_rate=LEARNING_RATE,

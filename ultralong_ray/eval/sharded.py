@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,8 @@ from ultralong_ray.parallel.norm import install_fused_norms
 from ultralong_ray.parallel.topology import Topology, local_segments
 from ultralong_ray.types import UserError
 
+# NCCL counts a collective's time from its queueing, and the host queues a whole prompt ahead of the GPU.
+GROUP_TIMEOUT = timedelta(hours=2)
 MLP_TILE_TOKENS = 16384  # rows of the MLP's intermediates that exist at a time
 
 
@@ -71,7 +74,7 @@ class ShardedModel:
                 f"key-value heads; take a smaller one, the ring has the rest"
             )
         self._topology = Topology(world, dist.get_rank(), ulysses_degree, world // ulysses_degree)
-        self._mesh = create_mesh(self._topology)
+        self._mesh = create_mesh(self._topology, GROUP_TIMEOUT)
         self.device, dtype = causal_lm.lm_head.weight.device, causal_lm.lm_head.weight.dtype
         self.kernel = choose_kernel(attention, self.device, dtype, head_dim)
         self.cache = KVSlice(config.num_hidden_layers, kv_heads, head_dim, dtype, self.device)

@@ -51,7 +51,7 @@ class ShardedRank:
         import torch
         import torch.distributed as dist
 
-        from ultralong_ray.eval.sharded import ShardedEngine
+        from ultralong_ray.eval.sharded import GROUP_TIMEOUT, ShardedEngine
 
         assert isinstance(config.engine, ShardedConfig)
         on_gpu = config.gpus_per_task > 0 and torch.cuda.is_available()
@@ -61,7 +61,11 @@ class ShardedRank:
             torch.cuda.set_device(device)
         host, port = address
         dist.init_process_group(
-            "nccl" if on_gpu else "gloo", init_method=f"tcp://{host}:{port}", rank=rank, world_size=world
+            "nccl" if on_gpu else "gloo",
+            init_method=f"tcp://{host}:{port}",
+            rank=rank,
+            world_size=world,
+            timeout=GROUP_TIMEOUT,
         )
         self._engine = ShardedEngine(
             Path(folder),
