@@ -23,6 +23,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 
+from ultralong_ray.parallel.allocator import allocator_environment
 from ultralong_ray.types import UserError
 
 POLL_SECONDS = 0.1
@@ -86,7 +87,7 @@ def set_environment(device: str) -> None:
     if device == "cpu":
         os.environ["DS_ACCELERATOR"] = "cpu"
     else:
-        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+        os.environ |= allocator_environment()
 
 
 def _free_port() -> int:

@@ -28,6 +28,7 @@ from ultralong_ray.config import EvaluateConfig
 from ultralong_ray.config.degrees import heads_can_split
 from ultralong_ray.config.engines import ShardedEngine as ShardedConfig
 from ultralong_ray.eval.engine import Request
+from ultralong_ray.parallel.allocator import allocator_environment
 from ultralong_ray.types import UserError
 
 logger = logging.getLogger(__name__)
@@ -128,6 +129,7 @@ class ShardedGroup:
             actor.options(
                 num_cpus=config.cpus_per_task,
                 num_gpus=config.gpus_per_task,
+                runtime_env={"env_vars": allocator_environment()} if config.gpus_per_task else None,
                 scheduling_strategy=PlacementGroupSchedulingStrategy(room, rank),
             ).remote()
             for rank in range(degree)

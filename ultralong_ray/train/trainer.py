@@ -34,6 +34,7 @@ from ray.train.v2.api.exceptions import ControllerError, TrainingFailedError, Wo
 from ultralong_ray.config import Recipe
 from ultralong_ray.flops import ModelShape, ledger
 from ultralong_ray.packed import PackedManifest
+from ultralong_ray.parallel.allocator import allocator_environment
 from ultralong_ray.planner.hardware import peak_flops
 from ultralong_ray.planner.plan import as_json, hardware_of, plan_training
 from ultralong_ray.planner.refuse import PlanRefused
@@ -249,6 +250,7 @@ def _trainer(job: TrainJob, recorder: BreakdownRecorder, callbacks: tuple[UserCa
             # Ray counts all restarts of a run; the recorder counts those without progress
             failure_config=FailureConfig(max_failures=-1 if cluster.max_failures else 0),
             callbacks=[] if job.preflight_only else [recorder, *callbacks],
+            worker_runtime_env={"env_vars": allocator_environment()} if cluster.gpus_per_worker else None,
         ),
     )
 
