@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 import torch
 
+from ultralong_ray.parallel.kernels import sdpa_flash
 from ultralong_ray.parallel.kernels.kernel import Kernel
 
 # Keys of one program of a decode step: kernels without a split of the keys would leave most of a GPU idle.
@@ -44,6 +45,12 @@ def attend_slice(
         sums.append(lse.mT.float())  # [splits, group, kv_heads]
     output, lse = merge(outputs, torch.cat(sums))
     return output.transpose(0, 1).flatten(0, 1), lse.T.flatten()
+
+
+def decode_kernel(kernel: Kernel) -> Kernel:
+    """The kernel for `attend_slice` where `kernel` serves prompts. cuDNN would build a graph for every number of keys,
+    so for every token; torch's flash attention runs wherever it does."""
+    return sdpa_flash.load() if kernel.name == "cudnn" else kernel
 
 
 def merge(outputs: Sequence[torch.Tensor], sums: torch.Tensor) -> Partial:

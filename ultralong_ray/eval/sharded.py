@@ -24,6 +24,7 @@ from ultralong_ray.config.degrees import heads_can_split, length_unit
 from ultralong_ray.eval.engine import Request
 from ultralong_ray.eval.generate import LOSS_TILE_TOKENS, common_prefix, greedy_answer, scored_continuations, stop_ids
 from ultralong_ray.eval.kv_cache import KVSlice, Positions
+from ultralong_ray.eval.partial_attention import decode_kernel
 from ultralong_ray.eval.sharded_attention import SHARDED_ATTENTION, ShardedPass, register_sharded_attention
 from ultralong_ray.model.angles import install_angles
 from ultralong_ray.parallel.kernels.choose import choose_kernel
@@ -176,7 +177,8 @@ class ShardedModel:
 
     def _forward(self, tokens: Positions, positions: Positions, kept: int, decode: bool) -> torch.Tensor:
         """[seq_local, hidden]; keys and values of the first `kept` rows are held afterwards."""
-        sharded_pass = ShardedPass(self.cache, self._mesh, self.kernel, decode, self._length, kept)
+        kernel = decode_kernel(self.kernel) if decode else self.kernel
+        sharded_pass = ShardedPass(self.cache, self._mesh, kernel, decode, self._length, kept)
         output = self._causal_lm.model(
             torch.from_numpy(tokens)[None].to(self.device),
             position_ids=torch.from_numpy(positions)[None].to(self.device),
