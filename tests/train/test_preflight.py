@@ -96,10 +96,24 @@ def test_samples_lie_at_the_ends_and_about_every_boundary() -> None:
 
 def test_the_check_takes_a_bounded_time_at_any_length() -> None:
     assert check_size(131072, 4, 128) == (4, 131072)
-    assert check_size(2**20, 4, 128) == (3, 2**20)
-    heads, gradient_rows = check_size(2**22, 4, 128)
-    assert heads == 1 and 2**20 < gradient_rows < 2**22
-    assert 5.0 * gradient_rows**2 * 128 <= checks.CHECK_FLOPS
+    assert check_size(2**20, 4, 128) == (4, 2**20), (
+        "all query heads of a key-value head: another number, another kernel"
+    )
+    for seq, group, expected in ((2**22, 4, 4), (2**22, 5, 1), (2**24, 4, 1)):
+        heads, gradient_rows = check_size(seq, group, 128)
+        assert heads == expected and 2**20 < gradient_rows < seq
+        assert 5.0 * gradient_rows**2 * 128 * heads <= checks.BACKWARD_FLOPS
+
+
+def test_the_check_asks_no_call_beyond_the_limit() -> None:
+    seen: list[int] = []
+
+    def forward(query: torch.Tensor, *rest: Any) -> Any:
+        seen.append(query.numel())
+        return math.forward(query, *rest)
+
+    finding = kernel_finding(SMALL, plan(1), Kernel("small", forward, math.backward, 600 * SMALL.head_dim), CPU)
+    assert finding.ok and seen == [600 * SMALL.head_dim]
 
 
 def test_the_2_31_boundary_says_one_call_or_more_or_none() -> None:
