@@ -63,12 +63,17 @@ class Ours:
         module: Any = self.engine.module
         return module.causal_lm
 
-    def ids(self, index: int) -> Any:
-        """int64 [length]: the whole sequence of this rank's group in a step."""
-        length, vocab = self.work.setup.length, self.config["vocab_size"]
+    def ids(self, index: int, length: int | None = None) -> Any:
+        """int64 [length], default the setup's: the whole sequence of this rank's group in a step."""
+        length, vocab = length or self.work.setup.length, self.config["vocab_size"]
         return sequence(length, vocab, self.work.benchmark.seed, index, self.topology.dp_rank)
 
     def batch(self, index: int) -> MicroBatch:
+        """Of step `index`, warm-up steps first."""
+        benchmark = self.work.benchmark
+        if benchmark.warmup_length and index < benchmark.warmup:
+            segments = local_segments(benchmark.warmup_length, self.topology)
+            return to_device(slice_of(self.ids(index, benchmark.warmup_length), segments), self.device)
         return to_device(slice_of(self.ids(index), self.segments), self.device)
 
     def step(self, micro_batch: MicroBatch) -> StepNumbers:
