@@ -168,6 +168,9 @@ def test_free_memory_is_that_of_the_tightest_limit() -> None:
     assert free_bytes(meminfo, [limited, (None, None, None)]) == 40960 - 30720 + 4096
     assert free_bytes(meminfo, [("max\n", "30720\n", None), ("9223372036854771712", "5", None)]) == 80 * 1024
     assert 0 < available_host_bytes() < 2**50
+    # a machine that is to grow to 200 kB, and one that the recipe thinks smaller than it is
+    assert (free_bytes(meminfo, [], 200 * 1024), free_bytes(meminfo, [], 50 * 1024)) == (180 * 1024, 80 * 1024)
+    assert free_bytes(meminfo, [limited], 200 * 1024) == 40960 - 30720 + 4096, "a limit is a limit"
     assert any("libc" in path for path in loaded_libraries("libc"))
 
 

@@ -321,7 +321,8 @@ class ClusterConfig(Section):
     gpus_per_node: Positive = 8
     """GPUs that NVLink joins."""
     host_memory_gib_per_node: PositiveFloat | None = None
-    """Default: what Ray finds on the nodes; without a cluster, what the vendor's own servers have."""
+    """Default: what Ray finds on the nodes; without a cluster, what the vendor's own servers have. To be stated for
+    virtual machines that are given memory only as they use it."""
     network_gbytes_per_second: PositiveFloat | None = None
     """Between nodes, per GPU and direction; default: 50, one 400 Gbit/s adapter for each GPU."""
     image: str | None = None

@@ -176,7 +176,8 @@ class Trainer:
         shape = RunShape.of(self.job.section, self.shape, length, batch, self.dtype)
         model: Any = self.engine.module
         rope = (model.causal_lm.model.rotary_emb.inv_freq, self.shape, self.job.recipe.model.rope)
-        preflight(shape, self.job.plan, self.mesh, self.kernel, rope, self.device)
+        stated_gib = self.job.recipe.cluster.host_memory_gib_per_node
+        preflight(shape, self.job.plan, self.mesh, self.kernel, rope, self.device, stated_gib)
 
     def metrics(self, step: int, result: StepResult, started_seconds: float) -> StepMetrics:
         """The step as numbers; reading them waits for the device. Raises UserError when the loss is not finite.

@@ -83,22 +83,25 @@ def preflight(
     kernel: Kernel,
     rope: tuple[torch.Tensor, dict[str, Any], RopeConfig],
     device: torch.device,
+    host_memory_gib: float | None = None,
 ) -> list[Finding]:
     """Run every check, log the findings on rank 0. Collective over all ranks.
 
-    `rope`: the model's frequencies [head_dim / 2], its config.json, and what the recipe asks. Returns this rank's
-    findings. Raises UserError on every rank when a check failed on one of them.
+    `rope`: the model's frequencies [head_dim / 2], its config.json, and what the recipe asks. `host_memory_gib`: what
+    the recipe says that a node has. Returns this rank's findings. Raises UserError on every rank when a check failed
+    on one of them.
     """
     hosts = _gathered(socket.gethostname())
     ranks_on_host = hosts.count(hosts[dist.get_rank()])
     libraries = loaded_libraries("libcudnn")
+    stated = int((host_memory_gib or 0) * 2**30)
     cudnn_version = torch.backends.cudnn.version() if device.type == "cuda" else None
     checks: list[tuple[str, Callable[[], Finding]]] = [
         ("heads", lambda: heads_finding(shape, plan.ulysses_degree)),
         ("2^31 elements", lambda: boundary_finding(shape, plan, kernel)),
         ("kernel", lambda: kernel_finding(shape, plan, kernel, device)),
         ("cuDNN", lambda: cudnn_finding(kernel.name, cudnn_version, cudnn_wheel(), libraries)),
-        ("host memory", lambda: host_memory_finding(shape, plan, ranks_on_host, available_host_bytes())),
+        ("host memory", lambda: host_memory_finding(shape, plan, ranks_on_host, available_host_bytes(stated))),
         ("RoPE", lambda: rope_finding(*rope)),
     ]
     findings = [_timed(name, check) for name, check in checks]
