@@ -112,6 +112,7 @@ def _rank(
         if device_type == "cuda":
             device = torch.device("cuda", rank)
             torch.cuda.set_device(device)
+            torch.set_num_threads(max(1, (os.cpu_count() or 1) // num_ranks))  # an optimizer on the host uses them
         else:
             torch.set_num_threads(1)
         backend, timeout = "nccl" if device_type == "cuda" else "gloo", group_timeout(seconds)

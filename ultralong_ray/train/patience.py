@@ -8,7 +8,9 @@ from __future__ import annotations
 from datetime import timedelta
 
 FIRST_STEP_FACTOR = 10.0  # the first step of an attempt may take so many times a recipe's hang_timeout_seconds
-LEAST_STEP_SECONDS = 1800.0  # kernels are compiled and files opened in the first step; torch's own for a collective
+LEAST_FIRST_STEP_SECONDS = (
+    1800.0  # kernels are compiled and files opened in the first step; torch's own for a collective
+)
 SLOWEST_MFU = 0.05  # of a healthy run, in causal model FLOPs: a tenth of what was measured
 LEAST_CHECKPOINT_SECONDS = 3600.0  # outages that an upload outlasts included
 LATER_SECONDS = 600.0  # than the watchdog, which speaks first: it knows who is to blame
@@ -17,8 +19,8 @@ LATER_SECONDS = 600.0  # than the watchdog, which speaks first: it knows who is 
 def longest_step_seconds(model_flops_causal: float, workers: int, peak_flops: float | None) -> float:
     """Of a healthy run, without a median of steps to go by: the 8B recipes plan with half an hour a step."""
     if peak_flops is None:
-        return LEAST_STEP_SECONDS
-    return max(LEAST_STEP_SECONDS, model_flops_causal / (workers * peak_flops * SLOWEST_MFU))
+        return LEAST_FIRST_STEP_SECONDS
+    return max(LEAST_FIRST_STEP_SECONDS, model_flops_causal / (workers * peak_flops * SLOWEST_MFU))
 
 
 def collective_timeout(step_seconds: float) -> timedelta:
