@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
+from tests.parallel.spawn import run_distributed
 from tests.train.made_jobs import job, write_inputs
 from ultralong_ray.flops import ModelShape, ledger
 from ultralong_ray.parallel.mesh import create_mesh
@@ -66,3 +67,24 @@ def test_a_given_timeout_counts_and_reaches_every_group(tmp_path: Path, monkeypa
     monkeypatch.setattr(dist, "new_group", lambda ranks, **named: asked.append(named))
     create_mesh(Topology(8, 0, 2, 2), timedelta(seconds=20_600))
     assert asked == [{"timeout": timedelta(seconds=20_600)}] * 8  # four Ulysses pairs, four rings
+
+
+def timeouts(folder: Path) -> list[timedelta]:
+    """Of this rank's groups: the mesh's, and the one in which DeepSpeed reduces gradients."""
+    import torch
+    from deepspeed.utils import groups
+
+    from ultralong_ray.train.loop import Trainer
+
+    made = job(folder, "groups", cluster={"num_workers": 2}, sequence_parallel_degree=2)
+    trainer = Trainer(dataclasses.replace(made, longest_step_seconds=20_000.0), torch.device("cpu"))
+    found: list[Any] = [trainer.mesh.ulysses, groups._get_data_parallel_group()]
+    assert found[1] is not dist.group.WORLD
+    given = [group._get_backend(torch.device("cpu")).options._timeout for group in found]
+    trainer.close()
+    return given
+
+
+def test_no_group_of_a_training_keeps_the_default_timeout(tmp_path: Path) -> None:
+    write_inputs(tmp_path)
+    assert run_distributed(timeouts, 2, tmp_path) == [[timedelta(seconds=20_600)] * 2] * 2

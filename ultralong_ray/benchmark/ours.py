@@ -39,7 +39,8 @@ class Ours:
         self.config = benchmark.config(setup.layers)
         self.topology = Topology(dist.get_world_size(), dist.get_rank(), setup.ulysses, setup.ring)
         self.segments = local_segments(setup.length, self.topology)
-        self.mesh = create_mesh(self.topology, group_timeout(benchmark.limit_seconds))
+        timeout = group_timeout(benchmark.limit_seconds)
+        self.mesh = create_mesh(self.topology, timeout)
         train = PretrainConfig(
             global_batch_sequences=self.topology.dp_size,
             learning_rate=LEARNING_RATE,
@@ -56,7 +57,7 @@ class Ours:
         plan = setup.plan
         config = deepspeed_config(train, self.topology.world_size, 1, plan.offload_optimizer)
         model = build_model(Location.of(folder), benchmark.seed, train, plan, config, device)
-        self.engine = initialize(model, make_optimizer(model, train, device), config)
+        self.engine = initialize(model, make_optimizer(model, train, device), config, timeout)
 
     @property
     def causal_lm(self) -> Any:

@@ -77,7 +77,8 @@ class Trainer:
         self.shape: dict[str, Any] = (job.model / "config.json").read_json()
         plan = job.plan
         self.topology = Topology(dist.get_world_size(), dist.get_rank(), plan.ulysses_degree, plan.ring_degree)
-        self.mesh = create_mesh(self.topology, collective_timeout(job.first_step_seconds))
+        timeout = collective_timeout(job.first_step_seconds)
+        self.mesh = create_mesh(self.topology, timeout)
         dtype = self.dtype = torch.bfloat16 if self.train.precision == "bfloat16" else torch.float32
         head_dim = self.shape.get("head_dim") or self.shape["hidden_size"] // self.shape["num_attention_heads"]
         self.kernel = spanned(choose_kernel(self.train.attention, device, dtype, head_dim))
@@ -86,7 +87,7 @@ class Trainer:
         accumulation = accumulation_steps(self.train, self.topology)
         config = deepspeed_config(self.train, self.topology.world_size, accumulation, plan.offload_optimizer)
         model = build_model(job.model, job.random_seed, self.train, plan, config, device)
-        self.engine = initialize(model, make_optimizer(model, self.train, device), config)
+        self.engine = initialize(model, make_optimizer(model, self.train, device), config, timeout)
         self.flush: Callable[[], None] = lambda: None  # called before a checkpoint is committed
 
     @property
