@@ -71,6 +71,14 @@ def test_a_stage_without_its_input_names_it(tmp_path: Path):
     assert "Traceback" not in done.stderr
 
 
+def test_a_store_out_of_reach_is_said(tmp_path: Path):
+    store = ("--storage.endpoint", "http://127.0.0.1:1", "--storage.max_attempts", "1")
+    done = run_script("prepare", QUICKSTART, "--workdir", "s3://bucket/run", *store)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: the storage cannot be reached: the store does not answer")
+    assert "Traceback" not in done.stderr
+
+
 def test_heads_of_the_base_model_are_checked_before_anything_starts(tmp_path: Path):
     overrides = "--cluster.num_workers 8 --pretrain.sequence_parallel_degree 8 --pretrain.ulysses_degree 8"
     done = run_script("pipeline", QUICKSTART, "--workdir", str(tmp_path), *overrides.split())

@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 import pyarrow as pa
 import pyarrow.fs as pafs
 
-from ultralong_ray.object_store import explained, retried, s3_filesystem
+from ultralong_ray.object_store import explained, meaning_of, retried, s3_filesystem
 from ultralong_ray.types import StorageOptions, UserError
 
 SUCCESS_FILE = "_SUCCESS.json"
@@ -220,6 +220,17 @@ def explain_full_disk(where: str) -> Iterator[None]:
             f"{where}: no space left. Free space there, or set `workdir` to a larger disk or an s3:// URI, "
             f"and submit again: finished stages and checkpoints are kept"
         ) from error
+
+
+@contextlib.contextmanager
+def refusals_in_words() -> Iterator[None]:
+    """Around a command: what a store or a disk refuses becomes the UserError that says what mends it."""
+    try:
+        yield
+    except OSError as error:
+        if meaning_of(error) is None:
+            raise
+        raise explained(error, "the storage") from error
 
 
 def copy_files(source: Location, target: Location, *, skip: tuple[str, ...] = ()) -> None:

@@ -27,8 +27,8 @@ from ultralong_ray.report.intervals import DRAWS, difference
 from ultralong_ray.report.reading import StageReader
 from ultralong_ray.report.scores import DOCUMENTS, FAILED_ARE, PLAN_FILE, Score, read_scores
 from ultralong_ray.stages import stage_directory
-from ultralong_ray.storage import Location, StageDirectory
-from ultralong_ray.types import UserError
+from ultralong_ray.storage import DEFAULT_OPTIONS, Location, StageDirectory, refusals_in_words
+from ultralong_ray.types import StorageOptions, UserError
 
 INTERVALS_ARE = (
     f"95 % intervals of the difference B - A: percentile bootstrap ({DRAWS} draws, fixed seed), over pairs of samples "
@@ -56,9 +56,10 @@ def compare_command(arguments: list[str]) -> int:
         recipe = load_recipe(parsed.recipe, overrides) if parsed.recipe else None
         if recipe is None and overrides:
             raise UserError(f"{overrides[0]!r} changes a recipe, and none is given; name one, or leave it out")
-        first, second = (find_side(text, recipe) for text in parsed.compare)
-        out = Location.of(parsed.out)
-        print(write_comparison(first, second, out))
+        out = Location.of(parsed.out, _options(recipe))
+        with refusals_in_words():
+            first, second = (find_side(text, recipe) for text in parsed.compare)
+            print(write_comparison(first, second, out))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -73,18 +74,22 @@ def find_side(text: str, recipe: Recipe | None) -> Side:
         stage = stage_directory(recipe, "evaluate")
         model = text
     else:
-        stage = _find_stage(Location.of(place))
-    if not (stage.location / PLAN_FILE).exists():
+        stage = _find_stage(Location.of(place, _options(recipe)))
+    plan = StageReader(stage).read_json(PLAN_FILE) or {}  # trainings have a file of that name as well
+    models = sorted({cell["model"] for cell in plan.get("cells", [])})
+    if not models:
         raise UserError(
-            f"{text}: no evaluation at {stage.location} (it has no {PLAN_FILE}); run jobs/evaluate.py first"
+            f"{text}: no evaluation at {stage.location} (no {PLAN_FILE} that names cells); run jobs/evaluate.py first"
         )
-    plan = (stage.location / PLAN_FILE).read_json()
-    models = sorted({cell["model"] for cell in plan["cells"]})
     chosen = model or ("final" if "final" in models else models[0] if len(models) == 1 else "")
     if chosen not in models:
         named = f"has no model {chosen!r}" if chosen else "has several models"
         raise UserError(f"{text}: the evaluation {named}; name one of {', '.join(models)}, as in {place}#{models[0]}")
     return Side(text, stage, chosen)
+
+
+def _options(recipe: Recipe | None) -> StorageOptions:
+    return DEFAULT_OPTIONS if recipe is None else recipe.storage.options
 
 
 def _find_stage(place: Location) -> StageDirectory:
