@@ -192,3 +192,25 @@ def test_a_stopped_pipeline_stops_its_stage(tmp_path: Path):
     process.stdout.read()  # ends when the stage, which holds the pipe too, is gone
     process.wait(timeout=30)
     assert time.monotonic() - began < 30
+
+
+def test_a_stage_that_is_told_as_well_saves_in_peace():
+    """`ray job stop` sends SIGTERM to the pipeline and to its stage, and the pipeline tells the stage once more."""
+    script = (
+        "import threading, time\nfrom ultralong_ray.train.preemption import _on_sigterm\n"
+        "heard = threading.Event()\n_on_sigterm(heard, threading.Event(), 60.0)\nprint('training', flush=True)\n"
+        "heard.wait(); time.sleep(1); print('saved', flush=True)"
+    )
+    code = (
+        "import signal, sys\nfrom ultralong_ray.pipeline import _run\n"
+        "def stop(*_): raise KeyboardInterrupt\n"
+        "signal.signal(signal.SIGTERM, stop)\n"
+        f"_run([sys.executable, '-c', {script!r}])"
+    )
+    environment = {**os.environ, "PYTHONPATH": PYTHONPATH}
+    with subprocess.Popen(
+        [sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE, text=True, start_new_session=True
+    ) as process:
+        assert process.stdout is not None and process.stdout.readline() == "training\n"
+        os.killpg(process.pid, signal.SIGTERM)
+        assert process.stdout.readline() == "saved\n"
