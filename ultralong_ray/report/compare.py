@@ -13,19 +13,16 @@ import argparse
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
-
-import jinja2
 
 from ultralong_ray.config import Recipe
 from ultralong_ray.recipe import load_recipe
-from ultralong_ray.report import words
 from ultralong_ray.report.benchmarks import depth_grids
-from ultralong_ray.report.figures import heatmap, score_colour
+from ultralong_ray.report.figures import heatmap
 from ultralong_ray.report.intervals import DRAWS, difference
 from ultralong_ray.report.reading import StageReader
 from ultralong_ray.report.scores import DOCUMENTS, FAILED_ARE, PLAN_FILE, Score, read_scores
+from ultralong_ray.report.templates import rendered
 from ultralong_ray.stages import stage_directory
 from ultralong_ray.storage import DEFAULT_OPTIONS, Location, StageDirectory, refusals_in_words
 from ultralong_ray.types import StorageOptions, UserError
@@ -109,21 +106,13 @@ def write_comparison(first: Side, second: Side, out: Location) -> str:
     """Write the three files into `out` and return the Markdown."""
     facts = comparison_facts(first, second)
     (out / "comparison.json").write_json(facts)
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=jinja2.select_autoescape(enabled_extensions=("html.j2",), default=False),
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters.update(short_tokens=words.short_tokens, colour=score_colour)
     charts = [
         {"title": f"{side}: {grid['task']}", "svg": heatmap(grid, grid, f"{side} {grid['task']}")}
         for side in ("A", "B")
         for grid in facts[side.lower()]["grids"]
     ]
-    page = environment.get_template("compare.html.j2").render(facts=facts, charts=charts)
-    text = environment.get_template("compare.md.j2").render(facts=facts)
+    page = rendered("compare.html.j2", facts=facts, charts=charts)
+    text = rendered("compare.md.j2", facts=facts)
     (out / "comparison.html").write_bytes(page.encode())
     (out / "comparison.md").write_bytes(text.encode())
     return text
