@@ -31,7 +31,7 @@ def main() -> int:
         hardware = None
         if arguments.cluster is not None:
             hardware = parse_cluster(arguments.cluster, arguments.host_memory_gib, arguments.network_gbs)
-        elif arguments.host_memory_gib or arguments.network_gbs:
+        elif arguments.host_memory_gib is not None or arguments.network_gbs is not None:
             raise UserError("--host-memory-gib and --network-gbs describe a --cluster; give one, as in 4xH200")
         outcomes = plan_stages(recipe, hardware)
     except UserError as error:

@@ -15,6 +15,7 @@ from pathlib import Path
 from ultralong_ray.manifests import EXTRAS, PLATFORMS, QUEUES, hardware_overrides, render
 from ultralong_ray.planner.hardware import parse_cluster
 from ultralong_ray.recipe import load_recipe
+from ultralong_ray.storage import Location
 from ultralong_ray.types import UserError
 
 CLUSTER = Path(__file__).resolve().parents[1] / "cluster"
@@ -36,14 +37,13 @@ def main() -> int:
         recipe = load_recipe(arguments.recipe, overrides)
         out: Path = (arguments.out or CLUSTER.parent / "runs" / "manifests" / recipe.name).resolve()
         base = os.path.relpath(CLUSTER, out)
-        text = Path(arguments.recipe).read_text()
+        text = Path(arguments.recipe).read_text(encoding="utf-8")
         files = render(recipe, text, overrides, arguments.platform, base, arguments.queue, tuple(arguments.extras))
+        for name, content in files.items():
+            Location.of(out / name).write_bytes(content.encode())
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    for name, content in files.items():
-        (out / name).parent.mkdir(parents=True, exist_ok=True)
-        (out / name).write_text(content)
     print(f"manifests: {out} (look: kubectl kustomize {out})")
     return 0
 

@@ -71,6 +71,14 @@ def test_a_stage_without_its_input_names_it(tmp_path: Path):
     assert "Traceback" not in done.stderr
 
 
+def test_a_store_out_of_reach_is_said(tmp_path: Path):
+    store = ("--storage.endpoint", "http://127.0.0.1:1", "--storage.max_attempts", "1")
+    done = run_script("prepare", QUICKSTART, "--workdir", "s3://bucket/run", *store)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: the storage cannot be reached: the store does not answer")
+    assert "Traceback" not in done.stderr
+
+
 def test_heads_of_the_base_model_are_checked_before_anything_starts(tmp_path: Path):
     overrides = "--cluster.num_workers 8 --pretrain.sequence_parallel_degree 8 --pretrain.ulysses_degree 8"
     done = run_script("pipeline", QUICKSTART, "--workdir", str(tmp_path), *overrides.split())
@@ -184,3 +192,25 @@ def test_a_stopped_pipeline_stops_its_stage(tmp_path: Path):
     process.stdout.read()  # ends when the stage, which holds the pipe too, is gone
     process.wait(timeout=30)
     assert time.monotonic() - began < 30
+
+
+def test_a_stage_that_is_told_as_well_saves_in_peace():
+    """`ray job stop` sends SIGTERM to the pipeline and to its stage, and the pipeline tells the stage once more."""
+    script = (
+        "import threading, time\nfrom ultralong_ray.train.preemption import _on_sigterm\n"
+        "heard = threading.Event()\n_on_sigterm(heard, threading.Event(), 60.0)\nprint('training', flush=True)\n"
+        "heard.wait(); time.sleep(1); print('saved', flush=True)"
+    )
+    code = (
+        "import signal, sys\nfrom ultralong_ray.pipeline import _run\n"
+        "def stop(*_): raise KeyboardInterrupt\n"
+        "signal.signal(signal.SIGTERM, stop)\n"
+        f"_run([sys.executable, '-c', {script!r}])"
+    )
+    environment = {**os.environ, "PYTHONPATH": PYTHONPATH}
+    with subprocess.Popen(
+        [sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE, text=True, start_new_session=True
+    ) as process:
+        assert process.stdout is not None and process.stdout.readline() == "training\n"
+        os.killpg(process.pid, signal.SIGTERM)
+        assert process.stdout.readline() == "saved\n"

@@ -125,6 +125,15 @@ def test_broken_toml_and_absent_file(tmp_path: Path):
         load_recipe(str(tmp_path / "absent.toml"))
 
 
+def test_a_file_that_may_not_be_read(monkeypatch: pytest.MonkeyPatch):
+    def refuse(*_: object, **__: object) -> str:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "read_text", refuse)
+    with pytest.raises(UserError, match=r"quickstart.toml cannot be read \(Permission denied\)"):
+        load_recipe(QUICKSTART)
+
+
 def test_overrides_reach_nested_keys_in_both_spellings():
     recipe = load_recipe(QUICKSTART, ["--pretrain.learning_rate", "2e-4", "model.rope.factor=32", "--prepare.seed=7"])
     assert recipe.pretrain.learning_rate == 2e-4
@@ -145,7 +154,16 @@ def test_overrides_reach_into_lists_and_take_null_and_tables():
     assert load_recipe(QUICKSTART, ["--model.rope", "{ scheme = 'ntk', factor = 4 }"]).model.rope.scheme == "ntk"
 
 
-@pytest.mark.parametrize("arguments", [["--pretrain.seed"], ["pretrain.seed"], ["corpus.sources.5.uri=x"]])
-def test_overrides_that_say_nothing_are_refused(arguments: list[str]):
-    with pytest.raises(UserError, match=r"override .*(not understood|no position in a list of 1)"):
-        load_recipe(QUICKSTART, arguments)
+@pytest.mark.parametrize(
+    "argument",
+    [
+        "--pretrain.seed",
+        "pretrain.seed",
+        "corpus.sources.5.uri=x",
+        "corpus.sources.\N{SUPERSCRIPT TWO}.uri=x",
+        "evaluate.context_lengths.0.x=5",
+    ],
+)
+def test_overrides_that_say_nothing_are_refused(argument: str):
+    with pytest.raises(UserError, match=r"override .*(not understood|no position in a list of 1|256, which has no k)"):
+        load_recipe(QUICKSTART, [argument])

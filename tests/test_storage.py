@@ -1,7 +1,11 @@
 """Files on local disk and behind the S3 protocol: atomic writes, listing, copying, and a full disk's message."""
 
+import contextlib
 import errno
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, ClassVar
 
 import pytest
 
@@ -46,6 +50,51 @@ def test_an_interrupted_write_leaves_the_old_file(tmp_path: Path):
         raise KeyboardInterrupt
     assert target.read_bytes() == b"old"
     assert [f.name for f in target.parent.files()] == ["file"]
+
+
+def test_an_interrupted_upload_leaves_no_half_object(s3_uri: str):
+    target = Location.of(s3_uri) / "interrupted"
+    for error in (KeyboardInterrupt, UserError):
+        with pytest.raises(error), target.open_for_write() as sink:
+            sink.write(b"new, half")
+            raise error
+        assert not target.exists()
+    target.write_bytes(b"whole")
+    assert target.read_bytes() == b"whole"
+
+
+def test_where_the_store_takes_nothing_the_old_object_is_not_removed(monkeypatch: pytest.MonkeyPatch):
+    class Refusing:
+        """Of the upload's last request."""
+
+        removed: ClassVar[list[str]] = []
+
+        @contextlib.contextmanager
+        def open_output_stream(self, path: str, compression: None) -> Iterator[Any]:
+            yield SimpleNamespace(write=len, close=self.refuse)
+            self.refuse()
+
+        def refuse(self) -> None:
+            raise OSError("no connection")
+
+        def delete_file(self, path: str) -> None:
+            self.removed.append(path)
+
+    monkeypatch.setattr(Location, "filesystem", property(lambda _: Refusing()))
+    with pytest.raises(OSError, match="no connection"):
+        Location("s3://bucket/kept").write_bytes(b"new")
+    with pytest.raises(KeyboardInterrupt), Location("s3://bucket/kept").open_for_write():
+        raise KeyboardInterrupt
+    assert Refusing.removed == []
+
+
+def test_a_file_is_no_folder(tmp_path: Path):
+    (tmp_path / "file").write_bytes(b"")
+    assert Location.of(tmp_path / "file").files(recursive=True) == []
+    with pytest.raises(UserError, match=r"file/below/x cannot be written \(.*\); name another place"):
+        (Location.of(tmp_path / "file") / "below" / "x").write_bytes(b"")
+    with pytest.raises(UserError, match=r"cannot be written"):
+        Location.of(tmp_path).write_bytes(b"")
 
 
 def test_paths_are_normalised(tmp_path: Path):

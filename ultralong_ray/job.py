@@ -23,7 +23,7 @@ from ultralong_ray.config import Recipe
 from ultralong_ray.plan import check_base_model, describe
 from ultralong_ray.recipe import load_recipe
 from ultralong_ray.stages import require_inputs, stage_directory, stage_of_model, stages
-from ultralong_ray.storage import Location, StageDirectory
+from ultralong_ray.storage import Location, StageDirectory, refusals_in_words
 from ultralong_ray.types import UserError
 
 log = logging.getLogger("ultralong_ray")
@@ -109,15 +109,16 @@ def guarded(action: Action, only: Only | None = None, several: Several | None = 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stdout)
     signal.signal(signal.SIGTERM, _stop)
     try:
-        recipe = load_recipe(arguments.recipe, overrides)
-        check_base_model(recipe)
-        if arguments.dry_run:
-            print(describe(recipe))
-        elif only is not None and arguments.only:
-            only.action(recipe, arguments.recipe, overrides)
-        else:
-            more = () if several is None else (tuple(arguments.several),)
-            action(recipe, arguments.recipe, overrides, *more)
+        with refusals_in_words():
+            recipe = load_recipe(arguments.recipe, overrides)
+            check_base_model(recipe)
+            if arguments.dry_run:
+                print(describe(recipe))
+            elif only is not None and arguments.only:
+                only.action(recipe, arguments.recipe, overrides)
+            else:
+                more = () if several is None else (tuple(arguments.several),)
+                action(recipe, arguments.recipe, overrides, *more)
     except UserError as error:
         _leave(2, f"error: {error}")
     except KeyboardInterrupt:

@@ -1,8 +1,8 @@
 """The whole recipe: every stage as a driver of its own, one after the other.
 
 A stage is the same script that can be submitted alone. Run as a child process of the submitted pipeline it starts with
-clean memory, joins the same cluster with the same working directory, and ends with the pipeline: Ray stops a job's
-whole process group, so nothing runs on unseen. (The Ray dashboard shows the drivers under the pipeline's entry.) A
+clean memory, joins the same cluster with the same working directory, and ends with the pipeline: Ray stops a job with
+all processes below it, so nothing runs on unseen. (The Ray dashboard shows the drivers under the pipeline's entry.) A
 stage that is done starts nothing.
 """
 
@@ -49,5 +49,5 @@ def _run(command: list[str]) -> int:
         return process.wait()
     except BaseException:
         process.terminate()
-        process.wait(timeout=60)
+        process.wait()  # it may save for cluster.preemption_grace_seconds
         raise

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ultralong_ray.config import Recipe, TrainConfig
-from ultralong_ray.config.degrees import Heads, model_heads
+from ultralong_ray.config.degrees import Heads
 from ultralong_ray.config.made_tasks import ShortSkillsTask
 from ultralong_ray.config.read_tasks import StandardTask
 from ultralong_ray.flops import ModelShape
@@ -27,20 +27,32 @@ def num_steps_known(recipe: Recipe, section: str) -> int | None:
 
 
 def model_shape(recipe: Recipe) -> ModelShape | None:
-    """From [model.architecture], or config.json where the base model lies on this disk."""
+    """From [model.architecture], or config.json where the base model lies on this disk.
+
+    Raises UserError for a config.json that describes no Llama-class model.
+    """
     if recipe.model.architecture is not None:
         return ModelShape.from_architecture(recipe.model.architecture)
-    config = Location.of(recipe.model.base) / "config.json"
-    return ModelShape.from_config(config.read_json()) if config.is_local and config.exists() else None
+    file = Location.of(recipe.model.base) / "config.json"
+    if not file.is_local or not file.exists():
+        return None
+    try:
+        return ModelShape.from_config(file.read_json())
+    except (ValueError, LookupError, TypeError) as error:
+        raise UserError(
+            f"model.base: {file} describes no Llama-class model ({type(error).__name__}: {error}); fetch the model "
+            f"again, or name another folder"
+        ) from None
 
 
 def plan_stages(recipe: Recipe, hardware: Hardware | None = None) -> list[Planned | UserError]:
     """Layout and prediction, or refusal, of every training stage; on the recipe's own [cluster] by default."""
     outcomes: list[Planned | UserError] = []
-    where, shape = hardware or hardware_of(recipe), model_shape(recipe)
-    for name, _, _ in recipe.train_stages():
+    sized = recipe.at_largest_size()
+    where, shape = hardware or hardware_of(sized), model_shape(sized)
+    for name, _, _ in sized.train_stages():
         try:
-            outcomes.append(plan_training(recipe, "sft" if name == "sft" else "pretrain", where, shape))
+            outcomes.append(plan_training(sized, "sft" if name == "sft" else "pretrain", where, shape))
         except UserError as error:
             outcomes.append(error)
     return outcomes
@@ -51,27 +63,25 @@ def check_base_model(recipe: Recipe) -> None:
 
     (Without [model.architecture] the recipe alone does not know the heads.) Raises UserError.
     """
-    heads = _heads(recipe)
-    for _, train, _ in recipe.train_stages():
+    sized, heads = recipe.at_largest_size(), _heads(recipe)
+    for _, train, _ in sized.train_stages():
         try:
-            recipe.degrees(train, heads)
+            sized.degrees(train, heads)
         except ValueError as error:
             raise UserError(str(error)) from None
 
 
 def _heads(recipe: Recipe) -> Heads | None:
     """(query, key-value) heads as far as they can be known without a download."""
-    config = Location.of(recipe.model.base) / "config.json"
-    if recipe.model.architecture is not None or not config.is_local or not config.exists():
-        return recipe.heads
-    return model_heads(config.read_json())
+    shape = model_shape(recipe)
+    return None if shape is None else (shape.heads, shape.kv_heads)
 
 
 def describe(recipe: Recipe) -> str:
     """The resolved plan: window, RoPE, tokens, sequences, steps, degrees, paths and what is already done."""
     lines = [f"recipe {recipe.name}", *_model_lines(recipe), *_prepare_lines(recipe)]
     sized = recipe.at_largest_size()
-    for (name, train, length), outcome in zip(sized.train_stages(), plan_stages(sized), strict=True):
+    for (name, train, length), outcome in zip(sized.train_stages(), plan_stages(recipe), strict=True):
         lines += _train_lines(sized, name, train, length, outcome)
     return "\n".join([*lines, *_evaluate_lines(recipe), *_stage_lines(recipe)])
 

@@ -53,6 +53,10 @@ def _read_toml(path: str) -> dict[str, Any]:
         return tomllib.loads(file.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"recipe {path} is no valid TOML: {error}") from None
+    except OSError as error:
+        raise UserError(
+            f"recipe {path} cannot be read ({error.strerror}); give a file that this user may read"
+        ) from None
 
 
 def parse_overrides(arguments: list[str]) -> list[tuple[str, Any]]:
@@ -90,6 +94,8 @@ def _override(values: dict[str, Any], key: str, value: Any) -> None:
     for part in parents:
         if isinstance(place, list):
             place = _item(place, part, key)
+            if not isinstance(place, dict | list):
+                raise UserError(f"override {key}: position {part} holds {place!r}, which has no keys to set")
         else:
             if not isinstance(place.get(part), dict | list):
                 place[part] = {}
@@ -102,7 +108,7 @@ def _override(values: dict[str, Any], key: str, value: Any) -> None:
 
 
 def _item(place: list[Any], part: str, key: str) -> Any:
-    if not part.isdigit() or int(part) >= len(place):
+    if not part.isdecimal() or int(part) >= len(place):
         raise UserError(f"override {key}: {part!r} is no position in a list of {len(place)}; the first is 0")
     return place[int(part)]
 

@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 import pyarrow as pa
 import pyarrow.fs as pafs
 
-from ultralong_ray.object_store import explained, retried, s3_filesystem
+from ultralong_ray.object_store import explained, meaning_of, retried, s3_filesystem
 from ultralong_ray.types import StorageOptions, UserError
 
 SUCCESS_FILE = "_SUCCESS.json"
@@ -118,9 +118,12 @@ class Location:
         return self.info().size
 
     def files(self, *, recursive: bool = False) -> list[Location]:
-        """Files below a folder, sorted by path; an absent folder has none."""
+        """Files below a folder, sorted by path; an absent folder has none, and neither has a file."""
         selector = pafs.FileSelector(self.path, recursive=recursive, allow_not_found=True)
-        infos = self._retried(lambda: self.filesystem.get_file_info(selector))
+        try:
+            infos = self._retried(lambda: self.filesystem.get_file_info(selector))
+        except NotADirectoryError:
+            return []
         prefix = "" if self.is_local else self.uri.split("://", 1)[0] + "://"
         return [replace(self, uri=prefix + info.path) for info in sorted(infos, key=lambda i: i.path) if info.is_file]
 
@@ -154,21 +157,40 @@ class Location:
 
     @contextlib.contextmanager
     def open_for_write(self) -> Iterator[Any]:
-        """A binary sink whose file appears only when the block ends without an error."""
-        if self.is_local:
-            os.makedirs(os.path.dirname(self.path), exist_ok=True)
-            target = f"{self.path}.{uuid.uuid4().hex[:8]}.tmp"
-        else:
-            target = self.path
+        """A binary sink whose file appears only when the block ends without an error.
+
+        Where it ends with one a local file stays as it was, and an object is gone. Raises UserError where a local file
+        cannot be.
+        """
+        target = f"{self.path}.{uuid.uuid4().hex[:8]}.tmp" if self.is_local else self.path
         try:
-            with explain_full_disk(self.uri), self.filesystem.open_output_stream(target, compression=None) as sink:
-                yield sink
+            with explain_full_disk(self.uri), self._sink(target) as sink:
+                try:
+                    yield sink
+                except BaseException:
+                    if not self.is_local:  # an upload can be ended and not given up
+                        with contextlib.suppress(OSError):
+                            sink.close()
+                            self.filesystem.delete_file(target)
+                    raise
             if self.is_local:
                 os.replace(target, self.path)
         except BaseException:
             if self.is_local and os.path.exists(target):
                 os.unlink(target)
             raise
+
+    def _sink(self, target: str) -> pa.NativeFile:
+        if not self.is_local:
+            return self.filesystem.open_output_stream(target, compression=None)
+        try:
+            with explain_full_disk(self.uri):
+                os.makedirs(os.path.dirname(self.path), exist_ok=True)
+                if os.path.isdir(self.path):
+                    raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+                return self.filesystem.open_output_stream(target, compression=None)
+        except OSError as error:
+            raise UserError(f"{self.uri} cannot be written ({error.strerror or error}); name another place") from error
 
     def write_with(self, fill: Callable[[Any], Value]) -> Value:
         """Write the file by `fill(sink)`, from its start again while the store does not answer; what it returned."""
@@ -198,6 +220,17 @@ def explain_full_disk(where: str) -> Iterator[None]:
             f"{where}: no space left. Free space there, or set `workdir` to a larger disk or an s3:// URI, "
             f"and submit again: finished stages and checkpoints are kept"
         ) from error
+
+
+@contextlib.contextmanager
+def refusals_in_words() -> Iterator[None]:
+    """Around a command: what a store or a disk refuses becomes the UserError that says what mends it."""
+    try:
+        yield
+    except OSError as error:
+        if meaning_of(error) is None:
+            raise
+        raise explained(error, "the storage") from error
 
 
 def copy_files(source: Location, target: Location, *, skip: tuple[str, ...] = ()) -> None:

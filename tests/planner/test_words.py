@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
+from pathlib import Path
+
+import pytest
 
 from tests.planner.shapes import FREE, ROOT, llama_recipe
-from ultralong_ray.plan import describe, num_steps_known, plan_stages
+from ultralong_ray.plan import check_base_model, describe, num_steps_known, plan_stages
 from ultralong_ray.planner.hardware import parse_cluster
-from ultralong_ray.planner.plan import as_json, plan_training
+from ultralong_ray.planner.plan import Planned, as_json, plan_training
 from ultralong_ray.planner.words import describe_plan, keep_words
+from ultralong_ray.recipe import load_recipe
 from ultralong_ray.types import LayerKeep, UserError
 
 
@@ -41,6 +46,29 @@ def test_the_job_refuses_with_words_and_exits_2() -> None:
 def test_the_job_explains_arguments_it_cannot_use() -> None:
     done = run_job("jobs/recipes/llama31_8b_1m.toml", "--host-memory-gib", "500")
     assert done.returncode == 2 and "give one, as in 4xH200" in done.stderr
+
+
+@pytest.mark.parametrize("numbers", [(0.0, None), (-5.0, None), (None, 0.0), (None, math.nan)])
+def test_a_node_without_memory_or_network_is_refused(numbers: tuple[float | None, float | None]) -> None:
+    with pytest.raises(UserError, match="is not a size; give a number above 0"):
+        parse_cluster("4xH200", *numbers)
+
+
+def test_a_range_of_workers_is_planned_at_the_most_that_fill_groups() -> None:
+    workers = ("cluster.num_workers=5", "cluster.min_workers=2", "pretrain.sequence_parallel_degree=2")
+    recipe = load_recipe("jobs/recipes/quickstart.toml", [*workers, "--workdir", "/nowhere"])
+    check_base_model(recipe)
+    assert [o.plan.degree for o in plan_stages(recipe) if isinstance(o, Planned)] == [2, 2]
+    assert "4 workers = 2 data-parallel x 2 Ulysses x 1 ring" in describe(recipe)
+
+
+@pytest.mark.parametrize("text", ["{", "{}", "[]"])
+def test_a_base_without_a_config_that_can_be_read_is_named(text: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(text)
+    recipe = load_recipe("jobs/recipes/quickstart.toml", ["--model.base", str(tmp_path)])
+    for plan in (check_base_model, plan_stages, describe):
+        with pytest.raises(UserError, match=r"model.base: .*/config.json describes no Llama-class model"):
+            plan(recipe)
 
 
 def test_parts_add_up_to_what_is_printed() -> None:

@@ -72,6 +72,15 @@ def test_verdict_names_ruler_at_the_longest_length(tmp_path: Path) -> None:
     assert text == "RULER at 4K tokens, mean of 2 tasks: Base model 0.0 %."
 
 
+def test_verdict_counts_the_tasks_of_that_length_alone(tmp_path: Path) -> None:
+    only = {"kind": "ruler", "names": ["vt"], "context_lengths": [4096], "samples_per_cell": 4}
+    recipe = made_recipe(tmp_path, tasks=[{**RULER, "context_lengths": [512]}, only])
+    stage = write_run(recipe)["evaluate"]
+    write_tasks(stage, {place: points for place, points in POINTS.items() if place[1:] != ("ruler/qa_1", 4096)})
+    text = verdict(None, evaluation_facts(recipe, StageReader(stage))["benchmarks"])[0]
+    assert text.startswith("RULER at 4K tokens, 1 task: Base model 0.0")
+
+
 RULER_LENGTHS = [4096 << k for k in range(9)]
 
 
@@ -91,6 +100,9 @@ def test_rulers_published_means_need_all_tasks_and_all_lengths() -> None:
     assert [short["models"][0]["summary"][name] for name in ("<128K", "<512K", "<1M")] == [None] * 3
     few = benchmark_facts([s for s in scores if s.task != "ruler/task3"], ["final"], {}, 4096)[0]
     assert few["models"][0]["summary"]["<128K"] is None
+    gap = [s for s in scores if (s.task, s.context_length_tokens) != ("ruler/task3", 2**19)]
+    summary = benchmark_facts(gap, ["final"], {}, 4096)[0]["models"][0]["summary"]
+    assert summary["<128K"] is not None and summary["<512K"] is None, "of a length with 12 of the 13 tasks no mean"
     assert {row["model"]: row["values"]["<1M"] for row in few["published"]}["UltraLong-8B-4M"] == 78.0
 
 
@@ -111,6 +123,12 @@ def test_lveval_averages_levels_of_sets_and_standard_tests_stand_under_their_nam
     assert suite["columns"] == [f"{level}, window 128K" for level in levels]
     summary = suite["models"][0]["summary"]
     assert (summary["<128K"]["percent"], summary["<256K"]["percent"]) == (50.0, 45.0)
+    narrow = [Score("final", score.task, 65536, [0.0]) for score in scores]
+    suite = benchmark_facts([*scores, *narrow], ["final"], {}, 4096)[0]
+    assert suite["columns"][:2] == ["16k, window 64K", "16k, window 128K"]
+    assert suite["models"][0]["summary"]["<128K"]["percent"] == 50.0, "the longest window counts"
+    gap = benchmark_facts(scores[:-1], ["final"], {}, 4096)[0]["models"][0]["summary"]
+    assert gap["<128K"]["percent"] == 50.0 and gap["<256K"] is None
     standard = benchmark_facts([Score("final", "standard/gsm8k", 4096, [1.0, 0.0])], ["final"], {}, 4096)[0]
     summary = standard["models"][0]["summary"]
     assert summary["GSM8K"]["percent"] == 50.0 and summary["MMLU"] is None and summary["mean"] is None

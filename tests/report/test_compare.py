@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from tests.report.made_run import made_recipe, write_run, write_tasks
+from ultralong_ray.config import StorageConfig
 from ultralong_ray.report.compare import compare_command, comparison_facts, find_side
 from ultralong_ray.storage import StageDirectory
 from ultralong_ray.types import UserError
@@ -64,15 +65,41 @@ def test_the_command_writes_three_files(tmp_path: Path, capsys: pytest.CaptureFi
     [
         ("nowhere", "neither an evaluate stage nor a workdir with one"),
         ("run#extended", "has no model 'extended'; name one of base, final"),
+        ("damaged", "no evaluation at"),
+        ("a training", "no evaluation at"),
+        ("nothing", "no evaluation at"),
     ],
 )
 def test_what_cannot_be_compared_is_said(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], a: str, words: str
 ) -> None:
     _evaluation(tmp_path / "run")
+    for name, text in (("damaged", "{"), ("a training", '{"plan": {}}'), ("nothing", '{"cells": []}')):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "plan.json").write_text(text)
     arguments: list[Any] = ["--compare", str(tmp_path / a), str(tmp_path / "run"), "--out", str(tmp_path / "out")]
     assert compare_command(arguments) == 2
     assert words in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_a_store_out_of_reach_and_a_file_for_a_folder_are_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = _evaluation(tmp_path / "run").location.uri
+    (tmp_path / "file").write_text("")
+    sides = ["--compare", f"{run}#base", f"{run}#final", "--out"]
+    assert compare_command([*sides, str(tmp_path / "file")]) == 2
+    assert "file/comparison.json cannot be written" in capsys.readouterr().err
+    store = ["--storage.endpoint", "http://127.0.0.1:1", "--storage.max_attempts", "1"]
+    assert compare_command(["jobs/recipes/quickstart.toml", *sides, "s3://bucket/out", *store]) == 2
+    assert "the storage cannot be reached: the store does not answer" in capsys.readouterr().err
+
+
+def test_a_place_is_reached_as_the_recipe_says(tmp_path: Path) -> None:
+    storage = {"endpoint": "http://127.0.0.1:1", "max_attempts": 1}
+    recipe = made_recipe(tmp_path).model_copy(update={"storage": StorageConfig.model_validate(storage)})
+    with pytest.raises(OSError, match=r"127\.0\.0\.1"):
+        find_side("s3://bucket/run", recipe)
 
 
 def test_nothing_in_common_is_an_error(tmp_path: Path) -> None:

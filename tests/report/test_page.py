@@ -241,6 +241,9 @@ def test_recipe_toml_reads_back_as_the_same_recipe(tmp_path: Path) -> None:
     assert '"long prose" = 0.3' in text
     odd = recipe.model_copy(update={"workdir": 'a\\b "c"\x7f\n\N{SNOWMAN}'})
     assert Recipe.model_validate(tomllib.loads(recipe_toml(odd))) == odd
+    mixed = recipe.prepare.model_copy(update={"domain_mix": {"\N{GRINNING FACE}": 1.0, "\N{SNOWMAN}": 1.0, "": 1.0}})
+    odd = recipe.model_copy(update={"prepare": mixed})
+    assert Recipe.model_validate(tomllib.loads(recipe_toml(odd))) == odd
 
 
 def test_the_same_files_give_the_same_page(tmp_path: Path) -> None:

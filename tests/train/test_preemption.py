@@ -23,7 +23,7 @@ from ultralong_ray.train.events import read_events
 from ultralong_ray.train.failures import breakdowns_in_a_row, kind_of
 from ultralong_ray.train.metrics import read_metrics
 from ultralong_ray.train.notices import NONE, PREEMPTED, STOPPED, TERMINATED, Interrupted, cause_of
-from ultralong_ray.train.preemption import STOP_FILE, stopped_by_sigterm
+from ultralong_ray.train.preemption import ECHO_SECONDS, STOP_FILE, stopped_by_sigterm
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = 150
@@ -89,7 +89,7 @@ def test_sigterm_is_heard_once_and_kills_after_the_grace() -> None:
         "print('ready', flush=True)\n"
         "heard.wait(); print('heard', flush=True); time.sleep(60)"
     )
-    for grace, signals in ((0.2, 1), (60.0, 2)):
+    for grace, signals in ((0.2, 1), (60.0, 3)):
         command = [sys.executable, "-c", program, str(grace)]
         with subprocess.Popen(
             command, stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)}
@@ -97,7 +97,10 @@ def test_sigterm_is_heard_once_and_kills_after_the_grace() -> None:
             assert p.stdout is not None and p.stdout.readline() == "ready\n"
             p.terminate()
             assert p.stdout.readline() == "heard\n"
-            if signals == 2:
+            if signals == 3:
+                p.terminate()  # its echo
+                with pytest.raises(subprocess.TimeoutExpired):
+                    p.wait(ECHO_SECONDS)
                 p.terminate()
             assert p.wait(30) == -signal.SIGTERM
 

@@ -1,16 +1,47 @@
-"""What `jobs/tune.py` refuses before it asks for a cluster."""
+"""What `jobs/tune.py` refuses before it asks for a cluster, and how Ctrl-C ends it."""
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable
+from typing import Any
 
 import pytest
+from ray import tune as ray_tune
+from ray.tune.tune import _setup_signal_catching
 
 from ultralong_ray.config import Recipe
-from ultralong_ray.tune.run import tune
+from ultralong_ray.stages import stage_directory
+from ultralong_ray.tune import run
+from ultralong_ray.tune.trials import plan_trials
 from ultralong_ray.types import UserError
 
 
 def test_a_recipe_without_the_section_is_told_where_its_fields_are(tiny_recipe: Callable[..., Recipe]) -> None:
     with pytest.raises(UserError, match=r"has no \[tune\] section.*config/tune.py"):
-        tune(tiny_recipe(), "recipe.toml")
+        run.tune(tiny_recipe(), "recipe.toml")
+
+
+def test_ctrl_c_ends_the_command_and_not_the_wave_alone(
+    tiny_recipe: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Tuner:
+        """Ray's own answer to Ctrl-C, around no trial."""
+
+        def __init__(self, *_: Any, **__: Any) -> None:
+            pass
+
+        def fit(self) -> None:
+            _setup_signal_catching()
+            signal.raise_signal(signal.SIGINT)
+
+    former = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGUSR1)}
+    monkeypatch.setattr(ray_tune, "Tuner", Tuner)
+    monkeypatch.delenv("TUNE_DISABLE_SIGINT_HANDLER", raising=False)
+    recipe = tiny_recipe(tune={"search": {"pretrain.learning_rate": [1e-4, 1e-3]}, "trials_at_once": 1})
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            run._run(recipe, plan_trials(recipe), stage_directory(recipe, "tune").location, "recipe.toml")
+    finally:
+        for number, handler in former.items():
+            signal.signal(number, handler)

@@ -11,7 +11,7 @@ import pytest
 from ultralong_ray.config import Recipe
 from ultralong_ray.config.tune import TuneConfig
 from ultralong_ray.recipe import load_recipe
-from ultralong_ray.stages import stage_directory
+from ultralong_ray.stages import stage_directory, stage_fingerprint
 from ultralong_ray.storage import Location
 from ultralong_ray.tune.trials import chosen_trials, combinations, plan_trials, waves
 from ultralong_ray.types import UserError
@@ -38,6 +38,12 @@ def test_every_combination_once_and_draws_that_repeat() -> None:
     assert all(1e-5 <= rate <= 1e-3 for rate in rates) and rates[0] == rates[1] and len(set(rates)) == 3
     assert combinations(TuneConfig.model_validate({"search": search, "samples": 3})) == first
     assert combinations(TuneConfig.model_validate({"search": search, "samples": 3, "seed": 1})) != first
+
+
+def test_a_range_has_a_folder_of_its_own(tiny_recipe: Callable[..., Recipe]) -> None:
+    ranges = [{"low": 1e-5, "high": high} for high in (1e-4, 1e-3)]
+    first, other = (tuned(tiny_recipe, {RATES: limits}) for limits in ranges)
+    assert stage_fingerprint(first, "tune") != stage_fingerprint(other, "tune")
 
 
 @pytest.mark.parametrize(

@@ -41,12 +41,16 @@ class Section(BaseModel):
         fields: dict[str, Any] = {}
         for name, info in type(self).model_fields.items():
             extra = info.json_schema_extra
-            if isinstance(extra, dict) and extra.get("operational"):
-                continue
-            value = getattr(self, name)
-            if isinstance(value, Section):
-                value = value.fingerprint_fields()
-            elif isinstance(value, tuple | list):
-                value = [v.fingerprint_fields() if isinstance(v, Section) else v for v in value]
-            fields[name] = value
+            if not (isinstance(extra, dict) and extra.get("operational")):
+                fields[name] = _plain(getattr(self, name))
         return fields
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Section):
+        return value.fingerprint_fields()
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, tuple | list):
+        return [_plain(item) for item in value]
+    return value

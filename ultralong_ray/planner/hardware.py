@@ -126,7 +126,13 @@ def cluster_of(
 def parse_cluster(
     text: str, host_memory_gib_per_node: float | None = None, network_gbytes_per_second: float | None = None
 ) -> Hardware:
-    """ "4xH200" (one node up to 8 GPUs, nodes of 8 beyond) or "16x8xH100" (nodes x GPUs of a node x name)."""
+    """ "4xH200" (one node up to 8 GPUs, nodes of 8 beyond) or "16x8xH100" (nodes x GPUs of a node x name).
+
+    Raises UserError for any other text, an unknown GPU, and numbers that are not above 0.
+    """
+    for flag, value in (("--host-memory-gib", host_memory_gib_per_node), ("--network-gbs", network_gbytes_per_second)):
+        if value is not None and not 0 < value < math.inf:
+            raise UserError(f"{flag} {value:g} is not a size; give a number above 0, or leave it out")
     match = re.fullmatch(r"(?:([1-9]\d*)x)?([1-9]\d*)x([A-Za-z]\w*)", text)
     if match is None:
         raise UserError(f"--cluster {text!r} is not understood; write 4xH200 or 16x8xH100 (nodes x GPUs x name)")

@@ -54,7 +54,7 @@ def benchmark_facts(
 
 
 def _suite(suite: str, scores: list[Score], models: Sequence[str], labels: dict[str, str]) -> dict[str, Any]:
-    columns = sorted({_column(score) for score in scores}, key=_column_order)
+    columns = list(dict.fromkeys(_column(score) for score in sorted(scores, key=_column_order)))
     order = [*models, *sorted({score.model for score in scores} - set(models))]
     tables = [
         _model_table(suite, model, labels.get(model, model), [s for s in scores if s.model == model], columns)
@@ -87,11 +87,9 @@ def _column(score: Score) -> Column:
     return score.context_length_tokens or "score"
 
 
-def _column_order(column: Column) -> tuple[int, int, str]:
-    if isinstance(column, int):
-        return (0, column, "")
-    level, _, window = column.partition("k, window ")
-    return (int(level), 0, window) if level.isdigit() else (0, 0, column)
+def _column_order(score: Score) -> tuple[int, int]:
+    level = score.task.rpartition("_")[2].removesuffix("k") if score.suite == "lveval" else ""
+    return (int(level) if level.isdecimal() else 0, score.context_length_tokens)
 
 
 def _name(score: Score) -> str:
@@ -120,7 +118,7 @@ def _model_table(suite: str, model: str, label: str, scores: list[Score], column
         "means": means,
         "cumulative": _cumulative(means) if suite == "ruler" else None,
         "effective_tokens": _effective(columns, means) if suite == "ruler" else None,
-        "summary": _SUMMARIES.get(suite, _plain_summary)(names, columns, placed, means),
+        "summary": _SUMMARIES.get(suite, _plain_summary)(columns, placed, means),
         "num_failed_cells": sum(len(score.failed) for score in scores),
         "num_empty_answers": sum(score.num_empty for score in scores),
         "num_cut_answers": sum(score.num_cut for score in scores),
@@ -144,52 +142,54 @@ Placed = dict[tuple[str, Column], Score]
 Summary = dict[str, Any]
 
 
-def _ruler_summary(names: list[str], columns: list[Column], placed: Placed, means: list[Mean]) -> Summary:
+def _ruler_summary(columns: list[Column], placed: Placed, means: list[Mean]) -> Summary:
     """The paper's columns: 4K, 8K, ... to the bound, each length counting once; None unless all was measured."""
     by_length = dict(zip(columns, means, strict=True))
     summary: Summary = {}
     for name, bound in RULER_BOUNDS.items():
         lengths = [RULER_FIRST << k for k in range((bound // RULER_FIRST).bit_length())]
-        asked = [by_length.get(length) for length in lengths]
-        summary[name] = _mean_of_columns(asked) if len(names) == NUM_TASKS["ruler"] else None
+        summary[name] = _mean_of_columns([_of_all_tasks("ruler", by_length.get(length)) for length in lengths])
     summary["mean of the lengths asked"] = _mean_of_columns(means)
     return summary
 
 
-def _lveval_summary(names: list[str], columns: list[Column], placed: Placed, means: list[Mean]) -> Summary:
+def _lveval_summary(columns: list[Column], placed: Placed, means: list[Mean]) -> Summary:
     """Mean over levels of the means over sets. With several windows the longest counts."""
     longest = {str(column).partition(",")[0]: mean for column, mean in zip(columns, means, strict=True)}
-    whole = len(names) == NUM_TASKS["lveval"]
     summary: Summary = {
-        name: _mean_of_columns([longest.get(level) for level in levels]) if whole else None
+        name: _mean_of_columns([_of_all_tasks("lveval", longest.get(level)) for level in levels])
         for name, levels in LVEVAL_BOUNDS.items()
     }
     summary["mean of the levels asked"] = _mean_of_columns(means)
     return summary
 
 
-def _infinitebench_summary(names: list[str], columns: list[Column], placed: Placed, means: list[Mean]) -> Summary:
+def _infinitebench_summary(columns: list[Column], placed: Placed, means: list[Mean]) -> Summary:
     """The mean of all twelve tasks, at the longest window, is what the paper prints."""
-    whole = means[-1] if len(names) == NUM_TASKS["infinitebench"] else None
-    return {"mean": whole, "mean of the tasks asked": _mean_of_columns(means)}
+    return {"mean": _of_all_tasks("infinitebench", means[-1]), "mean of the tasks asked": _mean_of_columns(means)}
 
 
-def _standard_summary(names: list[str], columns: list[Column], placed: Placed, means: list[Mean]) -> Summary:
+def _standard_summary(columns: list[Column], placed: Placed, means: list[Mean]) -> Summary:
     found = {name: next((placed[name, c] for c in columns if (name, c) in placed), None) for name in STANDARD}
     summary: Summary = {STANDARD[name]: score.facts() if score else None for name, score in found.items()}
     return {**summary, "mean": mean_of(found.values())}
 
 
-def _plain_summary(names: list[str], columns: list[Column], placed: Placed, means: list[Mean]) -> Summary:
+def _plain_summary(columns: list[Column], placed: Placed, means: list[Mean]) -> Summary:
     return {"mean": _mean_of_columns(means)}
 
 
-_SUMMARIES: dict[str, Callable[[list[str], list[Column], Placed, list[Mean]], Summary]] = {
+_SUMMARIES: dict[str, Callable[[list[Column], Placed, list[Mean]], Summary]] = {
     "ruler": _ruler_summary,
     "lveval": _lveval_summary,
     "infinitebench": _infinitebench_summary,
     "standard": _standard_summary,
 }
+
+
+def _of_all_tasks(suite: str, mean: Mean) -> Mean:
+    """A column's mean where it is over the whole benchmark, as published ones are; None where tasks are not in it."""
+    return mean if mean is not None and mean["num_tasks"] == NUM_TASKS[suite] else None
 
 
 def _mean_of_columns(means: Sequence[Mean]) -> Mean:

@@ -13,22 +13,19 @@ import argparse
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
-
-import jinja2
 
 from ultralong_ray.config import Recipe
 from ultralong_ray.recipe import load_recipe
-from ultralong_ray.report import words
 from ultralong_ray.report.benchmarks import depth_grids
-from ultralong_ray.report.figures import heatmap, score_colour
+from ultralong_ray.report.figures import heatmap
 from ultralong_ray.report.intervals import DRAWS, difference
 from ultralong_ray.report.reading import StageReader
 from ultralong_ray.report.scores import DOCUMENTS, FAILED_ARE, PLAN_FILE, Score, read_scores
+from ultralong_ray.report.templates import rendered
 from ultralong_ray.stages import stage_directory
-from ultralong_ray.storage import Location, StageDirectory
-from ultralong_ray.types import UserError
+from ultralong_ray.storage import DEFAULT_OPTIONS, Location, StageDirectory, refusals_in_words
+from ultralong_ray.types import StorageOptions, UserError
 
 INTERVALS_ARE = (
     f"95 % intervals of the difference B - A: percentile bootstrap ({DRAWS} draws, fixed seed), over pairs of samples "
@@ -56,9 +53,10 @@ def compare_command(arguments: list[str]) -> int:
         recipe = load_recipe(parsed.recipe, overrides) if parsed.recipe else None
         if recipe is None and overrides:
             raise UserError(f"{overrides[0]!r} changes a recipe, and none is given; name one, or leave it out")
-        first, second = (find_side(text, recipe) for text in parsed.compare)
-        out = Location.of(parsed.out)
-        print(write_comparison(first, second, out))
+        out = Location.of(parsed.out, _options(recipe))
+        with refusals_in_words():
+            first, second = (find_side(text, recipe) for text in parsed.compare)
+            print(write_comparison(first, second, out))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -73,18 +71,22 @@ def find_side(text: str, recipe: Recipe | None) -> Side:
         stage = stage_directory(recipe, "evaluate")
         model = text
     else:
-        stage = _find_stage(Location.of(place))
-    if not (stage.location / PLAN_FILE).exists():
+        stage = _find_stage(Location.of(place, _options(recipe)))
+    plan = StageReader(stage).read_json(PLAN_FILE) or {}  # trainings have a file of that name as well
+    models = sorted({cell["model"] for cell in plan.get("cells", [])})
+    if not models:
         raise UserError(
-            f"{text}: no evaluation at {stage.location} (it has no {PLAN_FILE}); run jobs/evaluate.py first"
+            f"{text}: no evaluation at {stage.location} (no {PLAN_FILE} that names cells); run jobs/evaluate.py first"
         )
-    plan = (stage.location / PLAN_FILE).read_json()
-    models = sorted({cell["model"] for cell in plan["cells"]})
     chosen = model or ("final" if "final" in models else models[0] if len(models) == 1 else "")
     if chosen not in models:
         named = f"has no model {chosen!r}" if chosen else "has several models"
         raise UserError(f"{text}: the evaluation {named}; name one of {', '.join(models)}, as in {place}#{models[0]}")
     return Side(text, stage, chosen)
+
+
+def _options(recipe: Recipe | None) -> StorageOptions:
+    return DEFAULT_OPTIONS if recipe is None else recipe.storage.options
 
 
 def _find_stage(place: Location) -> StageDirectory:
@@ -104,21 +106,13 @@ def write_comparison(first: Side, second: Side, out: Location) -> str:
     """Write the three files into `out` and return the Markdown."""
     facts = comparison_facts(first, second)
     (out / "comparison.json").write_json(facts)
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=jinja2.select_autoescape(enabled_extensions=("html.j2",), default=False),
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters.update(short_tokens=words.short_tokens, colour=score_colour)
     charts = [
         {"title": f"{side}: {grid['task']}", "svg": heatmap(grid, grid, f"{side} {grid['task']}")}
         for side in ("A", "B")
         for grid in facts[side.lower()]["grids"]
     ]
-    page = environment.get_template("compare.html.j2").render(facts=facts, charts=charts)
-    text = environment.get_template("compare.md.j2").render(facts=facts)
+    page = rendered("compare.html.j2", facts=facts, charts=charts)
+    text = rendered("compare.md.j2", facts=facts)
     (out / "comparison.html").write_bytes(page.encode())
     (out / "comparison.md").write_bytes(text.encode())
     return text

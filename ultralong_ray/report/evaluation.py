@@ -164,15 +164,16 @@ def verdict(passkey: dict[str, Any] | None, benchmarks: dict[str, Any] | None = 
 
 
 def _ruler_verdict(benchmarks: dict[str, Any] | None) -> list[str]:
-    """RULER at the longest length that every model was asked at."""
+    """RULER at the longest length, of the models that have all tasks there."""
     suite = next((suite for suite in (benchmarks or {}).get("suites", []) if suite["suite"] == "ruler"), None)
-    found = [] if suite is None else [(table["label"], table["means"][-1]) for table in suite["models"]]
-    told = [f"{label} {mean['percent']:.1f}{UNIT}" for label, mean in found if mean is not None]
-    if suite is None or not told:
+    tables = [] if suite is None else suite["models"]
+    found = [(table["label"], mean) for table in tables if (mean := table["means"][-1]) is not None]
+    if suite is None or not found:
         return []
-    count = len(suite["models"][0]["rows"])
+    count = found[0][1]["num_tasks"]
     what = "1 task" if count == 1 else f"mean of {count} tasks"
-    return [f"RULER at {suite['columns'][-1]} tokens, {what}: {', '.join(told)}."]
+    told = ", ".join(f"{label} {mean['percent']:.1f}{UNIT}" for label, mean in found)
+    return [f"RULER at {suite['columns'][-1]} tokens, {what}: {told}."]
 
 
 def _passkey_verdict(passkey: dict[str, Any] | None) -> list[str]:

@@ -1,27 +1,25 @@
 """Writes the report of a run: files of finished stages in, one page and its numbers out.
 
-    <stage>/report.html   self-contained: no script, no request, readable from disk, on a phone, on paper, in the dark
-    <stage>/report.json   every number of the page, each beside the file it came from
-    <stage>/report.md     the verdict and the main tables, for a terminal or a pull request
-    <stage>/recipe.toml   the resolved recipe, to run it again
-
-jinja2 was read at 3.1.6.
+<stage>/report.html   self-contained: no script, no request, readable from disk, on a phone, on paper, in the dark
+<stage>/report.json   every number of the page, each beside the file it came from
+<stage>/report.md     the verdict and the main tables, for a terminal or a pull request
+<stage>/recipe.toml   the resolved recipe, to run it again
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
-import jinja2
 from markupsafe import Markup
 
 from ultralong_ray.config import Recipe
 from ultralong_ray.report import words
 from ultralong_ray.report.facts import run_facts
-from ultralong_ray.report.figures import Axis, Line, answers_anchor, heatmap, length_histogram, line_chart, score_colour
+from ultralong_ray.report.figures import Axis, Line, heatmap, length_histogram, line_chart
 from ultralong_ray.report.recipe_toml import recipe_toml
+from ultralong_ray.report.scores import clipped
+from ultralong_ray.report.templates import rendered
 from ultralong_ray.report.tuning import tuning_charts
 from ultralong_ray.stages import inputs
 from ultralong_ray.storage import StageDirectory
@@ -63,23 +61,8 @@ def _num_failed(facts: dict[str, Any]) -> int:
 
 def _render(template: str, facts: dict[str, Any], toml: str, answers: Answers) -> str:
     """`facts` is report.json, `toml` the resolved recipe, `answers` those that have room on the page."""
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=jinja2.select_autoescape(enabled_extensions=("html.j2",), default=False),
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters.update(
-        percent=words.percent,
-        tokens=words.tokens,
-        short_tokens=words.short_tokens,
-        number=words.number,
-        duration=words.duration,
-        colour=score_colour,
-    )
-    environment.globals["anchor"] = answers_anchor
-    return environment.get_template(template).render(
+    return rendered(
+        template,
         facts=facts,
         toml=toml,
         charts=_charts(facts),
@@ -226,7 +209,7 @@ def shown_answers(passkey: dict[str, Any] | None) -> Answers:
         for key, samples in stored.items():
             if turn >= len(samples):
                 continue
-            texts = {name: _clipped(samples[turn].get(name)) for name in ("prompt_end", "expected", "answer")}
+            texts = {name: _end(samples[turn].get(name)) for name in ("prompt_end", "expected", "answer")}
             cost = sum(map(len, texts.values())) + 250  # 250: the markup
             if cost <= left:
                 left -= cost
@@ -244,9 +227,6 @@ def _cells(passkey: dict[str, Any] | None) -> Iterator[tuple[dict[str, Any], dic
         yield from ((grid, cell) for row in grid["cells"] for cell in row if cell is not None)
 
 
-def _clipped(value: Any) -> str:
-    """The end of a long text: a prompt's question and an answer's last words are what one looks for."""
-    text = "" if value is None else str(value)
-    if len(text) <= SAMPLE_FIELD_CHARACTERS:
-        return text
-    return "[...] " + text[-SAMPLE_FIELD_CHARACTERS:]
+def _end(value: Any) -> str:
+    """A prompt's question and an answer's last words are what one looks for."""
+    return clipped(value, SAMPLE_FIELD_CHARACTERS, keep_end=True)

@@ -19,7 +19,7 @@ def _table(fields: dict[str, Any], path: str) -> list[str]:
     """Lines of one table: plain values first, since a key after a [header] would belong to that header."""
     lines, nested = [], []
     for key, value in fields.items():
-        name = key if key.replace("_", "").replace("-", "").isalnum() and key.isascii() else json.dumps(key)
+        name = key if key.replace("_", "").replace("-", "").isalnum() and key.isascii() else _value(key)
         inner = f"{path}.{name}" if path else name
         if value is None:
             continue

@@ -37,6 +37,7 @@ logger = logging.getLogger(__name__)
 STOP_FILE = "stop_requested"
 STOP_POLL_SECONDS = 1.0
 NO_DEADLINE_SECONDS = 120.0  # Ray Train's own, where a drain has none
+ECHO_SECONDS = 2.0
 LATE_SECONDS = 15.0  # by which Ray may be late to end the workers
 
 _terminated = threading.Event()  # of this process
@@ -96,18 +97,24 @@ def _hear_sigterm(worker: Any, grace_seconds: float) -> None:
 def _on_sigterm(heard: threading.Event, over: threading.Event, grace_seconds: float) -> None:
     """The first SIGTERM sets `heard`; a second one, or the end of the grace, does what it would have done.
 
-    Once `over` is set the grace has no end.
+    A stage of a pipeline is told twice, by who stops the pipeline and by the pipeline: what comes within ECHO_SECONDS
+    is the same SIGTERM. Once `over` is set the grace has no end.
     """
-    former = signal.getsignal(signal.SIGTERM)
+    former, first_at = signal.getsignal(signal.SIGTERM), 0.0
 
     def end() -> None:
         if not over.wait(grace_seconds):
             os.kill(os.getpid(), signal.SIGTERM)
 
     def handler(number: int, frame: FrameType | None) -> None:
-        heard.set()
-        signal.signal(signal.SIGTERM, former)
-        threading.Thread(target=end, name="grace", daemon=True).start()
+        nonlocal first_at
+        if not heard.is_set():
+            first_at = time.monotonic()
+            heard.set()
+            threading.Thread(target=end, name="grace", daemon=True).start()
+        elif time.monotonic() - first_at >= min(ECHO_SECONDS, grace_seconds):
+            signal.signal(signal.SIGTERM, former)
+            os.kill(os.getpid(), signal.SIGTERM)
 
     signal.signal(signal.SIGTERM, handler)
 

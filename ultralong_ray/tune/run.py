@@ -76,6 +76,8 @@ def _run(recipe: Recipe, todo: list[Trial], folder: Location, recipe_path: str) 
     work = ray_tune.with_resources(work, {"node:__internal_head__": 0.001})
     # Trials read the recipe's relative paths as the driver does, not from a folder of Tune's.
     os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")
+    # With a handler of its own for Ctrl-C Tune would end this wave, and the next one would begin.
+    os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")
     storage = folder / "ray"
     ray_tune.Tuner(
         work,

@@ -115,6 +115,9 @@ def test_a_part_that_is_not_there_is_skipped_and_said(tmp_path: Path, capsys: py
     said = capsys.readouterr().out
     assert all(f"{name} is not drawn" in said for name in FIGURES if name != "ablations.svg")
     assert figures_command(["--results", str(tmp_path / "absent"), "--out", str(tmp_path)]) == 2
+    (tmp_path / "file").write_text("")
+    assert figures_command(["--results", str(tmp_path), "--out", str(tmp_path / "file")]) == 2
+    assert "file/ablations.svg cannot be written" in capsys.readouterr().err
 
 
 def test_marks_stand_at_their_values_and_intervals_stay_in_the_panel() -> None:

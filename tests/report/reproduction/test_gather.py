@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 
 from tests.report.reproduction.made_reproduction import trial_record, write_extension, write_trials
 from ultralong_ray.report.reproduction.command import figures_command
-from ultralong_ray.report.reproduction.gather import gather
+from ultralong_ray.report.reproduction.gather import gather, read_results
 from ultralong_ray.report.words import ABSENT
 from ultralong_ray.types import UserError
 
@@ -61,6 +62,19 @@ def test_gathering_again_gives_the_same_bytes(tmp_path: Path) -> None:
 def test_a_trials_own_trainings_are_no_part(tmp_path: Path) -> None:
     write_trials(_runs(tmp_path, "ablations") / "ablations", [trial_record("recipe", 1, 0.5)])
     assert gather(tmp_path, tmp_path / "results.json", [])["parts"] == {}
+
+
+def test_a_write_that_breaks_off_keeps_what_was_gathered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    runs, out = _runs(tmp_path, "extend_128k"), tmp_path / "results.json"
+    before = gather(runs, out, ["base=1"])
+
+    def broken(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "replace", broken)
+    with pytest.raises(KeyboardInterrupt):
+        gather(runs, out, ["base=2"])
+    assert read_results(out) == before
 
 
 def test_mistakes_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -42,23 +42,23 @@ from ultralong_ray.report.reproduction.subjects import (
 from ultralong_ray.report.reproduction.trials import AT_END, BEYOND, RECIPE, RULER, WITHIN, exp_or_none
 from ultralong_ray.report.reproduction.variants import RECIPE_LABEL, grouped, label
 from ultralong_ray.report.words import near_tokens, percent, short_tokens
+from ultralong_ray.storage import Location
 
 BESIDE = 7.0  # pixels between the points of two models at one length: equal points would hide each other
 TEXT = "perplexity"  # a suite whose scores are 1 / perplexity
-SUITES = TITLES | {"short_skills": "Short skills", TEXT: "Text, 100 / perplexity"}
+SUITES = TITLES | {TEXT: "Text, 100 / perplexity"}
 FAR = 2.5  # times the median
 WIDE = 10.0  # values that span more have a logarithmic axis
 
 
 def draw(results: dict[str, Any], out: Path) -> None:
     """Write the figures whose numbers are there, and say of the others that they are not."""
-    out.mkdir(parents=True, exist_ok=True)
     for name, (figure, needs) in FIGURES.items():
         drawn = figure(results)
         if drawn is None:
             print(f"{name} is not drawn: it needs {needs}, which the results lack")
             continue
-        (out / name).write_text(drawn)
+        Location.of(out / name).write_bytes(drawn.encode())
         print(f"{out / name}")
 
 
@@ -166,8 +166,8 @@ def ablations(results: dict[str, Any]) -> str | None:
     asked_ruler = any(RULER in found for found in measures.values())
     beside = (RULER, "RULER") if asked_ruler else (WITHIN, f"passkey within {window}")
     panels = {
-        BEYOND: (f"passkey beyond {window}", _percent, _share_limits(measures, BEYOND)),
-        beside[0]: (beside[1], _percent, _share_limits(measures, beside[0])),
+        BEYOND: (f"passkey beyond {window}", percent, _share_limits(measures, BEYOND)),
+        beside[0]: (beside[1], percent, _share_limits(measures, beside[0])),
         AT_END: (f"perplexity at {_reached(results)}", words.number, _most(measures, AT_END)),
     }
     shown = [
@@ -213,10 +213,6 @@ def _most(measures: dict[str, Any], key: str) -> tuple[float, float] | None:
     bounds = [bound for bound in _bounds(near, key) if 0 < bound <= FAR * statistics.median(means)]
     margin = 0.06 * (max(bounds) - min(bounds))
     return min(bounds) - margin, max(bounds) + 3 * margin
-
-
-def _percent(share: float) -> str:
-    return percent(share)
 
 
 def _mean(measures: dict[str, Any], key: str) -> float | None:

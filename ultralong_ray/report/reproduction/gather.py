@@ -19,6 +19,7 @@ from ultralong_ray.report.reproduction.runs import read_part
 from ultralong_ray.report.reproduction.subjects import BASE_PART, EXTENSIONS
 from ultralong_ray.report.reproduction.tables import tables
 from ultralong_ray.report.reproduction.trials import ablations, read_trials
+from ultralong_ray.storage import Location
 from ultralong_ray.types import UserError
 
 ORDER = ("base_512", BASE_PART, *EXTENSIONS)
@@ -50,8 +51,7 @@ def gather(runs: Path, out: Path, notes: list[str]) -> dict[str, Any]:
         print(f"note: {problem}")
     print(f"gathered: {', '.join([*parts, *([f'{len(trials)} trials'] if trials else [])])}")
     results = _merged(results, parts, trials)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(as_json(results))
+    Location.of(out).write_bytes(as_json(results).encode())
     return results
 
 
@@ -75,7 +75,7 @@ def _order(name: str) -> tuple[int, str]:
 def read_results(file: Path) -> dict[str, Any]:
     """Raises UserError where the file is absent, or not what `gather` wrote."""
     try:
-        results = json.loads(file.read_text())
+        results = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
         words = f"cannot be read ({reason}); write it by  python jobs/figures.py gather RUNS --out {file}"

@@ -29,7 +29,7 @@ def read_trials(folder: Path, notes: list[str]) -> dict[str, dict[str, Any]]:
     for file in files:
         where = f"{file.parent.name}/{file.name}"
         try:
-            value = json.loads(file.read_text())
+            value = json.loads(file.read_text(encoding="utf-8"))
             for record in value["trials"] if file.name == "tune.json" else [value]:
                 if record["status"] == "done" and record["values"].get("variant"):
                     trials[record["trial"]] = _kept(record)
