@@ -11,7 +11,6 @@ import gc
 import importlib
 import json
 import os
-import socket
 import tempfile
 import time
 import traceback
@@ -21,6 +20,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
+from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
 from ultralong_ray.types import UserError
 
@@ -44,9 +44,10 @@ def run_ranks(module: str, num_ranks: int, device: str, argument: Any, seconds: 
     with tempfile.TemporaryDirectory(prefix="benchmark-") as folder:
         set_environment(device)
         context = multiprocessing.get_context("spawn")
-        port = _free_port()
+        # this process keeps the store in which the ranks meet, at a port that nobody else can have by now
+        store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         processes = [
-            context.Process(target=_rank, args=(module, argument, device, rank, num_ranks, port, folder))
+            context.Process(target=_rank, args=(module, argument, device, rank, num_ranks, store.port, folder))
             for rank in range(num_ranks)
         ]
         for process in processes:
@@ -87,12 +88,6 @@ def set_environment(device: str) -> None:
         os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
 def _rank(module: str, argument: Any, device_type: str, rank: int, num_ranks: int, port: int, folder: str) -> None:
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(num_ranks)}
     os.environ |= {"LOCAL_WORLD_SIZE": str(num_ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
@@ -103,7 +98,9 @@ def _rank(module: str, argument: Any, device_type: str, rank: int, num_ranks: in
             torch.cuda.set_device(device)
         else:
             torch.set_num_threads(1)
-        dist.init_process_group("nccl" if device_type == "cuda" else "gloo", rank=rank, world_size=num_ranks)
+        store = TCPStore("127.0.0.1", port, is_master=False)
+        backend = "nccl" if device_type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=store, rank=rank, world_size=num_ranks)
         answer = importlib.import_module(module).run(argument, device)
         answer["device"] = torch.cuda.get_device_name(device) if device_type == "cuda" else "cpu"
         (Path(folder) / f"answer-{rank}.json").write_text(json.dumps(answer))
