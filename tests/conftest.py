@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import os
-import socket
-import subprocess
+import shutil
 import sys
-import time
-import urllib.request
+import tempfile
+import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
 
+from tests import fault_proxy
+from tests.fault_proxy import FaultProxy
+from tests.machine import free_ports, http_server
 from ultralong_ray.config import Recipe
 
 CHAT_TEMPLATE = (
@@ -26,7 +29,8 @@ TINY_TEXT = [
     "0 1 2 3 4 5 6 7 8 9 The pass key is remembered and a quick brown fox jumps over it.",
 ]
 TINY_WINDOW = 64  # tokens
-
+BUCKET = "ultralong-test"
+S3_KEYS = {"AWS_ACCESS_KEY_ID": "ak", "AWS_SECRET_ACCESS_KEY": "sk", "AWS_REGION": "us-east-1"}
 
 SLOW = "ULTRALONG_SLOW_TESTS"  # environment variable that switches on tests marked slow
 
@@ -122,32 +126,49 @@ def tiny_recipe(tmp_path: Path, tiny_llama: Path) -> Callable[..., Recipe]:
     return make
 
 
-@pytest.fixture(scope="session")
-def s3_uri() -> Iterator[str]:
-    """A bucket on a server that speaks the S3 protocol (moto, from the s3-test extra)."""
-    pytest.importorskip("moto.server", reason="the s3-test extra is not installed")
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = probe.getsockname()[1]
-    server = subprocess.Popen(
-        [sys.executable, "-m", "moto.server", "-p", str(port)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
-    endpoint = f"http://127.0.0.1:{port}"
-    saved = dict(os.environ)
-    os.environ.update(
-        AWS_ENDPOINT_URL=endpoint, AWS_ACCESS_KEY_ID="ak", AWS_SECRET_ACCESS_KEY="sk", AWS_REGION="us-east-1"
-    )
-    try:
-        for _ in range(100):
-            try:
-                urllib.request.urlopen(endpoint, timeout=1)
-                break
-            except OSError:
-                time.sleep(0.1)
-        import boto3
+@pytest.fixture(scope="session", autouse=True)
+def own_ray() -> Iterator[None]:
+    """No test joins a Ray that runs on this machine, nor is told of one; sessions go to a folder that is removed."""
+    folder = tempfile.mkdtemp(prefix="ulr", dir="/tmp")  # short: Ray's socket paths are limited
+    (Path(folder) / "ray").mkdir()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("RAY_ADDRESS", raising=False)
+        patch.setenv("RAY_TMPDIR", folder)
+        patch.setenv("RAY_AUTH_MODE", "disabled")  # else Ray leaves a token in the home folder
+        yield
+    shutil.rmtree(folder, ignore_errors=True)
 
-        boto3.client("s3").create_bucket(Bucket="ultralong-test")
-        yield "s3://ultralong-test/run"
-    finally:
-        server.kill()
-        os.environ.clear()
-        os.environ.update(saved)
+
+@pytest.fixture(scope="session")
+def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The address of a server that speaks the S3 protocol (moto, from the s3-test extra), with one bucket."""
+    pytest.importorskip("moto.server", reason="the s3-test extra is not installed")
+    import boto3
+
+    (port,) = free_ports(1)
+    endpoint = f"http://127.0.0.1:{port}"
+    command = [sys.executable, "-m", "moto.server", "-p", str(port)]
+    with http_server(command, endpoint, tmp_path_factory.mktemp("moto") / "log"):
+        with pytest.MonkeyPatch.context() as patch:
+            for name, value in S3_KEYS.items():
+                patch.setenv(name, value)
+            boto3.client("s3", endpoint_url=endpoint, region_name="us-east-1").create_bucket(Bucket=BUCKET)
+        yield endpoint
+
+
+@pytest.fixture
+def s3_uri(s3_server: str, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A folder in that bucket where nothing is yet; the environment leads there."""
+    monkeypatch.setenv("AWS_ENDPOINT_URL", s3_server)
+    for name, value in S3_KEYS.items():
+        monkeypatch.setenv(name, value)
+    return f"s3://{BUCKET}/{uuid.uuid4().hex}"
+
+
+@pytest.fixture
+def proxy(s3_server: str, s3_uri: str) -> Iterator[FaultProxy]:
+    """Before that server one that fails when it is told to."""
+    port = urlsplit(s3_server).port
+    assert port is not None
+    with fault_proxy.running(port) as running:
+        yield running

@@ -42,7 +42,6 @@ SMALL = [
 
 def submit(workdir: str) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "PYTHONPATH": PYTHONPATH, "RAY_DEDUP_LOGS": "0"}
-    environment.pop("RAY_ADDRESS", None)
     command = [sys.executable, "jobs/pipeline.py", QUICKSTART, "--workdir", workdir, *SMALL]
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900)
 

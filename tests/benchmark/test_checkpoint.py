@@ -20,6 +20,7 @@ def test_a_snapshot_on_disk_needs_its_folder(capsys: pytest.CaptureFixture[str])
     )
 
 
+@pytest.mark.usefixtures("forked_ranks")
 def test_a_tiny_run_is_measured_and_recorded(tmp_path: Path) -> None:
     out = tmp_path / "checkpoint.json"
     words = f"checkpoint --shape tiny --device cpu --gpus 2 --length 64 --steps 2 --target {tmp_path}/kept --out {out}"

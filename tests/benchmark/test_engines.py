@@ -23,6 +23,7 @@ def test_prefix_counts_the_same_answers(tiny_llama: Path, tmp_path: Path, capsys
     assert "the same answers" in capsys.readouterr().out
 
 
+@pytest.mark.usefixtures("forked_ranks")
 def test_parity_of_all_layouts(tiny_llama: Path, tmp_path: Path) -> None:
     out = tmp_path / "parity.json"
     arguments = ["--gpus", "2", "--device", "cpu", "--precision", "float32", "--prompts", "4", "--lengths", "192"]

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import pytest
 
+from tests.machine import PATIENCE_SECONDS
 from ultralong_ray.benchmark.launch import RunFailed, Unavailable, run_ranks
 
 MODULE = "tests.benchmark.contestants"
 
 
 def test_answers_come_by_rank() -> None:
-    answers = run_ranks(MODULE, 2, "cpu", "hello", 60.0)
+    answers = run_ranks(MODULE, 2, "cpu", "hello", PATIENCE_SECONDS)
     assert answers == [{"rank": rank, "sum": 3, "device": "cpu", "argument": "hello"} for rank in range(2)]
 
 
@@ -22,8 +23,8 @@ def test_a_collective_may_last_as_long_as_the_command(seconds: float, expected: 
 @pytest.mark.parametrize(
     ("argument", "num_ranks", "kind", "words", "seconds"),
     [
-        ("unavailable", 1, Unavailable, "the library is not installed", 60.0),
-        ("rank 1 fails", 2, RunFailed, "no such luck", 60.0),  # rank 0 hangs in a barrier and is ended
+        ("unavailable", 1, Unavailable, "the library is not installed", PATIENCE_SECONDS),
+        ("rank 1 fails", 2, RunFailed, "no such luck", PATIENCE_SECONDS),  # rank 0 hangs in a barrier and is ended
         ("hang", 1, RunFailed, "not done after 1 s", 1.0),
     ],
 )

@@ -44,6 +44,7 @@ def test_mistakes_get_words(words: str, message: str, capsys: pytest.CaptureFixt
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.usefixtures("forked_ranks")
 def test_a_tiny_run_through_the_job(tmp_path: Path) -> None:
     """In chunks and in one piece: the same tokens, and every token held once."""
     tokens = []

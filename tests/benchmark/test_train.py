@@ -22,6 +22,7 @@ TINY = ["--shape", "tiny", "--device", "cpu", "--gpus", "2", "--length", "128", 
 SETUP = Setup(length=128, layers=2, ulysses=2, ring=1, mlp_tile=16, loss_tile=16)
 
 
+@pytest.mark.usefixtures("forked_ranks")
 def test_ours_and_alst_through_the_job(tmp_path: Path) -> None:
     out = tmp_path / "result.json"
     assert main(["train", *TINY, "--steps", "1", "--peers", "alst", "--out", str(out)]) == 0

@@ -11,7 +11,6 @@ import os
 import secrets
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -21,6 +20,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from tests.machine import PATIENCE_SECONDS, free_ports, wait_for
 
 ROOT = Path(__file__).resolve().parents[2]
 HEAD_ID = "fffffffffffffffffffffffffffffffffffffffffffffffffff00000"  # as the provider expects it
@@ -52,14 +53,6 @@ class Head:
         """`command` as a client of this head."""
         chosen = {"env": self.environment, "cwd": ROOT, "timeout": 600, **options}
         return subprocess.run(command, capture_output=True, text=True, **chosen)
-
-
-def free_ports(count: int) -> list[int]:
-    sockets = [socket.create_server(("0.0.0.0", 0)) for _ in range(count)]
-    ports = [s.getsockname()[1] for s in sockets]
-    for s in sockets:
-        s.close()
-    return ports
 
 
 def tool(name: str) -> str:
@@ -157,14 +150,11 @@ def _scaling(gcs: str, head_cpus: int, groups: tuple[Group, ...]) -> dict[str, A
 
 
 def _await_jobs_api(made: Head, process: subprocess.Popen[bytes], prefix: tuple[str, ...]) -> None:
-    for _ in range(240):
-        if process.poll() is not None:
-            break
-        listed = made.run(*prefix, tool("ray"), "job", "list", "--address", made.dashboard)
-        if listed.returncode == 0:
-            return
-        time.sleep(0.5)
-    raise RuntimeError("the head did not start in minutes:\n" + (made.folder / "head.log").read_text())
+    def lists_jobs() -> bool:
+        return made.run(*prefix, tool("ray"), "job", "list", "--address", made.dashboard).returncode == 0
+
+    log = made.folder / "head.log"
+    wait_for(lists_jobs, PATIENCE_SECONDS, "the head", 0.5, process, lambda: log.read_text()[-3000:])
 
 
 def stop_processes(marker: str) -> None:

@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 
 from tests.cluster.clusters import ROOT, Head, clean_environment, head
+from tests.machine import PATIENCE_SECONDS
 
 # Of ray[default]: what `ray job submit` imports.
 CLIENT_PACKAGES = (
@@ -94,9 +95,9 @@ def submit(cluster: Head, client: Path, where: Path, **auth: str) -> subprocess.
     environment = {key: value for key, value in clean_environment(**auth).items() if key != "PYTHONPATH"}
     environment |= {"PATH": f"{client}:/usr/bin:/bin", "HOME": str(where)}  # no token in ~/.ray either
     command = [client / "ray", "job", "submit", "--address", cluster.dashboard, "--working-dir", ROOT, "--"]
-    return subprocess.run(
-        [*command, "python", "-c", SCRIPT], env=environment, cwd=where, capture_output=True, text=True, timeout=300
-    )
+    command += ["python", "-c", SCRIPT]
+    seconds = PATIENCE_SECONDS
+    return subprocess.run(command, env=environment, cwd=where, capture_output=True, text=True, timeout=seconds)
 
 
 def test_the_client_has_ray_and_nothing_of_the_project(client: Path) -> None:

@@ -9,13 +9,13 @@ import ssl
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from ray.util import get_node_ip_address
 
+from tests.machine import PATIENCE_SECONDS, wait_for
 from tests.watch.servers import ROOT, ray_head
 
 pytestmark = pytest.mark.skipif(shutil.which("openssl") is None, reason="no openssl")
@@ -56,13 +56,9 @@ def refused(port: int, trusted: Path, certificate: Path | None) -> bool:
 
 
 def answers(port: int, trusted: Path, certificate: Path) -> bool:
-    """The server, once it has started."""
-    ends = time.monotonic() + 120
-    while time.monotonic() < ends:
-        with contextlib.suppress(TimeoutError):
-            if not refused(port, trusted, certificate):
-                return True
-        time.sleep(0.5)
+    """Does the server, when it has started?"""
+    with contextlib.suppress(TimeoutError):
+        return not refused(port, trusted, certificate)
     return False
 
 
@@ -87,11 +83,11 @@ def test_only_who_has_a_certificate_gets_in(folder: Path) -> None:
     with ray_head(folder, 1, variables) as environment:
         port = int(environment["RAY_ADDRESS"].rsplit(":", 1)[1])
         trusted = ours / "ca.crt"
-        assert answers(port, trusted, ours)
+        wait_for(lambda: answers(port, trusted, ours), PATIENCE_SECONDS, "the head", every=0.5)
         assert refused(port, trusted, None)
         assert refused(port, trusted, folder / "theirs")
         assert refused(port, folder / "theirs" / "ca.crt", ours)  # and who expects another authority leaves by itself
         done = subprocess.run(
-            [sys.executable, "-c", TASK], env=environment, capture_output=True, text=True, timeout=300
+            [sys.executable, "-c", TASK], env=environment, capture_output=True, text=True, timeout=PATIENCE_SECONDS
         )
         assert done.stdout.strip() == "computed", done.stderr

@@ -13,8 +13,10 @@ import time
 import urllib.request
 from collections import Counter
 from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from typing import Any
+
+from tests.machine import http_handled_by
 
 Body = dict[str, Any]
 # A fault: a name below, or (HTTP status, text, headers). None: the request is answered.
@@ -54,6 +56,7 @@ class ChatServer:
         self.authorization: set[str | None] = set()
         self.open = self.most_open = 0
         self.lock = threading.Lock()
+        self.ended = threading.Event()
         self.address = ""
 
     def asked(self) -> Counter[str]:
@@ -69,13 +72,15 @@ class ChatServer:
             self.authorization.add(handler.headers["Authorization"])
             self.open += 1
             self.most_open = max(self.most_open, self.open)
-        try:
-            self._respond(handler, body, self.fault(number, body))
-        finally:
-            with self.lock:
-                self.open -= 1
+        fault = self.fault(number, body)
+        reply = self.answer(body) if fault is None else {}
+        with self.lock:  # before the client can send the next one
+            self.open -= 1
+            if fault is None:
+                self.answered[body["messages"][-1]["content"]] += 1
+        self._respond(handler, reply, fault)
 
-    def _respond(self, handler: BaseHTTPRequestHandler, body: Body, fault: Fault) -> None:
+    def _respond(self, handler: BaseHTTPRequestHandler, reply: Body, fault: Fault) -> None:
         if fault == "cut":  # the connection goes in the middle of a body
             handler.send_response(200)
             handler.send_header("Content-Length", "1000")
@@ -85,16 +90,13 @@ class ChatServer:
             handler.connection.shutdown(socket.SHUT_RDWR)
             handler.close_connection = True
         elif fault == "hang":
-            time.sleep(1.5)
+            self.ended.wait()
             handler.close_connection = True
         elif fault == "garbage":
             self._send(handler, 200, '{"choices": [}', {})
         elif isinstance(fault, tuple):
             self._send(handler, *fault)
         else:
-            reply = self.answer(body)
-            with self.lock:
-                self.answered[body["messages"][-1]["content"]] += 1
             self._send(handler, 200, json.dumps(reply), {"Content-Type": "application/json"})
 
     def _send(self, handler: BaseHTTPRequestHandler, status: int, text: str, headers: dict[str, str]) -> None:
@@ -123,13 +125,9 @@ def serve(answer: Callable[[Body], Body]) -> Iterator[ChatServer]:
         def log_message(self, format: str, *args: Any) -> None:
             pass
 
-    http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    http.daemon_threads = True
-    server.address = f"http://127.0.0.1:{http.server_port}/v1"
-    thread = threading.Thread(target=http.serve_forever, args=(0.05,), daemon=True)
-    thread.start()
-    try:
-        yield server
-    finally:
-        http.shutdown()
-        http.server_close()
+    with http_handled_by(Handler) as address:
+        server.address = f"{address}/v1"
+        try:
+            yield server
+        finally:
+            server.ended.set()

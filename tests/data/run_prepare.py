@@ -19,7 +19,7 @@ from ultralong_ray.stages import stage_directory
 if __name__ == "__main__":
     settings = Recipe.model_validate_json(Path(sys.argv[1]).read_text())
     pause = float(sys.argv[2])
-    ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False)
+    ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False)
     pipeline.TOKENS_PER_FILE = 7 * 512
     tokenize, pack = pipeline.tokenize_part, pipeline.pack_file
 

@@ -6,10 +6,7 @@ import os
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import psutil
 import pyarrow as pa
@@ -18,6 +15,7 @@ import pytest
 
 from tests.data.test_object_store import serially
 from tests.data.test_prepare_pipeline import content, recipe, rows
+from tests.machine import PATIENCE_SECONDS, wait_for
 from ultralong_ray.config import Recipe
 from ultralong_ray.data import pipeline
 from ultralong_ray.stages import stage_directory
@@ -31,21 +29,9 @@ def start(settings: Recipe, folder: Path, pause_seconds: float) -> subprocess.Po
     path = folder / "recipe.json"
     path.write_text(settings.model_dump_json())
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    environment.pop("RAY_ADDRESS", None)
     command = [sys.executable, str(ROOT / "tests/data/run_prepare.py"), str(path), str(pause_seconds)]
     log = (folder / "log.txt").open("ab")
     return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log, start_new_session=True)
-
-
-def wait_for(condition: Callable[[], Any], process: subprocess.Popen[bytes], seconds: float = 120) -> Any:
-    """The first true value; fails when the process ends or the time is up before."""
-    until = time.monotonic() + seconds
-    while time.monotonic() < until:
-        if value := condition():
-            return value
-        assert process.poll() is None, "the run ended before it could be killed"
-        time.sleep(0.05)
-    raise AssertionError("nothing to kill came up in time")
 
 
 def shards(settings: Recipe) -> dict[str, int]:
@@ -91,7 +77,7 @@ def test_killed_in_mid_run_and_submitted_again(
 
     # the driver alone: the rest of its Ray goes down with it
     process = start(settings, tmp_path, 0.3)
-    wait_for(lambda: len(shards(settings)) >= 2, process)
+    wait_for(lambda: len(shards(settings)) >= 2, PATIENCE_SECONDS, "two shards", process=process)
     children = psutil.Process(process.pid).children(recursive=True)
     process.send_signal(signal.SIGKILL)
     process.wait(30)
@@ -101,7 +87,7 @@ def test_killed_in_mid_run_and_submitted_again(
 
     # the node's processes, driver and all, once the next run has gone further
     process = start(settings, tmp_path, 0.3)
-    wait_for(lambda: len(shards(settings)) >= len(survived) + 2, process)
+    wait_for(lambda: len(shards(settings)) >= len(survived) + 2, PATIENCE_SECONDS, "two more", process=process)
     kill_all(process)
     further = shards(settings)
     assert survived.items() <= further.items(), "whole shards are not written again"
@@ -109,9 +95,9 @@ def test_killed_in_mid_run_and_submitted_again(
 
     # a worker of the third run, while it works; that run goes on by itself
     process = start(settings, tmp_path, 0.3)
-    worker = wait_for(lambda: tree(process, "ray::Map"), process)[0]
+    worker = wait_for(lambda: tree(process, "ray::Map"), PATIENCE_SECONDS, "a worker", process=process)[0]
     worker.kill()
-    assert process.wait(200) == 0, (tmp_path / "log.txt").read_text()[-3000:]
+    assert process.wait(PATIENCE_SECONDS) == 0, (tmp_path / "log.txt").read_text()[-3000:]
 
     monkeypatch.setattr(pipeline, "run_tasks", serially)
     monkeypatch.setattr(pipeline, "TOKENS_PER_FILE", 7 * 512)

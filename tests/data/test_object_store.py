@@ -6,21 +6,18 @@ through it with the endpoint of the recipe's [storage].
 
 from __future__ import annotations
 
-import os
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from tests.data import fault_proxy
-from tests.data.fault_proxy import FaultProxy
+from tests import fault_proxy
 from tests.data.test_prepare_pipeline import content, recipe, rows, run
+from tests.fault_proxy import FaultProxy
 from ultralong_ray.config import Recipe, SourceConfig, StorageConfig
 from ultralong_ray.data import pipeline
 from ultralong_ray.data.corpus import list_parts, list_shards
@@ -39,14 +36,6 @@ from ultralong_ray.storage import Location, StageDirectory
 from ultralong_ray.types import PackedSequence, StorageOptions, UserError
 
 BUCKET = "s3://ultralong-test"
-
-
-@pytest.fixture
-def proxy(s3_uri: str) -> Iterator[FaultProxy]:
-    port = urlsplit(os.environ["AWS_ENDPOINT_URL"]).port
-    assert port is not None
-    with fault_proxy.running(port) as running:
-        yield running
 
 
 def put_corpus(folder: str) -> None:
@@ -89,8 +78,8 @@ def undisturbed(
 
 
 FAULTS: dict[str, Callable[[int, bytes], fault_proxy.Fault]] = {
-    "503": lambda number, line: fault_proxy.SLOW_DOWN if number % 9 == 0 else None,
-    "reset": lambda number, line: "reset" if number % 11 == 0 else None,
+    "503": lambda number, line: fault_proxy.SLOW_DOWN if number % 19 == 0 else None,
+    "reset": lambda number, line: "reset" if number % 17 == 0 else None,
     "cut": lambda number, line: "cut" if number % 7 == 0 and line.startswith(b"GET") else None,
 }
 
@@ -114,16 +103,15 @@ def test_a_store_that_is_away_for_a_while_is_waited_for(
     put_corpus("corpus-away")
     settings, expected = undisturbed
     work = pipeline.tokenize_part
-    away = float(os.environ.get("STORE_AWAY_SECONDS", "3"))
 
     def goes_away_once(item: Any) -> dict[str, Any]:
-        if not proxy.down_until:
-            proxy.down_until = time.monotonic() + away
+        if not proxy.refused:
+            proxy.refusals_left = 2
         return work(item)
 
     monkeypatch.setattr(pipeline, "tokenize_part", goes_away_once)
     stage = run(through(proxy, settings, "work-away", "corpus-away"))
-    assert proxy.refused > 1
+    assert proxy.refused == 2
     assert data_of(stage) == expected
 
 

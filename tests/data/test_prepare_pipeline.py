@@ -30,14 +30,10 @@ WORDS = ["the", "quick", "brown", "fox", "jumps", "over", "the", "lazy", "dog", 
 
 
 @pytest.fixture(scope="module", autouse=True)
-def local_ray() -> Iterator[None]:
-    import ray
-
-    ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False)
+def several_packed_files(local_ray: None) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("ultralong_ray.data.pipeline.TOKENS_PER_FILE", 7 * LENGTH)  # several packed files
+        patch.setattr("ultralong_ray.data.pipeline.TOKENS_PER_FILE", 7 * LENGTH)
         yield
-    ray.shutdown()
 
 
 def rows(seed: int = 0) -> list[dict[str, str]]:

@@ -10,7 +10,6 @@ import contextlib
 import os
 import shutil
 import signal
-import socket
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,7 +20,9 @@ import pyarrow.parquet as pq
 import pytest
 from tokenizers import Tokenizer
 
+from tests.conftest import S3_KEYS
 from tests.data.conftest import SHARED
+from tests.machine import free_ports
 from ultralong_ray.config import Recipe
 from ultralong_ray.data.pipeline import prepare
 from ultralong_ray.packed import PackedReader, read_placements
@@ -39,8 +40,7 @@ pytestmark = pytest.mark.slow
 @contextlib.contextmanager
 def ceph(folder: Path) -> Iterator[str]:
     """The endpoint of a RADOS Gateway of one node, with its data in memory."""
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = probe.getsockname()[1]
+    (port,) = free_ports(1)
     try:
         subprocess.run(["bash", str(SERVER), str(folder), str(port)], check=True, timeout=120, capture_output=True)
         yield f"http://127.0.0.1:{port}"
@@ -52,7 +52,7 @@ def ceph(folder: Path) -> Iterator[str]:
 
 @pytest.fixture(scope="module")
 def endpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """A server that speaks S3, with an empty bucket; Ray workers inherit the keys."""
+    """A server that speaks S3, with an empty bucket."""
     if not (SHARED / "data" / "corpus").is_dir():
         pytest.skip("the shared sample corpus is not beside this checkout")
     boto3 = pytest.importorskip("boto3", reason="the s3-test extra is not installed")
@@ -60,30 +60,23 @@ def endpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
         patch = stack.enter_context(pytest.MonkeyPatch.context())
         if SERVER.is_file() and shutil.which("radosgw"):
             address = stack.enter_context(ceph(tmp_path_factory.mktemp("ceph")))
-            keys = {"AWS_ACCESS_KEY_ID": "ak", "AWS_SECRET_ACCESS_KEY": "sk", "AWS_REGION": "us-east-1"}
-            for name, value in keys.items():
-                patch.setenv(name, value)
         else:
-            request.getfixturevalue("s3_uri")
-            address = os.environ["AWS_ENDPOINT_URL"]
+            address = request.getfixturevalue("s3_server")
+        for name, value in S3_KEYS.items():
+            patch.setenv(name, value)
         boto3.client("s3", endpoint_url=address, region_name="us-east-1").create_bucket(Bucket=BUCKET)
         yield address
 
 
 @pytest.fixture(scope="module")
-def prepared(endpoint: str) -> Iterator[dict[int, StageDirectory]]:
+def prepared(endpoint: str, local_ray: None) -> dict[int, StageDirectory]:
     """The stage at both lengths; the second finds the tokens of the first."""
     import boto3
-    import ray
 
     client = boto3.client("s3", endpoint_url=endpoint, region_name="us-east-1")
     for file in sorted((SHARED / "data" / "corpus").glob("*.parquet")):
         client.upload_file(str(file), BUCKET, f"corpus/{file.name}")
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
-    try:
-        yield {length: run(recipe(endpoint, length)) for length in (2**17, 2**20)}
-    finally:
-        ray.shutdown()
+    return {length: run(recipe(endpoint, length)) for length in (2**17, 2**20)}
 
 
 def recipe(endpoint: str, length: int) -> Recipe:

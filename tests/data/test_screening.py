@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,17 +19,9 @@ from ultralong_ray.stages import stage_directory
 from ultralong_ray.storage import StageDirectory
 
 WORDS = ["the", "quick", "brown", "fox", "jumps", "over", "lazy", "dog", "import", "os", "return", "path"]
+pytestmark = pytest.mark.usefixtures("local_ray")
 RNG = random.Random(0)
 QUESTIONS = [" ".join(RNG.choices(WORDS, k=30)) for _ in range(4)]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def local_ray() -> Iterator[None]:
-    import ray
-
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
-    yield
-    ray.shutdown()
 
 
 def made_text(rng: random.Random, num_words: int) -> str:

@@ -6,10 +6,11 @@ import contextlib
 import json
 import socket
 import threading
-import time
 from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from typing import Any
+
+from tests.machine import http_handled_by
 
 
 class Served:
@@ -25,6 +26,7 @@ class Served:
         self.keys: set[str | None] = set()
         self.open = self.most_open = 0
         self.lock = threading.Lock()
+        self.ended = threading.Event()
         self.address = ""
 
     def post(self, handler: BaseHTTPRequestHandler) -> None:
@@ -35,30 +37,27 @@ class Served:
             self.open += 1
             self.most_open = max(self.most_open, self.open)
             fault = self.fault()
-        try:
-            self._respond(handler, body, fault)
-        finally:
-            with self.lock:
-                self.open -= 1
-
-    def _respond(self, handler: BaseHTTPRequestHandler, body: dict[str, Any], fault: Any) -> None:
+        text = self._answer(body) if fault is None else '{"choices": []}'
+        with self.lock:  # before the client can send the next one
+            self.open -= 1
         if fault == "cut":
             handler.connection.shutdown(socket.SHUT_RDWR)
             handler.close_connection = True
         elif fault == "hang":
-            time.sleep(1.0)
+            self.ended.wait()
             handler.close_connection = True
-        elif fault == "garbage":
-            send(handler, 200, '{"choices": []}')
-        elif fault is not None:
-            send(handler, *fault)
+        elif fault is None or fault == "garbage":
+            send(handler, 200, text)
         else:
-            text = self.reply(body)
-            said = {"message": {"role": "assistant", "content": text}} if "messages" in body else {"text": text}
-            sent = len(body["prompt"]) if "prompt" in body else 3
-            usage = {"prompt_tokens": self.prompt_tokens or sent, "completion_tokens": self.completion_tokens}
-            choice = {"index": 0, "finish_reason": self.finish_reason, **said}
-            send(handler, 200, json.dumps({"choices": [choice], "usage": usage}))
+            send(handler, *fault)
+
+    def _answer(self, body: dict[str, Any]) -> str:
+        text = self.reply(body)
+        said = {"message": {"role": "assistant", "content": text}} if "messages" in body else {"text": text}
+        sent = len(body["prompt"]) if "prompt" in body else 3
+        usage = {"prompt_tokens": self.prompt_tokens or sent, "completion_tokens": self.completion_tokens}
+        choice = {"index": 0, "finish_reason": self.finish_reason, **said}
+        return json.dumps({"choices": [choice], "usage": usage})
 
 
 def send(handler: BaseHTTPRequestHandler, status: int, text: str) -> None:
@@ -89,13 +88,9 @@ def serve() -> Iterator[Served]:
         def log_message(self, format: str, *args: Any) -> None:
             pass
 
-    http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    http.daemon_threads = True
-    served.address = f"http://127.0.0.1:{http.server_port}/v1"
-    thread = threading.Thread(target=http.serve_forever, args=(0.05,), daemon=True)
-    thread.start()
-    try:
-        yield served
-    finally:
-        http.shutdown()
-        http.server_close()
+    with http_handled_by(Handler) as address:
+        served.address = f"{address}/v1"
+        try:
+            yield served
+        finally:
+            served.ended.set()

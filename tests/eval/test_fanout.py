@@ -5,13 +5,11 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import threading
-import time
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -178,51 +176,45 @@ def test_a_benchmark_file_with_a_bad_line_names_the_line(
     assert stored.exists()
 
 
-def test_a_killed_worker_costs_its_cell_only(local_ray: None, tiny_recipe: Make, tiny_llama: Path) -> None:
-    recipe = tiny_recipe(evaluate={"context_lengths": [4096], "depths_percent": [0, 20, 40, 60, 80, 100]})
-    stage, folder = place(recipe)
-    result: dict[str, Any] = {}
-
-    def run() -> None:
-        result.update(evaluate(recipe, {"base": Location.of(tiny_llama)}, None, stage))
-
-    thread = threading.Thread(target=run)
-    thread.start()
-    while not list((folder / "cells").rglob("*.json")):
-        assert thread.is_alive()
-        time.sleep(0.05)
-    before = {path: path.stat().st_mtime_ns for path in (folder / "cells").rglob("*.json")}
-    mine = [p for p in psutil.Process().children(recursive=True) if "EvaluationWorker.run" in " ".join(p.cmdline())]
-    assert mine and thread.is_alive(), "a worker is killed in mid-run"
-    mine[0].kill()
-    thread.join(timeout=120)
-    assert result["num_computed"] == 6 and len(list((folder / "cells").rglob("*.json"))) == 6
-    assert {path: path.stat().st_mtime_ns for path in before} == before, "stored cells stay as they are"
-
-
-def test_a_worker_lost_after_it_stored_its_result_costs_nothing(
-    local_ray: None, tiny_recipe: Make, tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("stored", [False, True], ids=["before it stores", "after it stored"])
+def test_a_killed_worker_costs_its_cell_at_most(
+    local_ray: None, tiny_recipe: Make, tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stored: bool
 ) -> None:
-    computed = tmp_path / "computed"
-    computed.mkdir()
+    """One dies in its second cell: in mid-work, or between that cell's file and its answer to the driver."""
+    begun = tmp_path / "begun"
+    begun.mkdir()
 
     class Dying(EvaluationWorker):
-        """Dies between the first cell's file and the answer to the driver."""
+        cells = 0
 
         def run(self, cell: Cell) -> float:
-            score = super().run(cell)
-            (computed / f"{time.time_ns()}-{cell.depth_percent}").touch()
-            if len(list(computed.iterdir())) == 1:
-                os._exit(1)
+            self.cells += 1
+            (begun / f"{cell.depth_percent:g}-{os.getpid()}").touch()
+            dies = self.cells == 2 and not (begun / "dead").exists()
+            score = 0.0 if dies and not stored else super().run(cell)
+            if dies:
+                (begun / "dead").touch()
+                os.kill(os.getpid(), signal.SIGKILL)
             return score
 
     monkeypatch.setattr(fanout, "_REMOTE_WORKER", ray.remote(Dying))
-    recipe = tiny_recipe(evaluate={"context_lengths": [192], "depths_percent": [0, 50, 100], "cpus_per_task": 2})
+    # one worker at a time, on both CPUs
+    recipe = tiny_recipe(evaluate={"context_lengths": [192], "depths_percent": [0, 40, 60, 100], "cpus_per_task": 2})
     stage, folder = place(recipe)
+    written: dict[Path, int] = {}
+    collect = fanout._Pool._collect
+
+    def noted(pool: Any, *finished: Any) -> None:
+        written.update({path: path.stat().st_mtime_ns for path in (folder / "cells").rglob("*.json")} | written)
+        collect(pool, *finished)
+
+    monkeypatch.setattr(fanout._Pool, "_collect", noted)
     summary = evaluate(recipe, {"base": Location.of(tiny_llama)}, None, stage)
-    assert (summary["num_computed"], summary["num_failed"]) == (3, 0)
-    assert len(list((folder / "cells").rglob("*.json"))) == 3
-    assert len(list(computed.iterdir())) == 3, "what was stored is not computed a second time"
+    assert (summary["num_computed"], summary["num_failed"]) == (4, 0)
+    found = {path: path.stat().st_mtime_ns for path in (folder / "cells").rglob("*.json")}
+    assert len(found) == 4 and found == written, "stored cells stay as they are"
+    depths = [name.name.split("-")[0] for name in begun.iterdir() if name.name != "dead"]
+    assert len(depths) == (4 if stored else 5) and len(set(depths)) == 4, "and nothing but what was lost is done again"
 
 
 def test_a_server_that_fails_now_and_then_costs_what_it_failed_and_no_more(

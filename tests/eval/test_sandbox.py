@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import socket
-import threading
 from pathlib import Path
 
 import pytest
@@ -13,6 +12,7 @@ from ultralong_ray.eval.sandbox import Limits, run_program
 from ultralong_ray.types import UserError
 
 QUICK = Limits(seconds=1.0, memory_mib=256)
+PATIENT = Limits(seconds=60.0, memory_mib=256)  # for programs that end by themselves, on a busy machine too
 
 
 @pytest.mark.parametrize(
@@ -36,7 +36,7 @@ QUICK = Limits(seconds=1.0, memory_mib=256)
     ],
 )
 def test_what_passes_and_what_does_not(program: str, reason: str) -> None:
-    outcome = run_program(program, QUICK)
+    outcome = run_program(program, QUICK if reason.startswith("not done") else PATIENT)
     assert outcome.passed == (not reason)
     assert outcome.reason.startswith(reason)
 
@@ -44,19 +44,8 @@ def test_what_passes_and_what_does_not(program: str, reason: str) -> None:
 def test_nobody_is_reached_and_no_file_is_lost(tmp_path: Path) -> None:
     file = tmp_path / "precious"
     file.write_text("x")
-    reached = threading.Event()
     with socket.create_server(("127.0.0.1", 0)) as server:
-        server.settimeout(1.0)
-
-        def accept() -> None:
-            try:
-                server.accept()
-                reached.set()
-            except TimeoutError:
-                pass
-
-        thread = threading.Thread(target=accept)
-        thread.start()
+        server.setblocking(False)
         port = server.getsockname()[1]
         program = (
             f"import os, socket\n"
@@ -65,9 +54,10 @@ def test_nobody_is_reached_and_no_file_is_lost(tmp_path: Path) -> None:
             f"            lambda: open(file, 'w'), lambda: os.truncate(file, 0)):\n"
             f"    try:\n        act()\n    except OSError:\n        pass\n"
         )
-        assert run_program(program, QUICK).passed, "every attempt is refused, and the program goes on"
-        thread.join()
-    assert not reached.is_set() and file.read_text() == "x"
+        assert run_program(program, PATIENT).passed, "every attempt is refused, and the program goes on"
+        with pytest.raises(BlockingIOError):  # nobody waits to be let in
+            server.accept()
+    assert file.read_text() == "x"
 
 
 def test_without_a_filter_nothing_runs_unless_it_is_allowed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -76,4 +66,4 @@ def test_without_a_filter_nothing_runs_unless_it_is_allowed(tmp_path: Path, monk
     monkeypatch.setattr(sandbox, "CHILD", child)
     with pytest.raises(UserError, match=r"grants no system call filter .* set allow_network = true"):
         run_program("pass", QUICK)
-    assert run_program("pass", Limits(seconds=1.0, allow_network=True)).passed
+    assert run_program("pass", Limits(seconds=60.0, allow_network=True)).passed

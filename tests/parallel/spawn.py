@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import gc
 import os
-import socket
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from multiprocessing import connection
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
 from ultralong_ray.config import PretrainConfig
 from ultralong_ray.packed import PackedFile, PackedManifest, chunking, file_name, write_placements, write_sequences
@@ -35,50 +38,81 @@ PRELOADED = [
 def run_distributed(function: Callable[..., Any], world_size: int, *args: Any) -> list[Any]:
     """`function(*args)` on every rank of a gloo group of fresh processes; the picklable results by rank.
 
-    A process has this one's environment, and of its modules only PRELOADED.
+    A process has this one's environment, and of its modules only PRELOADED. When one fails, or ends without an answer,
+    the others are ended and its traceback is the failure.
     """
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    with started(function, world_size, *args) as ranks:
+        answers: dict[int, Any] = {}
+        waited_for = {rank.answer: number for number, rank in enumerate(ranks)}
+        while waited_for:
+            for answer in connection.wait(list(waited_for)):
+                assert isinstance(answer, connection.Connection)
+                number = waited_for.pop(answer)
+                try:
+                    failed, answers[number] = answer.recv()
+                except EOFError:
+                    failed, answers[number] = True, f"rank {number} ended without an answer"
+                assert not failed, answers[number]
+        for rank in ranks:
+            rank.process.join()
+        assert [rank.process.exitcode for rank in ranks] == [0] * world_size
+        return [answers[number] for number in range(world_size)]
+
+
+@dataclass(frozen=True)
+class Rank:
+    """A running process, and the end at which it says whether it failed, and its result or traceback."""
+
+    process: Any
+    answer: connection.Connection
+
+
+@contextmanager
+def started(function: Callable[..., Any], world_size: int, *args: Any) -> Iterator[list[Rank]]:
+    """The ranks of `run_distributed` while they run. Nothing of them is alive afterwards."""
     # DeepSpeed looks for its accelerator when it is imported, which in a child is before `_entry` runs.
     os.environ["DS_ACCELERATOR"] = "cpu"
     context = mp.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
-    queue = context.SimpleQueue()
-    processes = [
-        context.Process(target=_entry, args=(function, rank, world_size, port, queue, args, dict(os.environ)))
-        for rank in range(world_size)
-    ]
-    for process in processes:
-        process.start()
-    answers = dict(queue.get() for _ in processes)
-    for process in processes:
-        process.join()
-    failed = [answer for answer in answers.values() if isinstance(answer, str) and answer.startswith("Traceback")]
-    assert not failed, failed[0]
-    assert [process.exitcode for process in processes] == [0] * world_size
-    return [answers[rank] for rank in range(world_size)]
+    # This process keeps the store in which they meet, at a port that nobody else can have by now.
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    ranks: list[Rank] = []
+    try:
+        for number in range(world_size):
+            reader, writer = context.Pipe(duplex=False)
+            place = (number, world_size, store.port)
+            process = context.Process(target=_entry, args=(function, args, place, writer, dict(os.environ)))
+            process.start()
+            writer.close()  # else its end would go unnoticed
+            ranks.append(Rank(process, reader))
+        yield ranks
+    finally:
+        for rank in ranks:
+            rank.process.kill()
+            rank.process.join()
+            rank.answer.close()
 
 
 def _entry(
     function: Callable[..., Any],
-    rank: int,
-    world_size: int,
-    port: int,
-    queue: Any,
     args: tuple[Any, ...],
+    place: tuple[int, int, int],
+    answer: connection.Connection,
     environment: dict[str, str],
 ) -> None:
+    """`place`: rank, number of ranks, port of their store."""
+    rank, world_size, port = place
     os.environ.clear()
     os.environ |= environment
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=world_size)
+    store = TCPStore("127.0.0.1", port, is_master=False)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
     try:
-        queue.put((rank, function(*args)))
+        answer.send((False, function(*args)))
     except BaseException:
-        queue.put((rank, traceback.format_exc()))
+        answer.send((True, traceback.format_exc()))
         os._exit(1)  # the others wait in a collective that this rank will never enter
     gc.collect()
     dist.barrier()

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.machine import PATIENCE_SECONDS
 from tests.report.made_run import made_recipe, write_run
 from ultralong_ray.report.page import write_report
 
@@ -60,7 +61,7 @@ def _visit(page: Path, folder: Path) -> tuple[str, set[str]]:
         ],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=PATIENCE_SECONDS,
     )
     assert (folder / "page.png").stat().st_size > 10_000, done.stderr
     # The browser may end before it closes the log's array; the URLs are complete lines of their own.
@@ -101,5 +102,5 @@ def test_only_tables_and_wide_charts_scroll_sideways(report: Path, tmp_path: Pat
         f'srcdoc="{escape(report.read_text())}"></iframe>'
     )
     command = [BROWSER, *FLAGS, f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom", frame.as_uri()]
-    dom = subprocess.run(command, capture_output=True, text=True, timeout=120).stdout
+    dom = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_SECONDS).stdout
     assert re.findall(r'<body data-width="(\d+)"', dom) == [str(width_pixels)]

@@ -8,18 +8,17 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import psutil
 
-os.environ.setdefault("RAY_AUTH_MODE", "disabled")
 HERE = Path(__file__).resolve().parent
 # A node is given up after 3 s without an answer here, after 15 s by default (health_check_* of Ray 2.60).
 QUICK = {"health_check_initial_delay_ms": 1000, "health_check_period_ms": 1000, "health_check_failure_threshold": 3}
@@ -86,6 +85,7 @@ class SmallCluster:
             driver.kill()
             driver.wait()
         self.cluster.shutdown()
+        shutil.rmtree(self.temp, ignore_errors=True)
 
 
 def patiently(start: Callable[[], Any]) -> Any:
@@ -94,12 +94,3 @@ def patiently(start: Callable[[], Any]) -> Any:
         with contextlib.suppress(Exception):
             return start()
     return start()
-
-
-def wait_for(condition: Callable[[], Any], seconds: float, what: str, every: float = 0.02) -> Any:
-    """What `condition` gives once it is true. Fails after `seconds`, naming `what`."""
-    began = time.monotonic()
-    while not (found := condition()):
-        assert time.monotonic() - began < seconds, f"{what}: not within {seconds} s"
-        time.sleep(every)
-    return found

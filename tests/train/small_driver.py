@@ -1,8 +1,8 @@
 """A training driver in a process of its own, as a submitted job is: `python small_driver.py ADDRESS FOLDER STAGE ...`.
 
 Joins the Ray cluster at ADDRESS and trains the job of made_jobs below FOLDER in stage directory STAGE, with changes of
-its recipe as JSON in the last argument: {"cluster": {...}, "env": {...} for the workers, "fault": {...} (faults.py),
-pretrain fields}.
+its recipe as JSON in the last argument: {"cluster": {...}, "env": {...} for the workers, "fault": {...} or "gate": path
+(faults.py), pretrain fields}.
 """
 
 from __future__ import annotations
@@ -37,6 +37,8 @@ def main(address: str, folder: str, stage: str, changes: str) -> None:
     where = Location.of(folder)
     if fault := fields.pop("fault", None):
         trainer._worker = partial(faults.rank, fault)
+    if gate := fields.pop("gate", None):
+        trainer._worker = partial(faults.gated_rank, gate)
     try:
         made = recipe(Path(folder), **fields)
         trainer.train(

@@ -1,11 +1,12 @@
 """Checkpoints in an object store that dies: waited for, nothing lost, and no half is taken for a checkpoint.
 
-A server that speaks S3 stands behind a proxy that cuts every connection for `STORE_AWAY_SECONDS` (default 3; also
-30 with ULTRALONG_SLOW_TESTS=1), first while a state is uploaded, then while it is loaded.
+A server that speaks S3 stands behind a proxy that cuts every connection for a while (30 s with ULTRALONG_SLOW_TESTS=1),
+first while a state is uploaded, then while it is loaded.
 """
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 import signal
@@ -15,13 +16,13 @@ import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
-from urllib.parse import urlsplit
 
 import pytest
 
-from tests.data import fault_proxy
-from tests.data.fault_proxy import FaultProxy
+from tests import fault_proxy
 from tests.data.test_real_corpus_s3 import SERVER, ceph
+from tests.fault_proxy import FaultProxy
+from tests.machine import PATIENCE_SECONDS, wait_for
 from tests.train.made_engine import about, made_engine, same, save, state_of, step, world_of_one, writer_of
 from ultralong_ray import object_store
 from ultralong_ray.storage import Location
@@ -30,7 +31,6 @@ from ultralong_ray.types import StorageOptions
 
 BUCKET = "s3://ultralong-test"
 IDENTITY = {"seed": 1}
-AWAY_SECONDS = float(os.environ.get("STORE_AWAY_SECONDS", "3"))
 
 
 @pytest.fixture(autouse=True)
@@ -39,53 +39,47 @@ def world(tmp_path: Path) -> Iterator[None]:
         yield
 
 
-@pytest.fixture
-def proxy(s3_uri: str) -> Iterator[FaultProxy]:
-    port = urlsplit(os.environ["AWS_ENDPOINT_URL"]).port
-    assert port is not None
-    with fault_proxy.running(port) as running:
-        yield running
-
-
 def root_behind(proxy: FaultProxy, max_attempts: int = 12) -> Location:
     options = StorageOptions(endpoint=proxy.endpoint, path_style=True, max_attempts=max_attempts)
     return Location(f"{BUCKET}/{uuid.uuid4().hex}/checkpoints", options)
 
 
-def dies_at(proxy: FaultProxy, word: bytes, seconds: float) -> None:
-    """The store goes away at the first request for a state with this method."""
+def dies_at(proxy: FaultProxy, word: bytes, requests: float = math.inf, seconds: float = 0.0) -> None:
+    """The store goes away at the first request for a state with this method: for so many more, and for so long."""
 
     def fault(number: int, line: bytes) -> fault_proxy.Fault:
-        if not proxy.down_until and line.startswith(word) and b"state-" in line:
-            proxy.down_until = time.monotonic() + seconds
-            return "reset"
-        return None
+        if not (line.startswith(word) and b"state-" in line):
+            return None
+        proxy.faults = lambda number, line: None
+        proxy.refusals_left, proxy.down_until = requests, time.monotonic() + seconds
+        return "reset"
 
-    proxy.down_until, proxy.refused, proxy.faults = 0.0, 0, fault
+    proxy.refused, proxy.faults = 0, fault
 
 
-@pytest.mark.parametrize("seconds", [AWAY_SECONDS, pytest.param(30.0, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("seconds", [0.0, pytest.param(30.0, marks=pytest.mark.slow)])
 def test_a_store_that_dies_during_upload_and_load_costs_time_alone(proxy: FaultProxy, seconds: float) -> None:
     root, engine = root_behind(proxy), made_engine(64)
     writer, saved = writer_of(engine, root)
     save(writer, 1)
     step(engine)
     taken = state_of(engine)
-    dies_at(proxy, b"P", seconds)  # PUT and POST
+    dies_at(proxy, b"P")  # PUT and POST
     began = time.monotonic()
     writer.take(about(2))
     writer.start()
-    steps = 0
-    while not proxy.refused and time.monotonic() < began + 30:
+
+    def step_while_away() -> bool:
         step(engine)
-        steps += 1
-        time.sleep(0.01)
-    assert proxy.refused and steps and writer.committed_step() == 1, "the loop goes on while the store is away"
+        return proxy.refused > 0 and time.monotonic() > began + seconds
+
+    wait_for(step_while_away, PATIENCE_SECONDS, "a request to the store that is away")
+    assert writer.committed_step() == 1, "the loop goes on while the store is away"
+    proxy.refusals_left = 0
     writer.wait()
-    assert time.monotonic() - began >= seconds
     assert [found.step for found in saved] == [1, 2] and uncommitted(root) == []
     other = made_engine(64)
-    dies_at(proxy, b"GET", seconds)
+    dies_at(proxy, b"GET", 1, seconds)
     restored = load_newest(other, root, IDENTITY)
     assert proxy.refused
     assert restored is not None and (restored.step, restored.passed_over) == (2, ())
@@ -102,12 +96,12 @@ def test_a_store_that_stays_away_stops_the_run_and_leaves_no_checkpoint(
     good = state_of(engine)
     step(engine)
     (root / f"step-00000002-{writer.attempt}" / "part-00000.json").write_bytes(b"{}")  # it got so far
-    dies_at(proxy, b"P", 1e6)
+    dies_at(proxy, b"P")
     writer.take(about(2))
     writer.start()
     with pytest.raises(RuntimeError, match="checkpoint of step 2 could not be written by rank 0"):
         writer.wait()
-    proxy.down_until, proxy.faults = 0.0, lambda number, line: None
+    proxy.refusals_left = 0
     assert [name[:13] for name in committed(root)] == ["step-00000001"]
     assert [name[:13] for name in uncommitted(root)] == ["step-00000002"]
     again = made_engine()

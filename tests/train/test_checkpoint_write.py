@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from tests.machine import PATIENCE_SECONDS
 from tests.parallel.spawn import run_distributed
 from tests.train.made_engine import about, made_engine, same, save, state_of, step, world_of_one, writer_of
 from ultralong_ray.config import PretrainConfig
@@ -44,12 +47,22 @@ class Gate:
         def gated(*args: Any) -> Any:
             if threading.current_thread().name == "checkpoint":
                 self.reached.set()
-                assert self.open.wait(30)
+                assert self.open.wait(PATIENCE_SECONDS)
                 if self.error is not None:
                     raise self.error
             return write_file(*args)
 
         monkeypatch.setattr(checkpoint_write, "write_file", gated)
+
+
+@dataclass
+class Clock:
+    """Stands where the module `time` is; a second takes as long as the test says."""
+
+    now: float
+
+    def perf_counter(self) -> float:
+        return self.now
 
 
 @pytest.mark.parametrize("how", ["memory", "disk", "none"])
@@ -60,9 +73,9 @@ def test_steps_go_on_while_the_state_of_the_snapshot_is_written(
     (local / "step-00000001-before").mkdir(parents=True)
     writer, saved = writer_of(engine, root, how, local)
     taken = state_of(engine)
-    assert writer.take(about(1)) < 30
+    writer.take(about(1))
     writer.start()
-    assert gate.reached.wait(30)
+    assert gate.reached.wait(PATIENCE_SECONDS)
     step(engine)  # while the thread stands before its first file
     assert not same(taken, state_of(engine)) and committed(root) == [] and writer.committed_step() == 0
     gate.open.set()
@@ -94,14 +107,22 @@ def test_a_checkpoint_waits_for_the_one_before_and_says_so(tmp_path: Path, monke
     writer, saved = writer_of(engine, root)
     writer.take(about(1))
     writer.start()
-    assert gate.reached.wait(30)
-    opener = threading.Timer(0.3, gate.open.set)
-    opener.start()
-    blocked = writer.take(about(2))
-    assert [found.step for found in saved] == [1] and blocked > 0.2
+    assert gate.reached.wait(PATIENCE_SECONDS)
+    clock = Clock(time.perf_counter())
+    monkeypatch.setattr(checkpoint_write, "time", clock)
+    assert writer.pending is not None
+    wait = writer.pending.written.wait
+
+    def waited_for_5_seconds() -> bool:
+        clock.now += 5.0
+        gate.open.set()
+        return wait()
+
+    monkeypatch.setattr(writer.pending.written, "wait", waited_for_5_seconds)
+    assert writer.take(about(2)) == pytest.approx(5.0) and [found.step for found in saved] == [1]
     writer.start()
     writer.wait()
-    assert saved[0].waited_seconds < 0.1 < 0.2 < saved[1].waited_seconds <= saved[1].blocked_seconds
+    assert saved[0].waited_seconds < saved[1].waited_seconds == saved[1].blocked_seconds == 5.0
     assert [name[:13] for name in committed(root)] == ["step-00000002", "step-00000001"]
 
 
@@ -117,7 +138,7 @@ def test_what_fails_in_the_thread_is_told_in_the_loop_and_commits_nothing(
     writer.take(about(2))
     assert not writer.failed()
     writer.start()
-    assert writer.pending is not None and writer.pending.done.wait(30)
+    assert writer.pending is not None and writer.pending.done.wait(PATIENCE_SECONDS)
     assert writer.failed() and writer.committed_step() == 1
     kind = UserError if isinstance(error, UserError) else RuntimeError
     with pytest.raises(kind, match=rf"checkpoint of step 2 could not be written by rank 0: .*{error}"):
@@ -134,7 +155,7 @@ def one_rank_late_then_failing(folder: Path) -> list[Any]:
     writer.take(about(1))
     if rank == 0:
         writer.start()
-        assert writer.pending is not None and writer.pending.written.wait(30)
+        assert writer.pending is not None and writer.pending.written.wait(PATIENCE_SECONDS)
         found.append((committed(root), sorted(file.name for file in (root / writer.pending.name).files())))
     dist.barrier()
     if rank == 1:

@@ -17,8 +17,9 @@ import numpy as np
 import psutil
 import pytest
 
+from tests.machine import PATIENCE_SECONDS, wait_for
 from tests.train.made_jobs import LENGTH, NUM_SEQUENCES, VOCAB, recipe, write_inputs
-from tests.train.small_cluster import SmallCluster, wait_for
+from tests.train.small_cluster import SmallCluster
 from ultralong_ray.storage import Location
 from ultralong_ray.train.events import read_events
 from ultralong_ray.train.failures import Event, breakdowns_in_a_row
@@ -27,7 +28,6 @@ from ultralong_ray.train.order import sequences_of_step
 from ultralong_ray.train.status import describe_run
 
 pytestmark = pytest.mark.slow
-WAIT_SECONDS = 400.0  # for what takes seconds on an idle machine
 REFUSED = 2  # exit status of a driver that met a UserError
 
 
@@ -59,10 +59,10 @@ class Run:
 
     def finish(self) -> int:
         """The driver's exit status."""
-        return self.driver.wait(WAIT_SECONDS)
+        return self.driver.wait(PATIENCE_SECONDS)
 
     def until(self, step: int) -> None:
-        wait_for(lambda: self.alive() and len(read_metrics(self.stage)) >= step, WAIT_SECONDS, f"step {step}")
+        wait_for(lambda: self.alive() and len(read_metrics(self.stage)) >= step, PATIENCE_SECONDS, f"step {step}")
 
     def alive(self) -> bool:
         assert self.driver.poll() is None, self.log()[-3000:]
@@ -74,7 +74,7 @@ class Run:
         def found() -> Event | None:
             return next((event for event in read_events(self.stage) if event["event"] == name), None)
 
-        return wait_for(lambda: found() or (self.alive() and None), WAIT_SECONDS, name)
+        return wait_for(lambda: found() or (self.alive() and None), PATIENCE_SECONDS, name)
 
     def events(self, *names: str) -> list[Event]:
         return [event for event in read_events(self.stage) if event["event"] in names]

@@ -16,9 +16,9 @@ from typing import Any
 
 import pytest
 
+from tests.machine import PATIENCE_SECONDS, wait_for
 from tests.train.hosts import Hosts, namespaces_permitted
 from tests.train.made_jobs import write_inputs
-from tests.train.small_cluster import wait_for
 from ultralong_ray.storage import Location
 from ultralong_ray.train.events import read_events
 from ultralong_ray.train.metrics import read_metrics
@@ -29,7 +29,6 @@ pytestmark = [
     pytest.mark.skipif(shutil.which("redis-server") is None, reason="needs a Redis server (Debian: redis-server)"),
     pytest.mark.skipif(not namespaces_permitted(), reason="network namespaces need root and iproute2"),
 ]
-WAIT_SECONDS = 400.0
 JOB: dict[str, Any] = {
     "steps": 100_000,
     "global_batch_sequences": 2,
@@ -68,7 +67,7 @@ def last_step(place: Location) -> int:
 def leave(driver: subprocess.Popen[Any], folder: Path, stage: str) -> str:
     """As `ray job stop`; what jobs/status.py then prints. All steps up to the end are there."""
     driver.send_signal(signal.SIGTERM)
-    assert driver.wait(WAIT_SECONDS) == 128 + signal.SIGTERM, (folder / f"{stage}.log").read_text()[-3000:]
+    assert driver.wait(PATIENCE_SECONDS) == 128 + signal.SIGTERM, (folder / f"{stage}.log").read_text()[-3000:]
     place = Location.of(folder / stage)
     assert [record.step for record in read_metrics(place)] == list(range(1, last_step(place) + 1))
     return describe_run(place)
@@ -77,11 +76,11 @@ def leave(driver: subprocess.Popen[Any], folder: Path, stage: str) -> str:
 def test_training_does_not_notice_that_the_head_is_lost_and_comes_back(hosts: Hosts, tmp_path: Path) -> None:
     write_inputs(tmp_path)
     driver, place = hosts.start_driver(2, tmp_path, "head", JOB), Location.of(tmp_path / "head")
-    wait_for(lambda: last_step(place) >= 2, WAIT_SECONDS, "step 2")
+    wait_for(lambda: last_step(place) >= 2, PATIENCE_SECONDS, "step 2")
     lost_at = last_step(place)
     lose_head(hosts)
     back_at = last_step(place)
-    wait_for(lambda: last_step(place) >= back_at + 10 or driver.poll() is not None, WAIT_SECONDS, "ten more steps")
+    wait_for(lambda: last_step(place) >= back_at + 10 or driver.poll() is not None, PATIENCE_SECONDS, "ten more steps")
     status = leave(driver, tmp_path, "head")
     events = [event["event"] for event in read_events(place) if event["event"] != "checkpoint"]
     assert events == ["submit", "start", "interrupted"], "one attempt"
@@ -92,7 +91,7 @@ def test_a_driver_lost_with_the_head_is_submitted_again_to_the_one_that_came_bac
     write_inputs(tmp_path)
     place = Location.of(tmp_path / "driver")
     hosts.start_driver(0, tmp_path, "driver", JOB)
-    wait_for(lambda: any(event["event"] == "checkpoint" for event in read_events(place)), WAIT_SECONDS, "a checkpoint")
+    wait_for(lambda: "checkpoint" in [event["event"] for event in read_events(place)], PATIENCE_SECONDS, "a checkpoint")
     lose_head(hosts)
     driver = hosts.start_driver(0, tmp_path, "driver", JOB)
 
@@ -100,7 +99,7 @@ def test_a_driver_lost_with_the_head_is_submitted_again_to_the_one_that_came_bac
         assert driver.poll() is None, (tmp_path / "driver.log").read_text()[-3000:]
         return next((event["step"] for event in read_events(place) if event["event"] == "resume"), None)
 
-    step = wait_for(resumed, WAIT_SECONDS, "the next attempt")
+    step = wait_for(resumed, PATIENCE_SECONDS, "the next attempt")
     assert step > 0 and step % 5 == 0
-    wait_for(lambda: last_step(place) >= step + 3 or driver.poll() is not None, WAIT_SECONDS, "three more steps")
+    wait_for(lambda: last_step(place) >= step + 3 or driver.poll() is not None, PATIENCE_SECONDS, "three more steps")
     print(leave(driver, tmp_path, "driver"))

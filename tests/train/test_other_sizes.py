@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 
+from tests.machine import PATIENCE_SECONDS, wait_for
 from tests.parallel.spawn import run_distributed
 from tests.train.made_jobs import job, write_inputs
-from tests.train.small_cluster import SmallCluster, wait_for
+from tests.train.small_cluster import SmallCluster
 from ultralong_ray.storage import Location
 from ultralong_ray.train.events import read_events
 from ultralong_ray.train.metrics import read_metrics
@@ -94,16 +95,16 @@ def test_a_run_grows_on_a_node_that_joins_and_shrinks_when_one_is_drained_or_los
             begins = [event for event in read_events(stage) if event["event"] in ("start", "resume")]
             return [event["layout"]["world_size"] for event in begins]
 
-        wait_for(lambda: sizes() == [1] and len(read_metrics(stage)) >= 2, 400, "one worker, the least")
+        wait_for(lambda: sizes() == [1] and len(read_metrics(stage)) >= 2, PATIENCE_SECONDS, "one worker, the least")
         node = cluster.add_node(2)
-        wait_for(lambda: sizes() == [1, 2], 400, "two of three workers")
+        wait_for(lambda: sizes() == [1, 2], PATIENCE_SECONDS, "two of three workers")
         cluster.drain_node(node, 200)
         wait_for(lambda: sizes() == [1, 2, 1], 190, "one worker before the drained node goes")
         cluster.kill_node(node)
         node = cluster.add_node(2)
-        wait_for(lambda: sizes() == [1, 2, 1, 2], 400, "two workers again")
+        wait_for(lambda: sizes() == [1, 2, 1, 2], PATIENCE_SECONDS, "two workers again")
         cluster.kill_node(node)
-        wait_for(lambda: sizes()[-1] == 1 and len(sizes()) > 4, 400, "one worker again")
+        wait_for(lambda: sizes()[-1] == 1 and len(sizes()) > 4, PATIENCE_SECONDS, "one worker again")
         grown = [(event["workers"], event["to"]) for event in read_events(stage) if event["event"] == "resize"]
         assert grown.count((1, 2)) == 2
         steps = [record.step for record in read_metrics(stage)]

@@ -60,13 +60,13 @@ def test_a_layout_given_to_the_last_field_is_tried_against_the_prediction(
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[None]:
-    ray.init(address="local", num_cpus=3, runtime_env={"env_vars": {"PYTHONPATH": f"{ROOT}:{Path(__file__).parent}"}})
+    environment = {"env_vars": {"PYTHONPATH": f"{ROOT}:{Path(__file__).parent}"}}
+    ray.init(address="local", num_cpus=3, include_dashboard=False, runtime_env=environment)
     yield
     ray.shutdown()
 
 
 def test_an_interrupted_run_continues_and_a_finished_one_loads(cluster: None, tmp_path: Path) -> None:
-    pytest.importorskip("ultralong_ray.model.save")
     write_inputs(tmp_path)
     where = Location.of(tmp_path)
     stage = StageDirectory("pretrain", "abc", where / "pretrain-abc")

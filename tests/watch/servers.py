@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -19,17 +18,11 @@ from typing import Any
 
 import yaml
 
+from tests.machine import PATIENCE_SECONDS, free_ports, http_server, wait_for
+
 ROOT = Path(__file__).resolve().parents[2]
 WATCHING = ROOT / "cluster" / "components" / "watching"
 SCRAPE_SECONDS = 1
-
-
-def free_ports(number: int) -> list[int]:
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(number)]
-    ports = [s.getsockname()[1] for s in sockets]
-    for s in sockets:
-        s.close()
-    return ports
 
 
 def stop(process: subprocess.Popen[Any]) -> None:
@@ -68,12 +61,8 @@ def ray_head(folder: Path, num_cpus: int = 3, variables: dict[str, str] | None =
         head = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
     try:
         joined = {**environment, "RAY_ADDRESS": f"127.0.0.1:{gcs}", "DASHBOARD": f"http://127.0.0.1:{dashboard}"}
-        for _ in range(240):
-            if (folder / "prom_metrics_service_discovery.json").exists():
-                break
-            if head.poll() is not None:
-                raise RuntimeError((folder / "head.log").read_text())
-            time.sleep(0.25)
+        discovery, log = folder / "prom_metrics_service_discovery.json", folder / "head.log"
+        wait_for(discovery.exists, PATIENCE_SECONDS, "the head", 0.25, head, lambda: log.read_text()[-3000:])
         yield joined
     finally:
         stop(head)
@@ -118,19 +107,9 @@ def prometheus(folder: Path, discovery: Path, rules: dict[str, Any] | None = Non
     words = (
         f"--config.file={folder}/prometheus.yml --storage.tsdb.path={folder}/tsdb --web.listen-address=127.0.0.1:{port}"
     )
-    with (folder / "prometheus.log").open("w") as log:
-        server = subprocess.Popen(["prometheus", *words.split()], stdout=log, stderr=log, start_new_session=True)
-    try:
-        answers = Prometheus(port)
-        for _ in range(100):
-            try:
-                answers.get("query", query="1")
-                break
-            except OSError:
-                time.sleep(0.1)
+    answers = Prometheus(port)
+    with http_server(["prometheus", *words.split()], f"{answers.url}/-/ready", folder / "prometheus.log"):
         yield answers
-    finally:
-        stop(server)
 
 
 def rules() -> dict[str, Any]:

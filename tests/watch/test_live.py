@@ -9,14 +9,14 @@ import signal
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 
+from tests.machine import PATIENCE_SECONDS, wait_for
 from tests.watch.servers import ROOT, WATCHING, Prometheus, prometheus, ray_head, rules
 from ultralong_ray.watch.metrics import METRICS
 
@@ -81,11 +81,10 @@ def cluster() -> Iterator[Cluster]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def until(found: Callable[[], bool], seconds: float) -> bool:
-    ends = time.monotonic() + seconds
-    while not found() and time.monotonic() < ends:
-        time.sleep(0.5)
-    return found()
+def until(cluster: Cluster, alert: str) -> None:
+    """Wait until `alert` fires."""
+    firing = cluster.prometheus.firing
+    wait_for(lambda: alert in firing(), PATIENCE_SECONDS, alert, 0.5, said=lambda: cluster.log[-3000:])
 
 
 @pytest.mark.parametrize("file", sorted((WATCHING / "dashboards").glob("*.json")), ids=lambda file: file.stem)
@@ -124,7 +123,7 @@ def test_a_good_run_fires_nothing(cluster: Cluster) -> None:
 def test_a_loss_that_is_not_finite_fires(cluster: Cluster) -> None:
     assert cluster.run("pretrain", "--pretrain.learning_rate", "1e30", "--cluster.max_failures", "0") == 1
     assert "is not finite" in cluster.log
-    assert until(lambda: "UltralongNotFinite" in cluster.prometheus.firing(), 30)
+    until(cluster, "UltralongNotFinite")
 
 
 @pytest.mark.slow
@@ -133,16 +132,16 @@ def test_a_spike_and_then_no_progress_fire(cluster: Cluster) -> None:
     rising = ["--pretrain.learning_rate", "10", "--pretrain.warmup_steps", "1000", "--pretrain.steps", "400"]
     driver = cluster.start("pretrain", *rising)
     try:
-        assert until(lambda: "UltralongLossSpike" in cluster.prometheus.firing(), 500), cluster.log
+        until(cluster, "UltralongLossSpike")
         assert "UltralongNoProgress" not in cluster.prometheus.firing()
         workers = [p for p in psutil.process_iter(["name"]) if "RayTrainWorker" in (p.info["name"] or "")]
         ours = [p for p in workers if p.environ().get("RAY_AUTH_TOKEN") == cluster.environment["RAY_AUTH_TOKEN"]]
         ours[0].send_signal(signal.SIGSTOP)
-        assert until(lambda: "UltralongNoProgress" in cluster.prometheus.firing(), 120)
+        until(cluster, "UltralongNoProgress")
         ours[0].send_signal(signal.SIGKILL)
     finally:
         driver.send_signal(signal.SIGTERM)
-        driver.wait(timeout=60)
+        driver.wait(timeout=PATIENCE_SECONDS)
 
 
 def test_the_disk_of_this_machine_is_what_prometheus_says(cluster: Cluster) -> None:

@@ -11,7 +11,6 @@ import gc
 import importlib
 import json
 import os
-import socket
 import tempfile
 import time
 import traceback
@@ -22,6 +21,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
+from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
 from ultralong_ray.parallel.allocator import allocator_environment
 from ultralong_ray.types import UserError
@@ -47,9 +47,10 @@ def run_ranks(module: str, num_ranks: int, device: str, argument: Any, seconds: 
     with tempfile.TemporaryDirectory(prefix="benchmark-") as folder:
         set_environment(device)
         context = multiprocessing.get_context("spawn")
-        port = _free_port()
+        # this process keeps the store in which the ranks meet, at a port that nobody else can have by now
+        store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         processes = [
-            context.Process(target=_rank, args=(module, argument, device, rank, num_ranks, port, folder, seconds))
+            context.Process(target=_rank, args=(module, argument, device, rank, num_ranks, store.port, folder, seconds))
             for rank in range(num_ranks)
         ]
         for process in processes:
@@ -90,12 +91,6 @@ def set_environment(device: str) -> None:
         os.environ |= allocator_environment()
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
 def group_timeout(seconds: float) -> timedelta:
     """Of the collectives of a command that may last `seconds`: none ends it sooner. NCCL counts from the queueing, and
     a long step is queued as a whole before the GPU has begun."""
@@ -115,8 +110,9 @@ def _rank(
             torch.set_num_threads(max(1, (os.cpu_count() or 1) // num_ranks))  # an optimizer on the host uses them
         else:
             torch.set_num_threads(1)
+        store = TCPStore("127.0.0.1", port, is_master=False)
         backend, timeout = "nccl" if device_type == "cuda" else "gloo", group_timeout(seconds)
-        dist.init_process_group(backend, rank=rank, world_size=num_ranks, timeout=timeout)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=num_ranks, timeout=timeout)
         answer = importlib.import_module(module).run(argument, device)
         answer["device"] = torch.cuda.get_device_name(device) if device_type == "cuda" else "cpu"
         (Path(folder) / f"answer-{rank}.json").write_text(json.dumps(answer))

@@ -6,6 +6,7 @@ import gzip
 import json
 import random
 import re
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,7 @@ class MarkTokenizer:
         return {"input_ids": [0] * add_special_tokens + self._ids(text)}
 
     def _ids(self, text: str) -> list[int]:
-        return [hash(token) % 1000 for token in re.findall(r" ?\w+| ?[^\w\s]|\s", text)]
+        return [zlib.crc32(token.encode()) % 1000 for token in re.findall(r" ?\w+| ?[^\w\s]|\s", text)]
 
     def apply_chat_template(self, turns: Any, *, tokenize: bool, add_generation_prompt: bool) -> str:
         assert add_generation_prompt and not tokenize

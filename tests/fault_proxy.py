@@ -27,13 +27,17 @@ Fault = tuple[bytes, bytes] | str | None
 
 
 class FaultProxy:
-    """`faults` decides what happens to each request; `bytes_to_client` counts what it has passed back."""
+    """`faults` decides what happens to each request; `bytes_to_client` counts what it has passed back.
+
+    The store is away, and drops connections, for the next `refusals_left` requests and until `down_until`.
+    """
 
     def __init__(self, upstream_port: int) -> None:
         self.upstream_port = upstream_port
         self.port = 0
         self.faults: Callable[[int, bytes], Fault] = lambda number, line: None
-        self.down_until = 0.0
+        self.refusals_left = 0.0  # math.inf: until it is set again
+        self.down_until = 0.0  # monotonic seconds
         self.requests: list[bytes] = []
         self.refused = 0
         self.injected = 0
@@ -51,8 +55,7 @@ class FaultProxy:
         server.close()
 
     async def _connection(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        if time.monotonic() < self.down_until:
-            self.refused += 1
+        if self._away():
             _reset(writer)
             return
         upstream_reader, upstream_writer = await asyncio.open_connection("127.0.0.1", self.upstream_port)
@@ -85,11 +88,16 @@ class FaultProxy:
 
     def _fault(self, line: bytes) -> Fault:
         self.requests.append(line)
-        down = time.monotonic() < self.down_until
-        fault = "reset" if down else self.faults(len(self.requests), line)
-        self.refused += down
+        fault = "reset" if self._away() else self.faults(len(self.requests), line)
         self.injected += fault is not None
         return fault
+
+    def _away(self) -> bool:
+        away = self.refusals_left > 0 or time.monotonic() < self.down_until
+        if away:
+            self.refusals_left = max(0.0, self.refusals_left - 1)
+            self.refused += 1
+        return away
 
     async def _answers(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, cut: asyncio.Event) -> None:
         with suppress(ConnectionError):
@@ -118,7 +126,7 @@ def running(upstream_port: int) -> Iterator[FaultProxy]:
     started, loop, stop = threading.Event(), asyncio.new_event_loop(), asyncio.Event()
     thread = threading.Thread(target=lambda: loop.run_until_complete(proxy.serve(started, stop)), daemon=True)
     thread.start()
-    started.wait(10)
+    assert started.wait(60)
     try:
         yield proxy
     finally:
