@@ -19,6 +19,9 @@ def run(argument: str, device: torch.device) -> dict[str, Any]:
         raise ValueError("no such luck")
     if argument == "hang":
         time.sleep(60)
+    if argument == "timeout":
+        backend: Any = dist.distributed_c10d._get_default_group()._get_backend(device)
+        return {"seconds": backend.options._timeout.total_seconds()}
     if argument == "rank 1 fails":
         dist.barrier()  # rank 1 never comes
     total = torch.tensor(rank + 1)

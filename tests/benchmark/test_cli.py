@@ -8,9 +8,16 @@ import pytest
 
 from ultralong_ray.benchmark import presets
 from ultralong_ray.benchmark.cli import benchmark_of, main, parse
+from ultralong_ray.flops import ModelShape
+from ultralong_ray.planner.hardware import cluster_of
+from ultralong_ray.planner.predict import predict
 from ultralong_ray.types import LayerKeep
 
 OUT = ["--out", "x.json"]
+PRESETS = [
+    *("128k", "512k", "512k-8", "1m", "1m-whole", "2m-whole", "4m-layer", "degrees-256k", "degrees-1m", "ring-256k"),
+    *("keep-512k", "rows-512k", "sweep"),
+]
 
 
 def test_the_command_of_the_documentation() -> None:
@@ -44,29 +51,30 @@ def test_more_setups() -> None:
 
 
 @pytest.mark.parametrize("gpus", [2, 4, 8])
-@pytest.mark.parametrize(
-    "name",
-    [
-        "128k",
-        "512k",
-        "512k-8",
-        "1m",
-        "1m-whole",
-        "2m-whole",
-        "4m-layer",
-        "degrees-256k",
-        "degrees-1m",
-        "ring-256k",
-        "keep-512k",
-        "rows-512k",
-        "sweep",
-    ],
-)
+@pytest.mark.parametrize("name", PRESETS)
 def test_presets_are_commands_that_can_run(name: str, gpus: int) -> None:
     benchmark = benchmark_of(parse(["train", "--preset", name, "--gpus", str(gpus), *OUT]))
     benchmark.check()
     assert all(setup.plan.degree == gpus for setup in benchmark.setups)
     assert len(benchmark.setups) > 1 or name in ("128k", "512k", "512k-8", "1m", "1m-whole", "2m-whole", "4m-layer")
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_fit_eight_h200_on_a_host_of_560_gib(name: str) -> None:
+    hardware = cluster_of("H200", 8, host_memory_gib_per_node=560)
+    benchmark = benchmark_of(parse(["train", "--preset", name, "--gpus", "8", *OUT]))
+    for setup in benchmark.setups:
+        shape = ModelShape.from_config(benchmark.config(setup.layers))
+        memory = predict(shape, setup.length, setup.plan, hardware).memory
+        assert memory.gib < 0.9 * hardware.gpu.memory_gib, setup  # reserved was a tenth above allocated
+        assert memory.host_node_gib < 0.9 * 560, setup
+
+
+def test_the_last_layers_keep_on_the_device() -> None:
+    words = "train --layers 4 --keep host --rows 0.5 --device-layers 3"
+    (setup,) = benchmark_of(parse([*words.split(), *OUT])).setups
+    assert setup.plan.keep == (LayerKeep("host", "host", 0.5), *[LayerKeep("device", "device", 0.5)] * 3)
+    assert setup.changed("device_layers=4").plan.keep == (LayerKeep("device", "device", 0.5),) * 4
 
 
 def test_the_command_line_overrules_a_preset() -> None:
@@ -86,6 +94,9 @@ def test_the_command_line_overrules_a_preset() -> None:
         ("--also depth=2", "'depth=2': no such field of a setup"),
         ("--also degrees=2", "is not a positive integer"),
         ("--long 4194304 --layers 2", "give --layers 1"),
+        ("--layers 2 --keep host --device-layers 3", "--device-layers 3: the model has 2 layers"),
+        ("--gpus 4 --warmup-length 4098", "sequence length 4098 is not divisible by"),
+        ("--warmup-length 4096 --peers alst", "compared with no peer's"),
         ("--preset 64k", "--preset 64k: no such preset; there are 128k"),
         ("--gpus 4 --compare-degrees 4x1,1x2", "of one length, depth and total degree"),
     ],

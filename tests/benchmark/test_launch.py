@@ -14,6 +14,11 @@ def test_answers_come_by_rank() -> None:
     assert answers == [{"rank": rank, "sum": 3, "device": "cpu", "argument": "hello"} for rank in range(2)]
 
 
+@pytest.mark.parametrize(("seconds", "expected"), [(60.0, 600.0), (1800.0, 1800.0)])
+def test_a_collective_may_last_as_long_as_the_command(seconds: float, expected: float) -> None:
+    assert run_ranks(MODULE, 1, "cpu", "timeout", seconds) == [{"seconds": expected, "device": "cpu"}]
+
+
 @pytest.mark.parametrize(
     ("argument", "num_ranks", "kind", "words", "seconds"),
     [

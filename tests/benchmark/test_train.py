@@ -74,6 +74,32 @@ def test_degrees_policies_and_the_reference(tmp_path: Path) -> None:
     assert max(tensor["relative_error"] for tensor in check["gradients"].values()) < 1e-5
 
 
+def test_a_short_warm_up_is_not_what_is_timed(tmp_path: Path) -> None:
+    benchmark = Benchmark("tiny", 1, "cpu", (dataclasses.replace(SETUP, ulysses=1),), steps=1, warmup_length=32)
+    whole = dataclasses.replace(benchmark, warmup_length=None)
+    cases = [("a", benchmark, benchmark.setups[0]), ("b", whole, whole.setups[0])]
+    short, long = run_distributed(rows_of_steps, 1, str(tmp_path), cases)[0]
+    assert short == [32, 128] and long == [128, 128]
+
+
+def rows_of_steps(folder: str, cases: list[tuple[str, Benchmark, Setup]]) -> list[list[int]]:
+    """Rows of every step of a command, the warm-up first."""
+    from ultralong_ray.benchmark import ours
+
+    found: list[list[int]] = []
+    step = ours.train_step
+
+    def watched(engine: Any, micro_batches: Any, *rest: Any) -> Any:
+        found[-1].append(micro_batches[0].input_ids.shape[1])
+        return step(engine, micro_batches, *rest)
+
+    ours.train_step = watched
+    for case in cases:
+        found.append([])
+        solve(folder, [case])
+    return found
+
+
 def test_a_missing_peer_has_a_reason() -> None:
     work = Work(Benchmark("tiny", 1, "cpu", (SETUP,)), SETUP, "torch_cp", "", 0.0)
     with pytest.raises(Unavailable, match="no CPU attention"):

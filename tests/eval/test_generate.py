@@ -13,6 +13,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, MistralConfig, Qwen2Config
 
+from ultralong_ray.eval import chunk_attention
 from ultralong_ray.eval.chunk_attention import usual_attention
 from ultralong_ray.eval.generate import Engine
 
@@ -48,6 +49,25 @@ def test_both_attentions_give_the_same_answers_and_losses(tiny_llama: Path, ids:
         assert ours.answer(prompt, 20, stop=()) == theirs.answer(prompt, 20, stop=())
         losses = (each.token_losses(np.array(prompt, dtype=np.int32)) for each in (ours, theirs))
         np.testing.assert_allclose(*losses, rtol=1e-4, atol=1e-4)
+
+
+def test_decoding_leaves_torch_its_flash_backend_alone(
+    tiny_llama: Path, ids: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """cuDNN would build a graph for every number of keys."""
+    rows: list[int] = []
+
+    def watched(module: Any, query: torch.Tensor, *rest: Any, **named: Any) -> Any:
+        rows.append(query.shape[2])
+        assert torch.backends.cuda.flash_sdp_enabled()
+        assert not torch.backends.cuda.cudnn_sdp_enabled() and not torch.backends.cuda.mem_efficient_sdp_enabled()
+        return forward(module, query, *rest, **named)
+
+    forward = chunk_attention.sdpa_attention_forward
+    monkeypatch.setattr(chunk_attention, "sdpa_attention_forward", watched)
+    engine(tiny_llama, 50, "ultralong_chunk").answer(ids[0].tolist(), 3, stop=())
+    assert rows and set(rows) == {1}
+    assert torch.backends.cuda.cudnn_sdp_enabled()
 
 
 def test_gpus_get_our_attention_unless_a_window_slides() -> None:

@@ -15,11 +15,12 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from tests.parallel.spawn import run_distributed
 from ultralong_ray.eval import partial_attention
 from ultralong_ray.eval.generate import Engine
-from ultralong_ray.eval.partial_attention import attend_slice, merge
+from ultralong_ray.eval.partial_attention import attend_slice, decode_kernel, merge
 from ultralong_ray.eval.passkey import build_prompt, encode_prompt
-from ultralong_ray.eval.sharded import ShardedEngine, ShardedModel
+from ultralong_ray.eval.sharded import GROUP_TIMEOUT, ShardedEngine, ShardedModel
 from ultralong_ray.eval.sharded_attention import SHARDED_ATTENTION, register_sharded_attention
 from ultralong_ray.parallel.kernels import math
+from ultralong_ray.parallel.kernels.kernel import Kernel
 from ultralong_ray.types import UserError
 
 MODEL = Path(__file__).resolve().parents[2] / "jobs" / "models" / "tiny-512"
@@ -76,6 +77,8 @@ def ask_all(ulysses: int, every: int) -> tuple[list[str], np.ndarray, dict[str, 
     engine.answer(asked[-1], NEW_TOKENS)
     cache = engine.model.cache
     held = {"tokens": len(asked[-1]), "positions": cache.positions.tolist(), "bytes": cache.num_bytes}
+    group: Any = engine.model._mesh.ulysses or engine.model._mesh.ring
+    held["timeout"] = group._get_backend(CPU).options._timeout
     return answers, np.stack(logits), held
 
 
@@ -89,6 +92,7 @@ def test_answers_are_those_of_the_in_process_engine(world: int, index: int, expe
         assert found == answers
         np.testing.assert_allclose(found_logits, logits, rtol=0, atol=1e-4)
     held = [rank[2] for rank in by_rank]
+    assert {rank["timeout"] for rank in held} == {GROUP_TIMEOUT}, "a long prompt is queued as a whole"
     positions = sorted(position for rank in held for position in rank["positions"])
     tokens = held[0]["tokens"]
     assert positions == list(range(len(positions))), "every token is held by one rank"
@@ -201,6 +205,11 @@ def test_a_slice_in_stretches_is_the_slice(rows: int, monkeypatch: pytest.Monkey
         scores = keys[0, :, head // 3] @ query[head] * 0.4  # [rows]
         torch.testing.assert_close(lse[head], scores.logsumexp(0))
         torch.testing.assert_close(output[head], scores.softmax(0) @ values[0, :, head // 3])
+
+
+def test_cudnn_serves_prompts_only() -> None:
+    assert decode_kernel(Kernel("cudnn", math.forward, math.backward)).name == "sdpa_flash"
+    assert decode_kernel(math.load()).name == "math"
 
 
 def test_parts_without_keys_count_for_nothing() -> None:

@@ -178,6 +178,15 @@ def test_programs_are_judged_by_running_them(engine: Engine, tmp_path: Path) -> 
     assert [result.score for result in results] == [0.5, 0.0]
 
 
+@pytest.mark.parametrize("chat", [False, True])
+def test_a_code_block_ends_only_where_the_prompt_opened_one(engine: Engine, tmp_path: Path, chat: bool) -> None:
+    """As the harness: `humaneval_instruct` cuts the answer at a closing fence, `humaneval` takes it whole."""
+    says = Says(engine.tokenizer, lambda request: "    return 1\n```\nThat is it.")
+    rows = rows_of(evaluated(says, write_files(tmp_path), "humaneval", limit=1, chat=chat))
+    assert ("```python" in says.asked[0].text) == chat
+    assert [row["score"] for row in rows] == [float(chat)]
+
+
 def test_a_limit_takes_the_first_rows_of_every_subject(engine: Engine, tmp_path: Path) -> None:
     says = Says(engine.tokenizer, lambda request: "")
     results = evaluated(says, write_files(tmp_path), "mmlu_pro", limit=1, num_fewshot=1)

@@ -19,10 +19,12 @@ from ultralong_ray.parallel.mesh import create_mesh
 from ultralong_ray.parallel.topology import Topology
 from ultralong_ray.storage import Location
 from ultralong_ray.train import engine as engine_module
+from ultralong_ray.train import replay as replay_module
 from ultralong_ray.train import step as step_module
 from ultralong_ray.train.batches import accumulation_steps, read_step
 from ultralong_ray.train.step import MicroBatch
 from ultralong_ray.train.weights import build_model
+from ultralong_ray.types import LayerKeep
 
 LENGTH = 48
 STARTS = [[0, 7, 20, 21, 40], [0, 30]]
@@ -39,6 +41,7 @@ class Case:
     heads: int = 4
     tied: bool = False
     changes: dict[str, Any] = field(default_factory=dict)
+    keep: LayerKeep = field(default_factory=LayerKeep)
     broken: str | None = None  # a key of BREAKAGES: the comparison must notice it
 
 
@@ -97,7 +100,8 @@ def solve(models: Models, packed: Location, cases: list[Case]) -> list[list[Answ
 def _solve(model: Location, packed: Location, case: Case, device: torch.device) -> list[Answer]:
     train = section(**case.changes)
     topology = Topology(dist.get_world_size(), dist.get_rank(), case.ulysses, case.ring)
-    layout = plan(case.ulysses, case.ring, num_layers=2)
+    layout = plan(case.ulysses, case.ring, num_layers=2, keep=(case.keep,) * 2)
+    replay_module.PREFIX_ROWS = 2  # as short as the sequences are
     accumulation = accumulation_steps(train, topology)
     config = engine_module.deepspeed_config(train, topology.world_size, accumulation, layout.offload_optimizer)
     module = build_model(model, None, train, layout, config, device)

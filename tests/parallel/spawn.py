@@ -153,4 +153,4 @@ def write_packed(folder: Path, ids: np.ndarray, weights: np.ndarray | None, star
 def plan(ulysses: int, ring: int, num_layers: int, **changes: Any) -> TrainPlan:
     """Everything kept on the device, one tile for the MLP."""
     values: dict[str, Any] = {"mlp_tile_tokens": 16384, "loss_tile_tokens": 24, "offload_optimizer": False}
-    return TrainPlan(ulysses, ring, (LayerKeep(),) * num_layers, **{**values, **changes})
+    return TrainPlan(ulysses, ring, **{"keep": (LayerKeep(),) * num_layers, **values, **changes})

@@ -11,6 +11,7 @@ import pytest
 from tests.parallel.numerics import BREAKAGES, STARTS, Answer, Case, Models, problem, reference, solve
 from tests.parallel.spawn import run_distributed, write_model, write_packed
 from ultralong_ray.storage import Location
+from ultralong_ray.types import LayerKeep
 
 RELATIVE = 1e-5  # float32 sums in another order; seen: below 2e-6
 # A parameter difference after a step of rate 1 has lost the bits below the parameter's own last one.
@@ -47,12 +48,20 @@ FOUR_RANKS = [
     Case("1x4 two at once", 1, 4, changes={"micro_batch_sequences": 2}),
     Case("1x4, more ranks than heads", 1, 4, heads=1, kv_heads=1),
 ]
+HALF_ON_HOST = LayerKeep("host", "host", 0.5)
+EIGHT_RANKS = [
+    Case("8x1, one kv head each, half on the host", 8, heads=16, kv_heads=8, keep=HALF_ON_HOST),
+    Case("4x2, half on the host", 4, 2, heads=8, kv_heads=8, keep=HALF_ON_HOST),
+    Case("2x4, a third on the device", 2, 4, heads=8, kv_heads=2, keep=LayerKeep(attention_rows=1 / 3)),
+    Case("1x8, half on the host", 1, 8, keep=HALF_ON_HOST),
+    Case("two groups of 2x2, attention again", 2, 2, keep=LayerKeep("host", "device", 0.0)),
+]
 
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> tuple[Models, Location]:
     folder: Path = tmp_path_factory.mktemp("numerics")
-    shapes = {(case.heads, case.kv_heads, case.tied) for case in TWO_RANKS + BROKEN + FOUR_RANKS}
+    shapes = {(case.heads, case.kv_heads, case.tied) for case in TWO_RANKS + BROKEN + FOUR_RANKS + EIGHT_RANKS}
     models = {
         (heads, kv, tied): write_model(folder / f"model-{heads}-{kv}-{tied}", kv, tied=tied, heads=heads)
         for heads, kv, tied in shapes
@@ -77,7 +86,7 @@ def check(case: Case, answers: list[Answer], expected: Answer) -> None:
         assert distance(answers[-1].gradients[name], gradient * shrink) < RELATIVE_BY_STEP / shrink, (case.name, name)
 
 
-@pytest.mark.parametrize(("world_size", "cases"), [(2, TWO_RANKS + BROKEN), (4, FOUR_RANKS)])
+@pytest.mark.parametrize(("world_size", "cases"), [(2, TWO_RANKS + BROKEN), (4, FOUR_RANKS), (8, EIGHT_RANKS)])
 def test_every_case_equals_one_process(files, world_size: int, cases: list[Case]) -> None:
     models, packed = files
     solved = run_distributed(solve, world_size, models, packed, cases)

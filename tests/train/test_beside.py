@@ -28,10 +28,11 @@ def slow_uploads(folder: Path) -> list[Any]:
     import torch
     import torch.distributed as dist
 
-    from ultralong_ray.train import checkpoint_write, watchdog
+    from ultralong_ray.train import checkpoint_write
+    from ultralong_ray.train import job as train_job
     from ultralong_ray.train.loop import run
 
-    watchdog.FIRST_STEP_FACTOR = 100.0
+    train_job.FIRST_STEP_FACTOR = 100.0
     write_file, broken = checkpoint_write.write_file, [False]
 
     def slow(*arguments: Any) -> Any:

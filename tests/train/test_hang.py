@@ -68,7 +68,9 @@ def test_a_rank_that_stands_still_is_named_and_all_processes_end(tmp_path: Path,
 def test_the_time_allowed_follows_the_steps(tmp_path: Path, timeout: float | None) -> None:
     watch = object.__new__(watchdog.Watchdog)
     watch.timeout_seconds, watch._seconds, watch._phase, watch._since = timeout, [], "its first step", 0.0
+    watch.first_seconds = 9000.0
     watch.beat(1)
+    assert watch._limit_seconds == (timeout or 9000.0), "there is no median yet"
     watch._seconds = [60.0, 62.0, 400.0]
     watch._phase = "elsewhere"
     watch.beat(2)

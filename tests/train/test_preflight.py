@@ -96,10 +96,25 @@ def test_samples_lie_at_the_ends_and_about_every_boundary() -> None:
 
 def test_the_check_takes_a_bounded_time_at_any_length() -> None:
     assert check_size(131072, 4, 128) == (4, 131072)
-    assert check_size(2**20, 4, 128) == (3, 2**20)
-    heads, gradient_rows = check_size(2**22, 4, 128)
-    assert heads == 1 and 2**20 < gradient_rows < 2**22
-    assert 5.0 * gradient_rows**2 * 128 <= checks.CHECK_FLOPS
+    assert check_size(2**20, 4, 128) == (4, 2**20), (
+        "all query heads of a key-value head: another number, another kernel"
+    )
+    for seq, group, expected in ((2**22, 4, 4), (2**22, 5, 1), (2**24, 4, 1)):
+        heads, gradient_rows = check_size(seq, group, 128)
+        assert heads == expected and 2**20 < gradient_rows < seq
+        assert 5.0 * gradient_rows**2 * 128 * heads <= checks.BACKWARD_FLOPS
+
+
+def test_the_check_asks_no_call_beyond_the_limit() -> None:
+    seen: list[int] = []
+
+    def forward(query: torch.Tensor, *rest: Any) -> Any:
+        seen.append(query.numel())
+        return math.forward(query, *rest)
+
+    small = Kernel("small", cast(Any, forward), math.backward, 600 * SMALL.head_dim)
+    finding = kernel_finding(SMALL, plan(1), small, CPU)
+    assert finding.ok and seen == [600 * SMALL.head_dim]
 
 
 def test_the_2_31_boundary_says_one_call_or_more_or_none() -> None:
@@ -154,6 +169,9 @@ def test_free_memory_is_that_of_the_tightest_limit() -> None:
     assert free_bytes(meminfo, [limited, (None, None, None)]) == 40960 - 30720 + 4096
     assert free_bytes(meminfo, [("max\n", "30720\n", None), ("9223372036854771712", "5", None)]) == 80 * 1024
     assert 0 < available_host_bytes() < 2**50
+    # a machine that is to grow to 200 kB, and one that the recipe thinks smaller than it is
+    assert (free_bytes(meminfo, [], 200 * 1024), free_bytes(meminfo, [], 50 * 1024)) == (180 * 1024, 80 * 1024)
+    assert free_bytes(meminfo, [limited], 200 * 1024) == 40960 - 30720 + 4096, "a limit is a limit"
     assert any("libc" in path for path in loaded_libraries("libc"))
 
 

@@ -132,6 +132,7 @@ def _add_layout(add: Any) -> None:
     _add_common(add)
     add("--keep", choices=("device", "host", "none"), default="device", help="none: no recomputation at all")
     add("--rows", type=float, default=1.0, help="share of rows whose attention output is kept")
+    add("--device-layers", type=int, default=0, help="with --keep host: so many of the last layers keep on the device")
     add("--loss-tile", type=int, default=2048, help="rows of logits at a time")
     add("--offload-optimizer", action="store_true")
 
@@ -151,6 +152,7 @@ def _add_train(add: Any) -> None:
     add("--also", action="append", default=[], metavar="FIELD=VALUE,...", help="one more run of ours, so changed")
     add("--steps", type=int, default=3)
     add("--warmup", type=int, default=1)
+    add("--warmup-length", type=int, help="tokens of a warm-up step, enough to compile; default: those of the others")
     add("--peers", default="", help="alst, torch_cp, ring_flash_attn; separated by commas")
     add("--peer-layers", type=int, help="depth of the peers' model where theirs would not fit or last too long")
     add("--peer-attention", default="auto", help="transformers' name of the attention under ALST")
@@ -209,6 +211,7 @@ def _setup(options: argparse.Namespace, length: int, layers: int) -> Setup:
         ring=ring,
         keep=options.keep,
         rows=options.rows,
+        device_layers=options.device_layers,
         attention=options.attention,
         mlp_tile=options.mlp_tile,
         loss_tile=options.loss_tile,
@@ -233,6 +236,7 @@ def benchmark_of(options: argparse.Namespace) -> Benchmark:
         peer_attention=options.peer_attention,
         steps=options.steps,
         warmup=options.warmup,
+        warmup_length=options.warmup_length,
         seed=options.seed,
         profile=options.profile,
         compare_gradients=bool(options.compare_degrees),

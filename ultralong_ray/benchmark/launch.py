@@ -15,6 +15,7 @@ import socket
 import tempfile
 import time
 import traceback
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +23,11 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 
+from ultralong_ray.parallel.allocator import allocator_environment
 from ultralong_ray.types import UserError
 
 POLL_SECONDS = 0.1
+LEAST_TIMEOUT_SECONDS = 600.0  # of a collective: torch's own for NCCL
 ERROR_LINES = 12  # of a traceback that go into the record
 
 
@@ -46,7 +49,7 @@ def run_ranks(module: str, num_ranks: int, device: str, argument: Any, seconds: 
         context = multiprocessing.get_context("spawn")
         port = _free_port()
         processes = [
-            context.Process(target=_rank, args=(module, argument, device, rank, num_ranks, port, folder))
+            context.Process(target=_rank, args=(module, argument, device, rank, num_ranks, port, folder, seconds))
             for rank in range(num_ranks)
         ]
         for process in processes:
@@ -84,7 +87,7 @@ def set_environment(device: str) -> None:
     if device == "cpu":
         os.environ["DS_ACCELERATOR"] = "cpu"
     else:
-        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+        os.environ |= allocator_environment()
 
 
 def _free_port() -> int:
@@ -93,7 +96,15 @@ def _free_port() -> int:
         return probe.getsockname()[1]
 
 
-def _rank(module: str, argument: Any, device_type: str, rank: int, num_ranks: int, port: int, folder: str) -> None:
+def group_timeout(seconds: float) -> timedelta:
+    """Of the collectives of a command that may last `seconds`: none ends it sooner. NCCL counts from the queueing, and
+    a long step is queued as a whole before the GPU has begun."""
+    return timedelta(seconds=max(seconds, LEAST_TIMEOUT_SECONDS))
+
+
+def _rank(
+    module: str, argument: Any, device_type: str, rank: int, num_ranks: int, port: int, folder: str, seconds: float
+) -> None:
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(num_ranks)}
     os.environ |= {"LOCAL_WORLD_SIZE": str(num_ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     try:
@@ -101,9 +112,11 @@ def _rank(module: str, argument: Any, device_type: str, rank: int, num_ranks: in
         if device_type == "cuda":
             device = torch.device("cuda", rank)
             torch.cuda.set_device(device)
+            torch.set_num_threads(max(1, (os.cpu_count() or 1) // num_ranks))  # an optimizer on the host uses them
         else:
             torch.set_num_threads(1)
-        dist.init_process_group("nccl" if device_type == "cuda" else "gloo", rank=rank, world_size=num_ranks)
+        backend, timeout = "nccl" if device_type == "cuda" else "gloo", group_timeout(seconds)
+        dist.init_process_group(backend, rank=rank, world_size=num_ranks, timeout=timeout)
         answer = importlib.import_module(module).run(argument, device)
         answer["device"] = torch.cuda.get_device_name(device) if device_type == "cuda" else "cpu"
         (Path(folder) / f"answer-{rank}.json").write_text(json.dumps(answer))

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from ultralong_ray.benchmark.gradients import gradients_of
+from ultralong_ray.benchmark.launch import group_timeout
 from ultralong_ray.benchmark.long_check import check_against_reference
 from ultralong_ray.benchmark.measure import StepNumbers, Work, measure, progress
 from ultralong_ray.benchmark.setups import LEARNING_RATE
@@ -38,7 +39,8 @@ class Ours:
         self.config = benchmark.config(setup.layers)
         self.topology = Topology(dist.get_world_size(), dist.get_rank(), setup.ulysses, setup.ring)
         self.segments = local_segments(setup.length, self.topology)
-        self.mesh = create_mesh(self.topology)
+        timeout = group_timeout(benchmark.limit_seconds)
+        self.mesh = create_mesh(self.topology, timeout)
         train = PretrainConfig(
             global_batch_sequences=self.topology.dp_size,
             learning_rate=LEARNING_RATE,
@@ -55,19 +57,24 @@ class Ours:
         plan = setup.plan
         config = deepspeed_config(train, self.topology.world_size, 1, plan.offload_optimizer)
         model = build_model(Location.of(folder), benchmark.seed, train, plan, config, device)
-        self.engine = initialize(model, make_optimizer(model, train, device), config)
+        self.engine = initialize(model, make_optimizer(model, train, device), config, timeout)
 
     @property
     def causal_lm(self) -> Any:
         module: Any = self.engine.module
         return module.causal_lm
 
-    def ids(self, index: int) -> Any:
-        """int64 [length]: the whole sequence of this rank's group in a step."""
-        length, vocab = self.work.setup.length, self.config["vocab_size"]
+    def ids(self, index: int, length: int | None = None) -> Any:
+        """int64 [length], default the setup's: the whole sequence of this rank's group in a step."""
+        length, vocab = length or self.work.setup.length, self.config["vocab_size"]
         return sequence(length, vocab, self.work.benchmark.seed, index, self.topology.dp_rank)
 
     def batch(self, index: int) -> MicroBatch:
+        """Of step `index`, warm-up steps first."""
+        benchmark = self.work.benchmark
+        if benchmark.warmup_length and index < benchmark.warmup:
+            segments = local_segments(benchmark.warmup_length, self.topology)
+            return to_device(slice_of(self.ids(index, benchmark.warmup_length), segments), self.device)
         return to_device(slice_of(self.ids(index), self.segments), self.device)
 
     def step(self, micro_batch: MicroBatch) -> StepNumbers:

@@ -17,6 +17,7 @@ from typing import Any
 
 from ultralong_ray.benchmark.setups import Benchmark, Setup
 from ultralong_ray.flops import ModelShape, ledger, mfu
+from ultralong_ray.parallel.allocator import VARIABLES
 from ultralong_ray.planner.hardware import cluster_of, find_gpu, peak_flops
 from ultralong_ray.planner.predict import predict
 from ultralong_ray.types import LayerKeep, TrainPlan, UserError
@@ -55,7 +56,7 @@ def environment(device: str) -> dict[str, Any]:
         "versions": versions,
         "git_revision": _output(["git", "-C", root, "rev-parse", "HEAD"]),
         "git_changes": bool(_output(["git", "-C", root, "status", "--porcelain"])),
-        "PYTORCH_ALLOC_CONF": os.environ.get("PYTORCH_ALLOC_CONF"),
+        "PYTORCH_ALLOC_CONF": next((os.environ[name] for name in VARIABLES if name in os.environ), None),
         "cpu_count": os.cpu_count(),
         "host_memory_gib": os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / GIB,
     }

@@ -90,6 +90,8 @@ class Setup:
     keep: Literal["device", "host", "none"] = "device"
     """Where inputs and attention outputs wait; none: autograd keeps all."""
     rows: float = 1.0
+    device_layers: int = 0
+    """With keep = "host": so many of the last layers keep on the device all the same."""
     attention: str = "auto"
     mlp_tile: int = 16384
     loss_tile: int = 2048
@@ -97,11 +99,14 @@ class Setup:
 
     @property
     def plan(self) -> TrainPlan:
-        layer = None if self.keep == "none" else LayerKeep(self.keep, self.keep, self.rows)
+        keep: tuple[LayerKeep, ...] = ()
+        if self.keep != "none":
+            keep = (LayerKeep(self.keep, self.keep, self.rows),) * (self.layers - self.device_layers)
+            keep += (LayerKeep(attention_rows=self.rows),) * self.device_layers
         return TrainPlan(
             ulysses_degree=self.ulysses,
             ring_degree=self.ring,
-            keep=() if layer is None else (layer,) * self.layers,
+            keep=keep,
             mlp_tile_tokens=self.mlp_tile,
             loss_tile_tokens=self.loss_tile,
             offload_optimizer=self.offload_optimizer,
@@ -154,6 +159,7 @@ _PARSERS: dict[str, Any] = {
     "layers": _integer,
     "keep": _keep,
     "rows": _share,
+    "device_layers": _integer,
     "attention": lambda _, value: value,
     "mlp_tile": _integer,
     "loss_tile": _integer,
@@ -180,6 +186,7 @@ class Benchmark:
     peer_attention: str = "auto"
     steps: int = 3
     warmup: int = 1
+    warmup_length: int | None = None  # tokens of a warm-up step of ours; None: those of the setup
     seed: int = 42
     profile: bool = False
     compare_gradients: bool = False
@@ -217,8 +224,13 @@ class Benchmark:
                     f"Ulysses degree {setup.ulysses} cannot split the {shape['num_attention_heads']} query and "
                     f"{shape['num_key_value_heads']} key-value heads of {self.shape}; give the rest to the ring"
                 )
-            if objection := length_objection(setup.length, setup.ulysses, setup.ring):
-                raise UserError(objection)
+            for length in {setup.length, self.warmup_length or setup.length}:
+                if objection := length_objection(length, setup.ulysses, setup.ring):
+                    raise UserError(objection)
+            if setup.device_layers > setup.layers:
+                raise UserError(f"--device-layers {setup.device_layers}: the model has {setup.layers} layers")
+        if self.warmup_length and (self.peers or self.compare_gradients):
+            raise UserError("--warmup-length is for runs whose first loss is compared with no peer's and no other's")
         if self.check_rows and (self.setups[0].layers != 1 or self.setups[0].plan.degree != self.num_gpus):
             raise UserError("--long compares one layer of one sequence over all GPUs: give --layers 1 and all degrees")
         if self.compare_gradients and len({(s.length, s.layers, s.plan.degree) for s in self.setups}) > 1:

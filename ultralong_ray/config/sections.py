@@ -234,7 +234,8 @@ class TrainConfig(Section):
     """A folder on each node's own disk, for checkpoint_snapshot "disk"."""
     hang_timeout_seconds: PositiveFloat | None = operational(None)
     """A step that takes longer is a hang: the rank to blame is named and all start again from the last checkpoint. The
-    first step of an attempt may take ten times as long. Default: ten times the median step, at least 300."""
+    first step of an attempt may take ten times as long. Default: ten times the median step, at least 300; before there
+    is a median, what a step at 5 % MFU takes, at least 1800."""
     loss_spike_factor: Annotated[float, Field(gt=1.0)] | None = operational(2.0)
     """A loss above this multiple of the median of the 20 steps before it stands out (see on_loss_spike)."""
     on_loss_spike: Literal["warn", "stop"] = operational("warn")
@@ -320,7 +321,8 @@ class ClusterConfig(Section):
     gpus_per_node: Positive = 8
     """GPUs that NVLink joins."""
     host_memory_gib_per_node: PositiveFloat | None = None
-    """Default: what Ray finds on the nodes; without a cluster, what the vendor's own servers have."""
+    """Default: what Ray finds on the nodes; without a cluster, what the vendor's own servers have. To be stated for
+    virtual machines that are given memory only as they use it."""
     network_gbytes_per_second: PositiveFloat | None = None
     """Between nodes, per GPU and direction; default: 50, one 400 Gbit/s adapter for each GPU."""
     image: str | None = None

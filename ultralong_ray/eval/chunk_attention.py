@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import Any, Literal
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
@@ -18,6 +19,9 @@ from ultralong_ray.parallel.kernels.kernel import Kernel, within_limit
 
 Attention = Literal["sdpa", "ultralong_chunk"]
 CHUNK_ATTENTION: Attention = "ultralong_chunk"
+# Flash splits the keys over the GPU. On Hopper torch 2.11 and 2.13 would take cuDNN, for one query row too, and cuDNN
+# builds and keeps a graph for every number of keys, so for every token (aten/src/ATen/native/cudnn/MHA.cpp).
+DECODE_BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]
 
 
 def usual_attention(config: Any, device_type: str) -> Attention:
@@ -50,8 +54,9 @@ def _attention(
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """The signature that transformers calls. Returns ([1, rows, heads, head_dim], no attention weights)."""
-    if query.shape[2] == 1:  # decoding sees all keys: torch's flash backend splits them over the GPU
-        output, _ = sdpa_attention_forward(module, query, key, value, None, scaling=scaling, is_causal=False)
+    if query.shape[2] == 1:  # decoding sees all keys
+        with sdpa_kernel(DECODE_BACKENDS):
+            output, _ = sdpa_attention_forward(module, query, key, value, None, scaling=scaling, is_causal=False)
         return output, None
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     forward = within_limit(kernel).forward

@@ -29,6 +29,7 @@ from ultralong_ray.eval.progress import PROGRESS_SECONDS, Progress
 from ultralong_ray.eval.summaries import summarise, summarise_tasks
 from ultralong_ray.eval.tasks.prompt import Prompts
 from ultralong_ray.model.folder import base_folder, cached_folder
+from ultralong_ray.parallel.allocator import allocator_environment
 from ultralong_ray.storage import Location, StageDirectory
 from ultralong_ray.types import UserError
 
@@ -312,6 +313,8 @@ class _Pool:
     def _new_worker(self) -> _Worker:
         config = self.inputs.config
         needs: dict[str, Any] = {"num_cpus": config.cpus_per_task, "num_gpus": config.gpus_per_task}
+        if config.gpus_per_task:
+            needs["runtime_env"] = {"env_vars": allocator_environment()}
         if isinstance(config.engine, ShardedEngine | VllmEngine):
             needs = {"num_cpus": 0}  # the work is done by the actors that it starts, which ask for the resources
         needs["scheduling_strategy"] = "DEFAULT"  # not inside the placement group of a trial of Ray Tune

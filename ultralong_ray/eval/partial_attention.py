@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 import torch
 
+from ultralong_ray.parallel.kernels import sdpa_flash
 from ultralong_ray.parallel.kernels.kernel import Kernel
 
 # Keys of one program of a decode step: kernels without a split of the keys would leave most of a GPU idle.
@@ -40,19 +41,29 @@ def attend_slice(
             continue
         k, v = (tensor[0, part].unflatten(0, (-1, length)) for tensor in (keys, values))
         output, lse = kernel.forward(grouped.expand(len(k), -1, -1, -1).contiguous(), k, v, scale, False)
-        outputs += output.unbind()  # of [group, kv_heads, head_dim]
+        outputs.append(output)  # [splits, group, kv_heads, head_dim]
         sums.append(lse.mT.float())  # [splits, group, kv_heads]
-    output, lse = merge(outputs, torch.cat(sums))
+    output, lse = merge(torch.cat(outputs), torch.cat(sums))
     return output.transpose(0, 1).flatten(0, 1), lse.T.flatten()
 
 
-def merge(outputs: Sequence[torch.Tensor], sums: torch.Tensor) -> Partial:
+def decode_kernel(kernel: Kernel) -> Kernel:
+    """The kernel for `attend_slice` where `kernel` serves prompts. cuDNN would build a graph for every number of keys,
+    so for every token; torch's flash attention runs wherever it does."""
+    return sdpa_flash.load() if kernel.name == "cudnn" else kernel
+
+
+def merge(outputs: torch.Tensor | Sequence[torch.Tensor], sums: torch.Tensor) -> Partial:
     """Attention over the union of keys, in float32, from partial outputs [..., heads, head_dim] over its parts.
 
     `sums` [parts, ..., heads] are their log-sum-exps; -inf marks a part without keys. One part at least has keys.
+    Outputs in one tensor [parts, ...] are merged at once, with a float32 copy of all: the many parts of one token. A
+    prompt's are given one by one, and copied one by one.
     """
     total = sums.logsumexp(0)
     shares = (sums - total).exp()  # [parts, ..., heads]
+    if isinstance(outputs, torch.Tensor):
+        return (outputs.float() * shares.unsqueeze(-1)).sum(0), total
     merged = torch.zeros_like(outputs[0], dtype=torch.float32)
     for output, share in zip(outputs, shares, strict=True):
         merged.addcmul_(output.float(), share.unsqueeze(-1))

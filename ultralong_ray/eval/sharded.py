@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from ultralong_ray.config.degrees import heads_can_split, length_unit
 from ultralong_ray.eval.engine import Request
 from ultralong_ray.eval.generate import LOSS_TILE_TOKENS, common_prefix, greedy_answer, scored_continuations, stop_ids
 from ultralong_ray.eval.kv_cache import KVSlice, Positions
+from ultralong_ray.eval.partial_attention import decode_kernel
 from ultralong_ray.eval.sharded_attention import SHARDED_ATTENTION, ShardedPass, register_sharded_attention
 from ultralong_ray.model.angles import install_angles
 from ultralong_ray.parallel.kernels.choose import choose_kernel
@@ -32,6 +34,8 @@ from ultralong_ray.parallel.norm import install_fused_norms
 from ultralong_ray.parallel.topology import Topology, local_segments
 from ultralong_ray.types import UserError
 
+# NCCL counts a collective's time from its queueing, and the host queues a whole prompt ahead of the GPU.
+GROUP_TIMEOUT = timedelta(hours=2)
 MLP_TILE_TOKENS = 16384  # rows of the MLP's intermediates that exist at a time
 
 
@@ -71,7 +75,7 @@ class ShardedModel:
                 f"key-value heads; take a smaller one, the ring has the rest"
             )
         self._topology = Topology(world, dist.get_rank(), ulysses_degree, world // ulysses_degree)
-        self._mesh = create_mesh(self._topology)
+        self._mesh = create_mesh(self._topology, GROUP_TIMEOUT)
         self.device, dtype = causal_lm.lm_head.weight.device, causal_lm.lm_head.weight.dtype
         self.kernel = choose_kernel(attention, self.device, dtype, head_dim)
         self.cache = KVSlice(config.num_hidden_layers, kv_heads, head_dim, dtype, self.device)
@@ -173,7 +177,8 @@ class ShardedModel:
 
     def _forward(self, tokens: Positions, positions: Positions, kept: int, decode: bool) -> torch.Tensor:
         """[seq_local, hidden]; keys and values of the first `kept` rows are held afterwards."""
-        sharded_pass = ShardedPass(self.cache, self._mesh, self.kernel, decode, self._length, kept)
+        kernel = decode_kernel(self.kernel) if decode else self.kernel
+        sharded_pass = ShardedPass(self.cache, self._mesh, kernel, decode, self._length, kept)
         output = self._causal_lm.model(
             torch.from_numpy(tokens)[None].to(self.device),
             position_ids=torch.from_numpy(positions)[None].to(self.device),

@@ -132,4 +132,4 @@ def _merged_over_ranks(own: Partial) -> torch.Tensor:
     gathered = packed.new_empty(dist.get_world_size() * packed.shape[0], packed.shape[1])
     dist.all_gather_into_tensor(gathered, packed)
     parts = gathered.unflatten(0, (-1, packed.shape[0]))  # [degree, heads, head_dim + 1]
-    return merge(parts[..., :-1].unbind(), parts[..., -1])[0]
+    return merge(parts[..., :-1], parts[..., -1])[0]

@@ -28,6 +28,7 @@ from ultralong_ray.config import EvaluateConfig
 from ultralong_ray.config.degrees import heads_can_split
 from ultralong_ray.config.engines import ShardedEngine as ShardedConfig
 from ultralong_ray.eval.engine import Request
+from ultralong_ray.parallel.allocator import allocator_environment
 from ultralong_ray.types import UserError
 
 logger = logging.getLogger(__name__)
@@ -51,7 +52,7 @@ class ShardedRank:
         import torch
         import torch.distributed as dist
 
-        from ultralong_ray.eval.sharded import ShardedEngine
+        from ultralong_ray.eval.sharded import GROUP_TIMEOUT, ShardedEngine
 
         assert isinstance(config.engine, ShardedConfig)
         on_gpu = config.gpus_per_task > 0 and torch.cuda.is_available()
@@ -61,7 +62,11 @@ class ShardedRank:
             torch.cuda.set_device(device)
         host, port = address
         dist.init_process_group(
-            "nccl" if on_gpu else "gloo", init_method=f"tcp://{host}:{port}", rank=rank, world_size=world
+            "nccl" if on_gpu else "gloo",
+            init_method=f"tcp://{host}:{port}",
+            rank=rank,
+            world_size=world,
+            timeout=GROUP_TIMEOUT,
         )
         self._engine = ShardedEngine(
             Path(folder),
@@ -124,6 +129,7 @@ class ShardedGroup:
             actor.options(
                 num_cpus=config.cpus_per_task,
                 num_gpus=config.gpus_per_task,
+                runtime_env={"env_vars": allocator_environment()} if config.gpus_per_task else None,
                 scheduling_strategy=PlacementGroupSchedulingStrategy(room, rank),
             ).remote()
             for rank in range(degree)

@@ -196,7 +196,7 @@ def _definition(section: StandardTask, test: str, subject: str, chat_template: b
     config = load_yaml(file, resolve_func=test != "humaneval")
     if test == "humaneval":
         config |= {"metric_list": [{"metric": "pass@1", "aggregation": "mean", "higher_is_better": True}]}
-        config |= {"filter_list": None, "process_results": _judge_program(section)}
+        config |= {"filter_list": None, "process_results": _judge_program(section, chat_template)}
     config["num_fewshot"] = section.num_fewshot if test in section.FEW_SHOT else 0
     for key in ("tag", "group", "task_alias", "dataset_path", "dataset_name"):
         config.pop(key, None)
@@ -225,12 +225,16 @@ def _dataset(test: str, rows: Sequence[dict[str, Any]]) -> datasets.Dataset:
     return datasets.Dataset.from_list([{name: row.get(name, "") for name in names} for row in rows])
 
 
-def _judge_program(section: StandardTask) -> Any:
-    """HumanEval's rule (openai/human-eval, execution.py): prompt, body, tests and the call of the tests run through."""
+def _judge_program(section: StandardTask, chat_template: bool) -> Any:
+    """HumanEval's rule (openai/human-eval, execution.py): prompt, body, tests and the call of the tests run through.
+
+    A chat model closes the code block that its prompt opened, and what follows is no code; a model without a chat
+    template is given no block, so that a mark of one in its answer is part of the program, and an error.
+    """
     limits = Limits(section.code_seconds, section.code_memory_mib, section.allow_network)
 
     def process_results(doc: dict[str, Any], results: list[str]) -> dict[str, float]:
-        body = results[0].split("```", 1)[0]  # a chat model closes the code block that the prompt opened
+        body = results[0].split("```", 1)[0] if chat_template else results[0]
         program = f"{doc['prompt']}{body}\n{doc['test']}\ncheck({doc['entry_point']})"
         return {"pass@1": float(run_program(program, limits).passed)}
 

@@ -11,13 +11,15 @@ import contextlib
 import sys
 import warnings
 from collections.abc import Iterator
+from datetime import timedelta
 from typing import Any
 
 import deepspeed
 import torch
 import torch.distributed as dist
-from deepspeed.utils import get_z3_leaf_modules, set_z3_leaf_module
+from deepspeed.utils import get_z3_leaf_modules, groups, set_z3_leaf_module
 from torch import nn
+from torch.distributed import distributed_c10d
 
 from ultralong_ray.config import TrainConfig
 
@@ -148,10 +150,18 @@ def make_optimizer(model: nn.Module, train: TrainConfig, device: torch.device) -
     return torch.optim.AdamW(groups, lr=train.learning_rate, betas=betas, fused=device.type == "cuda")
 
 
-def initialize(model: nn.Module, optimizer: torch.optim.Optimizer, config: dict[str, Any]) -> deepspeed.DeepSpeedEngine:
-    """The engine around `model` and `optimizer`, with DeepSpeed's `config`. Collective over all ranks."""
+def initialize(
+    model: nn.Module, optimizer: torch.optim.Optimizer, config: dict[str, Any], timeout: timedelta | None = None
+) -> deepspeed.DeepSpeedEngine:
+    """The engine around `model` and `optimizer`, with DeepSpeed's `config`. Collective over all ranks.
+
+    `timeout` of a collective; None: torch's own. DeepSpeed reduces gradients in a copy of the world's group, for which
+    it asks no timeout.
+    """
     fitted = fitted_to_model(config, model)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=fitted, dist_init_required=False)
+    if timeout is not None:
+        distributed_c10d._set_pg_timeout(timeout, groups._get_data_parallel_group())  # the only way in torch 2.11-2.13
     return engine
 
 

@@ -8,12 +8,16 @@ from __future__ import annotations
 
 import contextlib
 import mmap
+import time
 import weakref
 from typing import Any
 
 import torch
 
 from ultralong_ray.types import UserError
+
+GROWTH_SECONDS = 30.0
+LOOK_SECONDS = 0.2
 
 
 class HostBuffer:
@@ -43,7 +47,7 @@ def page_locked(num_bytes: int, purpose: str, remedy: str) -> tuple[torch.Tensor
     Raises UserError where the host has no more.
     """
     words = f"host memory is full: {num_bytes / 2**30:.2f} GiB more could not be page-locked for {purpose}. {remedy}"
-    if available_bytes() < num_bytes:
+    if not _becomes_available(num_bytes):
         raise UserError(words)
     try:
         mapped = mmap.mmap(-1, num_bytes)
@@ -57,6 +61,16 @@ def page_locked(num_bytes: int, purpose: str, remedy: str) -> tuple[torch.Tensor
     if int(status) != 0:
         raise UserError(f"{words} (CUDA error {int(status)})")
     return memory, memory.data_ptr()
+
+
+def _becomes_available(num_bytes: int) -> bool:
+    """Whether so much is free, at once or within GROWTH_SECONDS: virtual machines are given memory as they use it."""
+    deadline = time.monotonic() + GROWTH_SECONDS
+    while available_bytes() < num_bytes:
+        if time.monotonic() >= deadline:
+            return False
+        time.sleep(LOOK_SECONDS)
+    return True
 
 
 def available_bytes() -> int:

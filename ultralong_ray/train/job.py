@@ -9,6 +9,7 @@ from ultralong_ray.config import Recipe, TrainConfig
 from ultralong_ray.config.degrees import model_heads, refuse_batch
 from ultralong_ray.packed import PackedManifest
 from ultralong_ray.storage import Location
+from ultralong_ray.train.patience import FIRST_STEP_FACTOR, LEAST_FIRST_STEP_SECONDS
 from ultralong_ray.types import TrainPlan, UserError
 
 # Here stands what the user must mend, written by a rank or by what counts breakdowns. Ray would restart the ranks as
@@ -30,6 +31,7 @@ class TrainJob:
     preflight_only: bool = False  # build the model, run the checks, take no step
     resume_anyway: tuple[str, ...] = ()  # fields in which a checkpoint may differ from this run
     plans: dict[int, TrainPlan] = field(default_factory=dict)  # by number of workers, where that may change
+    longest_step_seconds: float = LEAST_FIRST_STEP_SECONDS  # of a healthy run without hang_timeout_seconds
 
     def for_world(self, num_workers: int) -> TrainJob:
         """The job as so many workers do it."""
@@ -44,6 +46,12 @@ class TrainJob:
 
     def num_steps(self, num_sequences: int) -> int:
         return self.train.steps or num_sequences // self.train.global_batch_sequences
+
+    @property
+    def first_step_seconds(self) -> float:
+        """What the first step of an attempt may take."""
+        given = self.train.hang_timeout_seconds
+        return self.longest_step_seconds if given is None else FIRST_STEP_FACTOR * given
 
     @property
     def random_seed(self) -> int | None:

@@ -38,6 +38,7 @@ from ultralong_ray.train.job import TrainJob
 from ultralong_ray.train.metrics import MetricsWriter
 from ultralong_ray.train.notices import FAILED, NONE, Interrupted, cause_of
 from ultralong_ray.train.order import cursor_after, sequences_of_step
+from ultralong_ray.train.patience import collective_timeout
 from ultralong_ray.train.preflight import RunShape, check_first_loss, preflight
 from ultralong_ray.train.schedule import learning_rate
 from ultralong_ray.train.step import StepResult, train_step
@@ -76,7 +77,8 @@ class Trainer:
         self.shape: dict[str, Any] = (job.model / "config.json").read_json()
         plan = job.plan
         self.topology = Topology(dist.get_world_size(), dist.get_rank(), plan.ulysses_degree, plan.ring_degree)
-        self.mesh = create_mesh(self.topology)
+        timeout = collective_timeout(job.first_step_seconds)
+        self.mesh = create_mesh(self.topology, timeout)
         dtype = self.dtype = torch.bfloat16 if self.train.precision == "bfloat16" else torch.float32
         head_dim = self.shape.get("head_dim") or self.shape["hidden_size"] // self.shape["num_attention_heads"]
         self.kernel = spanned(choose_kernel(self.train.attention, device, dtype, head_dim))
@@ -85,7 +87,7 @@ class Trainer:
         accumulation = accumulation_steps(self.train, self.topology)
         config = deepspeed_config(self.train, self.topology.world_size, accumulation, plan.offload_optimizer)
         model = build_model(job.model, job.random_seed, self.train, plan, config, device)
-        self.engine = initialize(model, make_optimizer(model, self.train, device), config)
+        self.engine = initialize(model, make_optimizer(model, self.train, device), config, timeout)
         self.flush: Callable[[], None] = lambda: None  # called before a checkpoint is committed
 
     @property
@@ -175,7 +177,8 @@ class Trainer:
         shape = RunShape.of(self.job.section, self.shape, length, batch, self.dtype)
         model: Any = self.engine.module
         rope = (model.causal_lm.model.rotary_emb.inv_freq, self.shape, self.job.recipe.model.rope)
-        preflight(shape, self.job.plan, self.mesh, self.kernel, rope, self.device)
+        stated_gib = self.job.recipe.cluster.host_memory_gib_per_node
+        preflight(shape, self.job.plan, self.mesh, self.kernel, rope, self.device, stated_gib)
 
     def metrics(self, step: int, result: StepResult, started_seconds: float) -> StepMetrics:
         """The step as numbers; reading them waits for the device. Raises UserError when the loss is not finite.
@@ -249,7 +252,8 @@ def run(job: TrainJob, device: torch.device, report: Report, asked: Callable[[],
     if writer is not None:
         trainer.flush = writer.flush
     try:
-        with Watchdog(job.stage, trainer.attempt, restored + 1, job.train.hang_timeout_seconds) as watchdog:
+        patience = job.train.hang_timeout_seconds, job.first_step_seconds
+        with Watchdog(job.stage, trainer.attempt, restored + 1, *patience) as watchdog:
             notices = _train_on(trainer, restored, writer, report, asked, watchdog)
     except Exception:
         trainer.saver.finish()  # what was taken before the error is worth keeping

@@ -17,22 +17,33 @@ CGROUP_FILES = (
 )
 
 
-def available_host_bytes() -> int:
-    """Memory that the processes of this host, or of its container, can still take."""
+def available_host_bytes(stated_bytes: int = 0) -> int:
+    """Memory that the processes of this host, or of its container, can still take. `stated_bytes`: see `free_bytes`."""
     groups = [tuple(_text(path) for path in files) for files in CGROUP_FILES]
-    return free_bytes(_text("/proc/meminfo") or "", groups)
+    return free_bytes(_text("/proc/meminfo") or "", groups, stated_bytes)
 
 
-def free_bytes(meminfo: str, groups: list[tuple[str | None, ...]]) -> int:
-    """The smaller of MemAvailable and what each control group's limit leaves; pages of files can be given back."""
-    found = re.search(r"^MemAvailable:\s+(\d+) kB", meminfo, re.MULTILINE)
-    free = int(found.group(1)) * 1024 if found else 2**63
+def free_bytes(meminfo: str, groups: list[tuple[str | None, ...]], stated_bytes: int = 0) -> int:
+    """The smaller of MemAvailable and what each control group's limit leaves; pages of files can be given back.
+
+    `stated_bytes`: what the recipe says that the host has in all. Where that is more than MemTotal it counts instead:
+    a virtual machine may be given its memory only as it uses it.
+    """
+    total, free = (_meminfo_bytes(meminfo, name) for name in ("MemTotal", "MemAvailable"))
+    if total is not None and free is not None:
+        free += max(0, stated_bytes - total)
+    free = 2**63 if free is None else free
     for limit, usage, statistics in groups:
         if limit is None or usage is None or not limit.strip().isdigit():  # "max": no limit
             continue
         reclaimable = re.search(r"^(?:total_)?inactive_file (\d+)", statistics or "", re.MULTILINE)
         free = min(free, int(limit) - int(usage) + (int(reclaimable.group(1)) if reclaimable else 0))
     return free
+
+
+def _meminfo_bytes(meminfo: str, name: str) -> int | None:
+    found = re.search(rf"^{name}:\s+(\d+) kB", meminfo, re.MULTILINE)
+    return int(found.group(1)) * 1024 if found else None
 
 
 def cudnn_wheel() -> str | None:

@@ -31,8 +31,10 @@ from ultralong_ray.types import TrainPlan, UserError
 
 log = logging.getLogger(__name__)
 
-# Attention FLOPs that the kernel check may take: some 5 s at 600 TFLOP/s. One head's forward is computed in any case.
-CHECK_FLOPS = 3e15
+# Attention FLOPs that the kernel check may take: forward over the whole length (35 s at 600 TFLOP/s, for 4M tokens,
+# where a step takes an hour) and backward (5 s). One head's forward is computed in any case.
+FORWARD_FLOPS = 2e16
+BACKWARD_FLOPS = 3e15
 # Relative error of a row. Measured: 1.2e-3 for outputs of flash-attn-4 in bfloat16, at 32K as at 4M tokens.
 OUTPUT_TOLERANCE = {True: 1e-2, False: 1e-4}  # by: half precision?
 GRADIENT_TOLERANCE = {True: 3e-2, False: 1e-3}
@@ -81,22 +83,25 @@ def preflight(
     kernel: Kernel,
     rope: tuple[torch.Tensor, dict[str, Any], RopeConfig],
     device: torch.device,
+    host_memory_gib: float | None = None,
 ) -> list[Finding]:
     """Run every check, log the findings on rank 0. Collective over all ranks.
 
-    `rope`: the model's frequencies [head_dim / 2], its config.json, and what the recipe asks. Returns this rank's
-    findings. Raises UserError on every rank when a check failed on one of them.
+    `rope`: the model's frequencies [head_dim / 2], its config.json, and what the recipe asks. `host_memory_gib`: what
+    the recipe says that a node has. Returns this rank's findings. Raises UserError on every rank when a check failed
+    on one of them.
     """
     hosts = _gathered(socket.gethostname())
     ranks_on_host = hosts.count(hosts[dist.get_rank()])
     libraries = loaded_libraries("libcudnn")
+    stated = int((host_memory_gib or 0) * 2**30)
     cudnn_version = torch.backends.cudnn.version() if device.type == "cuda" else None
     checks: list[tuple[str, Callable[[], Finding]]] = [
         ("heads", lambda: heads_finding(shape, plan.ulysses_degree)),
         ("2^31 elements", lambda: boundary_finding(shape, plan, kernel)),
         ("kernel", lambda: kernel_finding(shape, plan, kernel, device)),
         ("cuDNN", lambda: cudnn_finding(kernel.name, cudnn_version, cudnn_wheel(), libraries)),
-        ("host memory", lambda: host_memory_finding(shape, plan, ranks_on_host, available_host_bytes())),
+        ("host memory", lambda: host_memory_finding(shape, plan, ranks_on_host, available_host_bytes(stated))),
         ("RoPE", lambda: rope_finding(*rope)),
     ]
     findings = [_timed(name, check) for name, check in checks]
@@ -166,7 +171,8 @@ def kernel_finding(shape: RunShape, plan: TrainPlan, kernel: Kernel, device: tor
     """The kernel at the run's own length, on heads cut from tensors of the run's own shape, against float32."""
     heads, kv_heads = _local_heads(shape, plan.ulysses_degree)
     seq, head_dim = shape.sequence_length // plan.ring_degree, shape.head_dim
-    computed, gradient_rows = check_size(seq, heads // kv_heads, head_dim)
+    fitting = heads if kernel.max_elements is None else max(1, kernel.max_elements // (seq * head_dim))  # in one call
+    computed, gradient_rows = check_size(seq, min(heads // kv_heads, fitting), head_dim)
     generator = torch.Generator(device).manual_seed(0)
 
     def drawn(rows: int, count: int) -> torch.Tensor:
@@ -195,14 +201,14 @@ def kernel_finding(shape: RunShape, plan: TrainPlan, kernel: Kernel, device: tor
 
 
 def check_size(seq: int, group: int, head_dim: int) -> tuple[int, int]:
-    """(query heads, rows of the backward pass) that CHECK_FLOPS pays for; the forward pass has all rows.
+    """(query heads, rows of the backward pass) of the check; the forward pass has all rows.
 
-    Causal FLOPs of one head: 2 * seq^2 * head_dim forward, 2.5 times that backward.
+    Kernels are compiled for the number of query heads that share a key-value head: some of them would test another
+    kernel than the one that trains, so it is all, or one where all would take too long. Causal FLOPs of one head:
+    2 * seq^2 * head_dim forward, 2.5 times that backward.
     """
-    both = 7.0 * seq**2 * head_dim
-    if both <= CHECK_FLOPS:
-        return min(group, int(CHECK_FLOPS / both)), seq
-    return 1, min(seq, int(math.sqrt(CHECK_FLOPS / (5.0 * head_dim))))
+    heads = group if 2.0 * seq**2 * head_dim * group <= FORWARD_FLOPS else 1
+    return heads, min(seq, int(math.sqrt(BACKWARD_FLOPS / (5.0 * head_dim * heads))))
 
 
 def cudnn_finding(

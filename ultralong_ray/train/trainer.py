@@ -32,8 +32,10 @@ from ray.train.v2.api.callback import UserCallback
 from ray.train.v2.api.exceptions import ControllerError, TrainingFailedError, WorkerGroupError
 
 from ultralong_ray.config import Recipe
-from ultralong_ray.flops import ModelShape
+from ultralong_ray.flops import ModelShape, ledger
 from ultralong_ray.packed import PackedManifest
+from ultralong_ray.parallel.allocator import allocator_environment
+from ultralong_ray.planner.hardware import peak_flops
 from ultralong_ray.planner.plan import as_json, hardware_of, plan_training
 from ultralong_ray.planner.refuse import PlanRefused
 from ultralong_ray.planner.words import describe_plan, plan_words
@@ -52,6 +54,7 @@ from ultralong_ray.train.job import ERROR_FILE, TrainJob, check_inputs
 from ultralong_ray.train.metrics import read_metrics
 from ultralong_ray.train.notices import PREEMPTED, STOPPED, Interrupted
 from ultralong_ray.train.order import sequences_of_step
+from ultralong_ray.train.patience import collective_timeout, longest_step_seconds
 from ultralong_ray.train.preemption import STOP_FILE, Notices, stopped_by_sigterm, wait_for_the_end
 from ultralong_ray.types import TrainPlan, UserError
 
@@ -97,6 +100,7 @@ def train(
     plan = _plan(recipe, section, model, place)
     job = TrainJob(recipe, section, packed, model, place, stage.fingerprint, plan, preflight_only, resume_anyway, plans)
     check_inputs(job)
+    job = dataclasses.replace(job, longest_step_seconds=_longest_step_seconds(job))
     if not preflight_only:
         record_event(place, "submit")
     error_file = stage.location / ERROR_FILE
@@ -196,6 +200,16 @@ def _plan(recipe: Recipe, section: Literal["pretrain", "sft"], model: Location, 
     return planned.plan
 
 
+def _longest_step_seconds(job: TrainJob) -> float:
+    """What a step of a healthy run may take on the fewest workers that the recipe allows."""
+    cluster, length = job.recipe.cluster, PackedManifest.read(job.packed).sequence_length
+    gpu_name = (cluster.gpu or _found_on_cluster()[0]) if cluster.gpus_per_worker else None
+    shape = ModelShape.from_config((job.model / "config.json").read_json())
+    flops = ledger(shape, length, job.plan).times(job.train.global_batch_sequences).model_flops_causal
+    workers = min(job.plans, default=cluster.num_workers)
+    return longest_step_seconds(flops, workers, peak_flops(gpu_name, cluster.peak_tflops_per_worker))
+
+
 def _found_on_cluster() -> tuple[str | None, float | None]:
     """(GPU, GiB of host memory of the smallest node) of the nodes with GPUs; None where Ray does not say, or they
     differ. Ray 2.60 names the GPU in a label and in a resource, and splits a node's memory in two.
@@ -218,7 +232,10 @@ def _trainer(job: TrainJob, recorder: BreakdownRecorder, callbacks: tuple[UserCa
         sizes=tuple(job.plans),
         stage=job.stage,
         train_loop_config={"job": job},
-        torch_config=TorchConfig(backend="nccl" if cluster.gpus_per_worker else "gloo"),
+        torch_config=TorchConfig(
+            backend="nccl" if cluster.gpus_per_worker else "gloo",
+            timeout_s=int(collective_timeout(job.first_step_seconds).total_seconds()),
+        ),
         scaling_config=ScalingConfig(
             num_workers=(min(job.plans), max(job.plans)) if job.plans else cluster.num_workers,
             use_gpu=bool(cluster.gpus_per_worker),
@@ -233,6 +250,7 @@ def _trainer(job: TrainJob, recorder: BreakdownRecorder, callbacks: tuple[UserCa
             # Ray counts all restarts of a run; the recorder counts those without progress
             failure_config=FailureConfig(max_failures=-1 if cluster.max_failures else 0),
             callbacks=[] if job.preflight_only else [recorder, *callbacks],
+            worker_runtime_env={"env_vars": allocator_environment()} if cluster.gpus_per_worker else None,
         ),
     )
 

@@ -31,6 +31,7 @@ import torch.distributed as dist
 
 from ultralong_ray.storage import Location
 from ultralong_ray.train.events import node_name, record_event
+from ultralong_ray.train.patience import LEAST_CHECKPOINT_SECONDS
 
 logger = logging.getLogger(__name__)
 
@@ -39,9 +40,6 @@ VERDICT_FILE = "verdict.json"
 HUNG_STATUS = 86  # exit status of a process that its watchdog ended
 STEP_FACTOR = 10.0  # without hang_timeout_seconds: a step may take so many times the median of those before
 LEAST_STEP_SECONDS = 300.0  # and at least this long
-FIRST_STEP_FACTOR = 10.0  # with it: kernels are compiled and files opened in the first step of an attempt
-FIRST_STEP_SECONDS = 1800.0  # without it; torch's own default for a collective
-LEAST_CHECKPOINT_SECONDS = 3600.0  # outages that an upload outlasts included
 SLOWEST_UPLOAD = 5e6  # bytes per second of one rank, below which an upload counts as a hang
 LOOK_SECONDS = 0.5
 STEP = "the step"
@@ -77,11 +75,15 @@ class Peer:
 class Watchdog:
     """Watches the thread that makes it, until its block ends. Making it is collective.
 
-    `timeout_seconds` is a recipe's hang_timeout_seconds; None: STEP_FACTOR times the median step.
+    `timeout_seconds` is a recipe's hang_timeout_seconds; None: STEP_FACTOR times the median step. `first_seconds`:
+    what the first step may take, and without hang_timeout_seconds the second, before there is a median.
     """
 
-    def __init__(self, stage: Location, attempt: str, first_step: int, timeout_seconds: float | None) -> None:
-        self.rank, self.stage, self.attempt, self.timeout_seconds = dist.get_rank(), stage, attempt, timeout_seconds
+    def __init__(
+        self, stage: Location, attempt: str, first_step: int, timeout_seconds: float | None, first_seconds: float
+    ) -> None:
+        self.rank, self.stage, self.attempt = dist.get_rank(), stage, attempt
+        self.timeout_seconds, self.first_seconds = timeout_seconds, first_seconds
         self.thread = threading.get_ident()
         self._listener = socket.create_server(("", 0))  # the kernel answers; nothing is ever read from it
         mine = Peer(node_name(), _own_address(), self._listener.getsockname()[1], os.getpid())
@@ -91,8 +93,7 @@ class Watchdog:
         self.folder = stage / HANGS / attempt
         self._seconds: list[float] = []  # of the steps of this attempt
         self._step, self._phase, self._since = first_step, "its first step", time.monotonic()
-        first = FIRST_STEP_SECONDS if timeout_seconds is None else FIRST_STEP_FACTOR * timeout_seconds
-        self._limit_seconds = first
+        self._limit_seconds = first_seconds
         self._closed = threading.Event()
         threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
 
@@ -101,7 +102,7 @@ class Watchdog:
         self._end_phase()
         limit = self.timeout_seconds
         if limit is None:
-            usual = statistics.median(self._seconds[-20:]) if self._seconds else FIRST_STEP_SECONDS / STEP_FACTOR
+            usual = statistics.median(self._seconds[-20:]) if self._seconds else self.first_seconds / STEP_FACTOR
             limit = max(LEAST_STEP_SECONDS, STEP_FACTOR * usual)
         self._step, self._phase, self._since, self._limit_seconds = step + 1, STEP, time.monotonic(), limit
 

@@ -73,6 +73,23 @@ def test_ends_of_sentences(word: str, ends: bool) -> None:
     assert ends_sentence(word) == ends
 
 
+@pytest.mark.parametrize(
+    ("text", "sentences"),
+    [
+        ("Corn, rye, etc. Smith ate, e.g. oats.", ["Corn, rye, etc.", "Smith ate, e.g.", "oats."]),
+        ("The U.S. Army left. Mr. Day of the U.S. He did.", ["The U.S. Army left.", "Mr. Day of the U.S.", "He did."]),
+        ("Wait... no. Wait... But why?", ["Wait... no.", "Wait...", "But why?"]),
+        ("Good.[2] So (it is.)Then.", ["Good.", "[2] So (it is.", ")Then."]),
+        ('"Is it?" "No." [Yes.] Go.', ['"Is it?"', '"No."', "[Yes.]", "Go."]),
+    ],
+)
+def test_sentences_are_those_of_punkt(tmp_path: Path, text: str, sentences: list[str]) -> None:
+    """The expected ones were made with nltk 3.9.1 and its English parameters."""
+    haystack = load_haystack([put(tmp_path, "a.txt", text)])
+    ends = [*haystack.sentence_starts[1:], len(haystack.words)]
+    assert [haystack.text(*span) for span in zip(haystack.sentence_starts, ends, strict=True)] == sentences
+
+
 def test_words_from_a_file_from_the_package_and_built_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     lists = {"noun": ["cat"], "adjective": ["red"], "verb": ["go"]}
     words = load_words(put(tmp_path, "w.json", lists), put(tmp_path, "d.txt", "one\ntwo\n"))
@@ -122,9 +139,16 @@ def test_squad_and_hotpotqa_forms(tmp_path: Path) -> None:
         (load_squad, {"x": 1}, "not in SQuAD's form"),
         (load_squad, {"data": [{"paragraphs": [{"context": 1, "qas": []}]}]}, r"data\[0\].paragraphs\[0\]: a text"),
         (load_squad, {"data": [{"paragraphs": [{"context": "", "qas": [{}]}]}]}, "one of its qas has no `question`"),
+        (
+            load_squad,
+            {"data": [{"paragraphs": [{"context": "", "qas": [{"question": "q", "answers": [{"text": 7}]}]}]}]},
+            "one of its answers has no text `text`",
+        ),
         (load_squad, {"data": []}, "no answerable question"),
         (load_hotpotqa, {}, "a list of questions is needed"),
         (load_hotpotqa, [{"question": "q"}], "row 0 needs `question`, `answer` and `context`"),
+        (load_hotpotqa, [{"question": "q", "answer": 7, "context": []}], "row 0: `question` and `answer` must be text"),
+        (load_hotpotqa, [{"question": "q", "answer": "a", "context": {"title": ["T"]}}], r"list of \[title, \[sent"),
     ],
 )
 def test_bad_question_files(tmp_path: Path, load: Any, value: Any, message: str) -> None:

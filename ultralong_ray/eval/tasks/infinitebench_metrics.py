@@ -1,14 +1,15 @@
 """InfiniteBench's twelve metrics, with their quirks.
 
 In go a task, an answer and the label; out comes a score from 0 to 1. Follows OpenBMB/InfiniteBench @ 88b3daa6,
-src/compute_scores.py; every rule here is that file's, however odd, since published numbers depend on it. One thing
-differs: a decimal answer to an integer question of math_find raises there and scores 0 here.
+src/compute_scores.py; every rule here is that file's, however odd, since published numbers depend on it. What differs:
+a number that raises there scores 0 here (math_find: a decimal for an integer, and as in math_calc, more digits than
+Python converts); a label of kv_retrieval may be a list, which never matches there.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from ultralong_ray.eval.tasks.f1 import f1, normalised, normalised_chinese
@@ -58,17 +59,20 @@ def last_integer(prediction: str, label: Any) -> bool:
 
 def debug_option(prediction: str, label: Any) -> bool:
     """code_debug; label = [function, letter]. A bare letter is wrong: `A.`, `A:` or an announced answer is needed."""
-    function, letter = label
+    function, letter = label[:2]
     text = prediction.strip()
     if text[:2] in (f"{letter}.", f"{letter}:"):
         return True
     text = _single_spaced(_with_spaces(text, ("\n", "`", "'", '"', "-", "*", "Option", "option")))
     for announced in ("answer is:", "is:", "answer:", "correct option is:"):
         if announced in text:
-            # one character, usually a space, is skipped
-            after = text[text.find(announced) + len(announced) + 1 :]
-            return after != "" and after.startswith((letter, function))
+            return _begins(text[text.find(announced) + len(announced) :], (letter, function))
     return False
+
+
+def _begins(after: str, choices: Sequence[str]) -> bool:
+    """Whether one of the choices follows an announcement; one character, usually a space, is skipped."""
+    return after != "" and after[1:].startswith(tuple(choices))
 
 
 def choice_option(prediction: str, label: Any) -> bool:
@@ -83,8 +87,7 @@ def choice_option(prediction: str, label: Any) -> bool:
     text = _single_spaced(_with_spaces(text, "\n\"'.,?!{}"))
     for announced in ("answer is:", "answer:", "answer is", "option is"):
         if announced in text:
-            after = text[text.find(announced) + len(announced) + 1 :]
-            return after != "" and after.startswith(tuple(label))
+            return _begins(text[text.find(announced) + len(announced) :], label)
     # any substring of "ABCD" counts as a letter there, so "AB" decides as well
     letters = [word for word in text.split() if word in "ABCD"]
     return bool(letters) and letters[0] in label
@@ -96,9 +99,15 @@ def found_number(prediction: str, label: Any) -> bool:
     match = re.search(r"\d+\.\d+|\d+", prediction)
     if match is None:
         return False
-    if isinstance(wanted, int) and "." in match.group():
-        return False
-    return float(match.group()) == wanted if isinstance(wanted, float) else int(match.group()) == wanted
+    return float(match.group()) == wanted if isinstance(wanted, float) else _integer(match.group()) == wanted
+
+
+def _integer(text: str) -> int | None:
+    """None for a decimal, and for a number of thousands of digits, which a model that repeats itself may write."""
+    try:
+        return int(text)
+    except ValueError:
+        return None
 
 
 def calculated_values(prediction: str, label: Any, template: str) -> float:
@@ -107,10 +116,10 @@ def calculated_values(prediction: str, label: Any, template: str) -> float:
     With the gpt4 prompts the first number is dropped, since that model repeats the first term.
     """
     wanted = label[0] if isinstance(label[0], list | tuple) else label
-    given = [int(run) for run in re.findall("[0-9]+", prediction)][template == "gpt4" :]
+    given = re.findall("[0-9]+", prediction)[template == "gpt4" :]
     right = 0
-    for value, other in zip(wanted, given, strict=False):
-        if value != other:
+    for value, run in zip(wanted, given, strict=False):
+        if value != _integer(run):
             break
         right += 1
     return right / len(wanted)
@@ -123,12 +132,12 @@ def speaker(prediction: str, label: Any) -> bool:
 
 def english_answer(prediction: str, label: Any) -> float:
     """longbook_qa_eng: the best token F1 over the labels (the README calls it ROUGE)."""
-    return max(f1(normalised(prediction).split(), normalised(one).split()) for one in label)
+    return max((f1(normalised(prediction).split(), normalised(one).split()) for one in label), default=0.0)
 
 
 def chinese_answer(prediction: str, label: Any) -> float:
     """longbook_qa_chn: the same with every character a token."""
-    return max(f1(normalised_chinese(prediction), normalised_chinese(one)) for one in label)
+    return max((f1(normalised_chinese(prediction), normalised_chinese(one)) for one in label), default=0.0)
 
 
 def summary(prediction: str, label: Any) -> float:

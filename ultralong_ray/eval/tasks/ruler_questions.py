@@ -116,8 +116,11 @@ def _articles(value: Any, file: Location) -> list[list[dict[str, Any]]]:
             where = f"{file}: data[{number}].paragraphs[{place}]"
             if not isinstance(paragraph.get("context"), str) or not isinstance(paragraph.get("qas"), list):
                 raise UserError(f"{where}: a text `context` and a list `qas` are needed; mend the file")
-            if any("question" not in qa for qa in paragraph["qas"]):
+            if not all(isinstance(qa, dict) and isinstance(qa.get("question"), str) for qa in paragraph["qas"]):
                 raise UserError(f"{where}: one of its qas has no `question`; mend the file")
+            answers = [answer for qa in paragraph["qas"] for answer in qa.get("answers", ())]
+            if not all(isinstance(answer, dict) and isinstance(answer.get("text"), str) for answer in answers):
+                raise UserError(f"{where}: one of its answers has no text `text`; mend the file")
     return articles
 
 
@@ -132,7 +135,12 @@ def load_hotpotqa(file: Location, distractors: Sequence[str] = ()) -> QuestionPo
     for number, row in enumerate(rows):
         if not isinstance(row, dict) or not {"question", "answer", "context"} <= set(row):
             raise UserError(f"{file}: row {number} needs `question`, `answer` and `context`; mend the file")
-    written = [[f"{title}\n{''.join(sentences)}" for title, sentences in row["context"]] for row in rows]
+        if not isinstance(row["question"], str) or not isinstance(row["answer"], str):
+            raise UserError(f"{file}: row {number}: `question` and `answer` must be text; mend the file")
+    try:
+        written = [[f"{title}\n{''.join(sentences)}" for title, sentences in row["context"]] for row in rows]
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{file}: a `context` is no list of [title, [sentences]] ({error}); mend the file") from error
     pool = sorted({paragraph for row in written for paragraph in row} | set(distractors))
     index = {paragraph: i for i, paragraph in enumerate(pool)}
     questions = []
