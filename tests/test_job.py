@@ -79,6 +79,20 @@ def test_a_store_out_of_reach_is_said(tmp_path: Path):
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["folder", "--parquet", "README.md"], "error: --parquet README.md is no Parquet file with a column text"),
+        (["folder", "--parquet", "absent"], "error: --parquet absent is no Parquet file with a column text"),
+        (["folder", "--vocab-size", "10"], "error: --vocab-size 10: the bytes and 6 special tokens are 262"),
+        (["README.md"], "error: README.md is a file; name a folder"),
+    ],
+)
+def test_a_tokenizer_that_cannot_be_made_is_explained(arguments: list[str], words: str):
+    done = run_script("tokenizer", *arguments, "--max-megabytes", "0.001")
+    assert done.returncode == 2 and words in done.stderr and "Traceback" not in done.stderr
+
+
 def test_heads_of_the_base_model_are_checked_before_anything_starts(tmp_path: Path):
     overrides = "--cluster.num_workers 8 --pretrain.sequence_parallel_degree 8 --pretrain.ulysses_degree 8"
     done = run_script("pipeline", QUICKSTART, "--workdir", str(tmp_path), *overrides.split())

@@ -2,13 +2,20 @@
 
 import contextlib
 import errno
-from collections.abc import Iterator
+import os
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import pytest
 
+from ultralong_ray import storage
+from ultralong_ray.config import Recipe
+from ultralong_ray.data.tokenize import load_tokenizer
+from ultralong_ray.model.extend import extend
+from ultralong_ray.stages import stage_directory
 from ultralong_ray.storage import Location, StageDirectory, copy_files, explain_full_disk, local_folder
 from ultralong_ray.types import UserError
 
@@ -86,6 +93,20 @@ def test_where_the_store_takes_nothing_the_old_object_is_not_removed(monkeypatch
     with pytest.raises(KeyboardInterrupt), Location("s3://bucket/kept").open_for_write():
         raise KeyboardInterrupt
     assert Refusing.removed == []
+
+
+def test_the_base_model_is_reached_as_the_recipe_says(
+    s3_uri: str, tiny_llama: Path, tiny_recipe: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    base, endpoint = f"{s3_uri}/base", os.environ["AWS_ENDPOINT_URL"]
+    copy_files(Location.of(tiny_llama), Location.of(base))
+    monkeypatch.setattr(storage, "_filesystem_of", storage._filesystem_of.__wrapped__)  # it remembers the environment
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    recipe = tiny_recipe(model={"base": base}, storage={"endpoint": endpoint, "max_attempts": 1})
+    assert load_tokenizer(base, None, recipe.storage.options).get_vocab()
+    assert extend(recipe, stage_directory(recipe, "extend"))["base"] == base
 
 
 def test_a_file_is_no_folder(tmp_path: Path):

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from types import FrameType
 from typing import Any, Literal
 
-from ultralong_ray.config import Recipe
+from ultralong_ray.config import ModelConfig, Recipe
 from ultralong_ray.plan import check_base_model, describe
 from ultralong_ray.recipe import load_recipe
 from ultralong_ray.stages import require_inputs, stage_directory, stage_of_model, stages
@@ -271,9 +271,9 @@ def _evaluate(recipe: Recipe, directory: StageDirectory) -> dict[str, Any]:
     from ultralong_ray.eval.fanout import evaluate
 
     assert recipe.evaluate is not None
-    models: dict[str, Location] = {}
+    models: dict[str, Location | ModelConfig] = {}
     for name in recipe.evaluate.models:
         stage = stage_of_model(recipe, name)
-        models[name] = Location.of(recipe.model.base) if stage == "base" else _output(recipe, stage) / "model"
+        models[name] = recipe.model if stage == "base" else _output(recipe, stage) / "model"
     holdout = _output(recipe, "prepare") / "holdout.parquet"
     return evaluate(recipe, models, holdout if holdout.exists() else None, directory)

@@ -16,6 +16,7 @@ import pytest
 import ray
 
 from tests.eval.served import serve
+from ultralong_ray import job
 from ultralong_ray.config import Recipe
 from ultralong_ray.eval import fanout
 from ultralong_ray.eval.cells import Cell
@@ -320,6 +321,20 @@ def test_an_engine_in_an_unknown_state_answers_no_other_cell(
     with pytest.raises(UserError):
         worker.run(cell)
     assert [engine.closed for engine in opened] == [1, 0]
+
+
+def test_a_base_model_on_the_hub_is_fetched_where_it_is_asked(
+    tiny_recipe: Make, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = tiny_recipe(model={"base": "owner/name"}, evaluate={"models": ["base"]})
+    given: dict[str, Any] = {}
+    monkeypatch.setattr(fanout, "evaluate", lambda recipe, models, *_: given.update(models))
+    job.compute(recipe, "evaluate", stage_directory(recipe, "evaluate"))
+    assert recipe.evaluate is not None
+    monkeypatch.setattr("ultralong_ray.model.folder._from_hub", lambda model: tiny_llama)
+    worker = EvaluationWorker(_Inputs(recipe.evaluate, given, None, place(recipe)[0].location, {}))
+    worker.check("base")
+    assert worker._engine("base").tokenizer.get_vocab()
 
 
 def test_a_cluster_too_small_for_one_worker_is_refused(local_ray: None, tiny_recipe: Make, tiny_llama: Path) -> None:

@@ -12,6 +12,8 @@ from pathlib import Path
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from ultralong_ray.types import UserError
+
 # Llama 3's names, so that one chat template serves both.
 SPECIAL_TOKENS = (
     "<|begin_of_text|>",
@@ -32,7 +34,15 @@ CHAT_TEMPLATE = (
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int, context_length: int, folder: Path) -> None:
-    """Train on `texts` and save a Hugging Face tokenizer folder."""
+    """Train on `texts` and save a Hugging Face tokenizer folder.
+
+    Raises UserError for a vocabulary without room for all bytes, and for a file in the place of the folder.
+    """
+    least = 256 + len(SPECIAL_TOKENS)
+    if vocab_size < least:
+        raise UserError(f"--vocab-size {vocab_size}: the bytes and {len(SPECIAL_TOKENS)} special tokens are {least}")
+    if folder.is_file():
+        raise UserError(f"{folder} is a file; name a folder to save the tokenizer in")
     tokenizer = Tokenizer(models.BPE())
     split = pre_tokenizers.Split(Regex(SPLIT), "isolated")
     bytes_only = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)

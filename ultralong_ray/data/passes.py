@@ -173,7 +173,7 @@ def tokenize_part(item: TokenizeItem) -> dict[str, Any]:
         return {**done, "name": item.name, "seconds": {}}
     # One Ray task is one core; left alone, every task's tokenizer would start a thread per core.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    tokenizer = load_tokenizer(item.base, item.revision)
+    tokenizer = load_tokenizer(item.base, item.revision, item.folder.options)
     watch, began = Stopwatch(), time.perf_counter()
     quarantine = Quarantine(item.part) if item.part is not None else None
     try:

@@ -85,7 +85,7 @@ def prepare(recipe: Recipe, stage: StageDirectory) -> dict[str, Any]:
     disk.
     """
     config, folder = recipe.prepare, stage.location
-    tokenizer = load_tokenizer(recipe.model.base, recipe.model.revision)
+    tokenizer = load_tokenizer(recipe.model.base, recipe.model.revision, recipe.storage.options)
     planned = _measure_and_plan(recipe, tokenizer, folder)
     table, plan = planned.measured.table, planned.plan
     weights = config.packing == "whole" or any(table.weighted)
@@ -103,7 +103,7 @@ def plan_only(recipe: Recipe, stage: StageDirectory) -> str:
     """
     if stage.done:
         return (stage.location / "plan.txt").read_bytes().decode()
-    tokenizer = load_tokenizer(recipe.model.base, recipe.model.revision)
+    tokenizer = load_tokenizer(recipe.model.base, recipe.model.revision, recipe.storage.options)
     return plan_text(_measure_and_plan(recipe, tokenizer, stage.location).counts)
 
 
@@ -148,7 +148,7 @@ def prepare_sft(recipe: Recipe, stage: StageDirectory) -> dict[str, Any]:
     assert recipe.sft is not None
     config, folder = recipe.sft, stage.location
     _clear_output(folder)
-    tokenizer = load_tokenizer(recipe.model.base, recipe.model.revision)
+    tokenizer = load_tokenizer(recipe.model.base, recipe.model.revision, recipe.storage.options)
     separators = Separators(pad=pad_token_id(tokenizer))
     screening = start_screening(recipe.decontaminate, workdir(recipe))
     measured = _tokenize(

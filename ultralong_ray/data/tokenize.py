@@ -17,22 +17,22 @@ from typing import Any
 
 import numpy as np
 
-from ultralong_ray.storage import Location, copy_files
-from ultralong_ray.types import IntArray, UserError
+from ultralong_ray.storage import DEFAULT_OPTIONS, Location, copy_files
+from ultralong_ray.types import IntArray, StorageOptions, UserError
 
 SEPARATOR_TEXT = "<s>"
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack")
 
 
 @lru_cache(maxsize=4)
-def load_tokenizer(base: str, revision: str | None = None) -> Any:
+def load_tokenizer(base: str, revision: str | None = None, options: StorageOptions = DEFAULT_OPTIONS) -> Any:
     """The tokenizer of a Hugging Face folder (local path or URI) or hub id; code from the hub is never run.
 
-    Raises UserError when there is none.
+    `options`: how an s3:// URI is reached. Raises UserError when there is none.
     """
     from transformers import AutoTokenizer
 
-    name = _tokenizer_folder(base)
+    name = _tokenizer_folder(base, options)
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=False)
         if not tokenizer.is_fast:
@@ -45,12 +45,12 @@ def load_tokenizer(base: str, revision: str | None = None) -> Any:
         ) from error
 
 
-def _tokenizer_folder(base: str) -> str:
+def _tokenizer_folder(base: str, options: StorageOptions) -> str:
     """A name that transformers understands: folders behind a URI are copied to the local disk without their weights."""
     if "://" not in base:
         folder = Path(base).expanduser()
         return str(folder) if folder.exists() else base
-    location = Location.of(base)
+    location = Location.of(base, options)
     cache = Path(tempfile.gettempdir()) / "ultralong_ray" / hashlib.sha256(location.uri.encode()).hexdigest()[:16]
     if location.is_local or cache.exists():
         return location.path if location.is_local else str(cache)

@@ -11,13 +11,14 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import ray
 from ray.exceptions import RayActorError, RayTaskError
 
-from ultralong_ray.config import EvaluateConfig, Recipe
+from ultralong_ray.config import EvaluateConfig, ModelConfig, Recipe
 from ultralong_ray.config.engines import EndpointEngine, ShardedEngine, VllmEngine
 from ultralong_ray.eval.cells import Cell, grid, run_cell, store_cell, stored_score
 from ultralong_ray.eval.making import Maker, check_sections
@@ -27,7 +28,7 @@ from ultralong_ray.eval.perplexity import run_perplexity
 from ultralong_ray.eval.progress import PROGRESS_SECONDS, Progress
 from ultralong_ray.eval.summaries import summarise, summarise_tasks
 from ultralong_ray.eval.tasks.prompt import Prompts
-from ultralong_ray.model.folder import cached_folder
+from ultralong_ray.model.folder import base_folder, cached_folder
 from ultralong_ray.parallel.allocator import allocator_environment
 from ultralong_ray.storage import Location, StageDirectory
 from ultralong_ray.types import UserError
@@ -43,7 +44,7 @@ class _Inputs:
     """What every worker is sent."""
 
     config: EvaluateConfig
-    models: dict[str, Location]
+    models: Mapping[str, Location | ModelConfig]
     holdout: Location | None
     stage: Location
     files: dict[str, Location]  # of every path that evaluate.tasks names
@@ -93,7 +94,9 @@ class EvaluationWorker:
     def _engine(self, model: str) -> Any:
         if self._loaded is None or self._loaded[0] != model:
             self._close()  # frees the former model before the next one is read
-            folder = cached_folder(self._inputs.models[model])
+            found = self._inputs.models[model]
+            at_base = isinstance(found, ModelConfig)
+            folder = base_folder(found, self._inputs.stage.options) if at_base else cached_folder(found)
             self._loaded = (model, open_engine(self._inputs.config, model, folder, self._room))
         return self._loaded[1]
 
@@ -113,9 +116,11 @@ _REMOTE_WORKER: Any = ray.remote(EvaluationWorker)
 
 
 def evaluate(
-    recipe: Recipe, models: dict[str, Location], holdout: Location | None, stage: StageDirectory
+    recipe: Recipe, models: Mapping[str, Location | ModelConfig], holdout: Location | None, stage: StageDirectory
 ) -> dict[str, Any]:
     """Compute every cell that is not stored yet and return the scores per model.
+
+    `models`: name to the folder of a model, or to [model], whose base may be on the hub.
 
     A cell that fails is named in the log, in `failed.json` and in the summary, counts 0 in every mean, and is tried
     again by the next submission. Raises: UserError when none could be computed, when a benchmark's file is absent,

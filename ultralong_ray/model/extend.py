@@ -53,7 +53,7 @@ def extend(recipe: Recipe, stage: StageDirectory) -> dict[str, Any]:
     Raises: UserError when the base cannot be extended as the recipe asks (see `check_base`).
     """
     model = recipe.model
-    folder = base_folder(model)
+    folder = base_folder(model, recipe.storage.options)
     base_rope = None
     if model.init == "random":
         assert model.architecture is not None

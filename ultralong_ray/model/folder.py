@@ -16,8 +16,8 @@ import pyarrow.fs as pafs
 from filelock import FileLock
 
 from ultralong_ray.config import ModelConfig
-from ultralong_ray.storage import Location, explain_full_disk, local_folder
-from ultralong_ray.types import UserError
+from ultralong_ray.storage import DEFAULT_OPTIONS, Location, explain_full_disk, local_folder
+from ultralong_ray.types import StorageOptions, UserError
 
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -52,13 +52,13 @@ def cached_folder(location: Location, cache: Path | None = None) -> Path:
         return local_folder(location, cache)
 
 
-def base_folder(model: ModelConfig, cache: Path | None = None) -> Path:
+def base_folder(model: ModelConfig, options: StorageOptions = DEFAULT_OPTIONS, cache: Path | None = None) -> Path:
     """The base model as a local folder with a `config.json` (with init = "random": a tokenizer is enough).
 
-    Raises: UserError when there is no such folder or hub model.
+    `options`: how an s3:// base is reached. Raises: UserError when there is no such folder or hub model.
     """
     if "://" in model.base or Path(model.base).expanduser().exists():
-        folder = cached_folder(Location.of(model.base), cache)
+        folder = cached_folder(Location.of(model.base, options), cache)
     elif HUB_ID.fullmatch(model.base):
         folder = _from_hub(model)
     else:

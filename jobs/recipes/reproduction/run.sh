@@ -10,9 +10,8 @@ set -euo pipefail
 cd "$(dirname "$0")/../../.."
 recipes=${RECIPES:-jobs/recipes/reproduction}
 models=runs/reproduction/models
-part=$1
-shift
-overrides=("$@")
+part=${1:-}
+overrides=("${@:2}")
 job() { "${PYTHON:-python3}" "jobs/$1.py" "$recipes/$2.toml" "${overrides[@]}"; }
 evaluate() { # and the report of everything
   local more
@@ -35,24 +34,31 @@ base)
   job extend base_512
   job prepare base_4k &
   preparing=$!
+  trap 'kill "$preparing"' EXIT # in the background it hears no Ctrl-C
   job pretrain base_512
   adopt pretrain base_512 base-512
   wait "$preparing"
+  trap - EXIT
   for stage in extend pretrain sft export; do job "$stage" base_4k; done
   adopt export base_4k base
   evaluate base_4k
   ;;
 128k | 1m | 128k_long_sft | 1m_long_sft)
   plain=runs/reproduction/extend_${part%_long_sft}
-  if [ "$plain" != "runs/reproduction/extend_$part" ] && [ -d "$plain" ]; then # all before SFT is the same
-    mkdir -p "runs/reproduction/extend_$part"
-    cp -rn "$plain"/{prepare,extend,pretrain}-* "runs/reproduction/extend_$part"
-  fi
+  for made in "$plain"/{prepare,extend,pretrain}-*/_SUCCESS.json; do # all before SFT is the same
+    stage=$(dirname "$made")
+    copy=runs/reproduction/extend_$part/$(basename "$stage")
+    [ -e "$made" ] && [ ! -e "$copy" ] || continue
+    rm -rf "$copy.part"
+    mkdir -p "$(dirname "$copy")"
+    cp -r "$stage" "$copy.part"
+    mv "$copy.part" "$copy" # whole, or not at all
+  done
   for stage in prepare extend pretrain sft export; do job "$stage" "extend_$part"; done
   evaluate "extend_$part"
   ;;
 *)
-  echo "run.sh: no part $part; there are base, 128k, 1m, 128k_long_sft and 1m_long_sft" >&2
+  echo "run.sh: no part '$part'; there are base, 128k, 1m, 128k_long_sft and 1m_long_sft" >&2
   exit 2
   ;;
 esac

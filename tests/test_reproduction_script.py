@@ -1,0 +1,53 @@
+"""jobs/recipes/reproduction/run.sh around jobs that only say that they were called."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+SCRIPT = "jobs/recipes/reproduction/run.sh"
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    (tmp_path / SCRIPT).parent.mkdir(parents=True)
+    shutil.copy(Path(__file__).resolve().parents[1] / SCRIPT, tmp_path / SCRIPT)
+    (tmp_path / "python").write_text('#!/bin/sh\necho "$@" >> calls\n')
+    (tmp_path / "python").chmod(0o755)
+    return tmp_path
+
+
+def run(checkout: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PYTHON": str(checkout / "python")}
+    return subprocess.run([checkout / SCRIPT, *arguments], env=environment, capture_output=True, text=True, timeout=60)
+
+
+def test_a_part_takes_over_the_finished_stages_of_the_plain_one_whole(checkout: Path) -> None:
+    plain, own = (checkout / "runs/reproduction" / name for name in ("extend_128k", "extend_128k_long_sft"))
+    for stage in ("prepare-a", "prepare_sft-b", "pretrain-c"):
+        (plain / stage).mkdir(parents=True)
+        (plain / stage / "file").write_text("whole")
+    (plain / "prepare-a/_SUCCESS.json").write_text("{}")
+    (own / "prepare-a.part").mkdir(parents=True)
+    (own / "prepare-a.part/file").write_text("wh")
+    done = run(checkout, "128k_long_sft", "--cluster.num_workers", "1")
+    assert done.returncode == 0, done.stderr
+    assert sorted(path.name for path in own.iterdir()) == ["prepare-a"]
+    assert (own / "prepare-a/file").read_text() == "whole"
+    calls = [line.split() for line in (checkout / "calls").read_text().splitlines()]
+    stages = ("prepare", "extend", "pretrain", "sft", "export", "evaluate", "report")
+    assert [call[0] for call in calls] == [f"jobs/{stage}.py" for stage in stages]
+    assert {tuple(call[1:]) for call in calls} == {
+        ("jobs/recipes/reproduction/extend_128k_long_sft.toml", "--cluster.num_workers", "1")
+    }
+
+
+def test_a_part_that_there_is_not_is_named(checkout: Path) -> None:
+    for arguments, words in (((), "no part ''"), (("2m",), "no part '2m'; there are base, 128k")):
+        done = run(checkout, *arguments)
+        assert done.returncode == 2 and words in done.stderr
+    assert not (checkout / "calls").exists()
