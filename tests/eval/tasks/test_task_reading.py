@@ -67,10 +67,10 @@ def test_haystack_joins_files_and_wants_words(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("word", "ends"),
-    [("end.", True), ('end."', True), ("why?!", True), ("wait..", False), ("Mr.", False), ("J.", False), ("I.", True)],
+    [("end.", True), ('end."', True), ("why?!", True), ("wait..", False), ("Mr.", False), ("J.", False), ("C.", False)],
 )
 def test_ends_of_sentences(word: str, ends: bool) -> None:
-    assert ends_sentence(word) == ends
+    assert ends_sentence(word, "Smith") == ends
 
 
 @pytest.mark.parametrize(
@@ -79,7 +79,9 @@ def test_ends_of_sentences(word: str, ends: bool) -> None:
         ("Corn, rye, etc. Smith ate, e.g. oats.", ["Corn, rye, etc.", "Smith ate, e.g.", "oats."]),
         ("The U.S. Army left. Mr. Day of the U.S. He did.", ["The U.S. Army left.", "Mr. Day of the U.S.", "He did."]),
         ("Wait... no. Wait... But why?", ["Wait... no.", "Wait...", "But why?"]),
-        ("Good.[2] So (it is.)Then.", ["Good.", "[2] So (it is.", ")Then."]),
+        ("Plan A. You and J. Smith, in C. But no, p. 7.", ["Plan A.", "You and J. Smith, in C. But no, p. 7."]),
+        ("Good.[2] So (it is.)Then he", ["Good.", "[2] So (it is.", ")Then he"]),
+        ('Not by U.S.[2] law.)4. So "it is."--Then', ["Not by U.S.[2] law.)4.", 'So "it is."', "--Then"]),
         ('"Is it?" "No." [Yes.] Go.', ['"Is it?"', '"No."', "[Yes.]", "Go."]),
     ],
 )

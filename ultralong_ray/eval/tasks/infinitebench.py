@@ -3,7 +3,9 @@
 In go a task and the folder with `<task>.jsonl` (Hugging Face: xinrongzhang2022/InfiniteBench); out come `Sample`s.
 Prompts, answer lengths and the cut of the middle are those of OpenBMB/InfiniteBench @ 88b3daa6, src/prompt.py and
 src/eval_utils.py. Of its prompt sets two are here: "gpt4" for chat models, and "yarn-mistral", which ends with the
-beginning of an answer, for base models; several of the others are broken there.
+beginning of an answer, for base models; several of the others are broken there. GPT-4 was also told "You are a helpful
+assistant" in a system message of every task but math_calc; here that is left to the model's chat template, as not every
+one takes such a message.
 """
 
 # ruff: noqa: RUF001  (Chinese punctuation is meant)

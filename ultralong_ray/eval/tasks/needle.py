@@ -1,9 +1,11 @@
 """A needle sentence in a book, at a given depth: the form of Kamradt and of Fu et al., and one with a fresh number.
 
 In go a form, a haystack, a length and a depth; out comes a `Sample`. The prompt and the scoring rule are those of Fu et
-al. (arXiv 2402.10171; FranxYao/Long-Context-Data-Engineering @ 2b38d528, eval/needle). Their needle is known to every
-model by now, so the second form asks for a number that is drawn per sample, as EasyContext does
-(jzhang38/EasyContext, eval_needle.py). Needles stand between sentences, and the haystack is cut to whole words.
+al. (arXiv 2402.10171; FranxYao/Long-Context-Data-Engineering @ 2b38d528, eval/needle) but for two things: their
+`<|im_start|> `, which is no token of Llama's, is left out, and a perfect answer scores 1, where theirs scores 11/12 for
+a word that the expected answer has twice. Their needle is known to every model by now, so the second form asks for a
+number that is drawn per sample, as EasyContext does (jzhang38/EasyContext, eval_needle.py). Needles stand between
+sentences, and the haystack is cut to whole words.
 """
 
 from __future__ import annotations
