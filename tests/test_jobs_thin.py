@@ -38,9 +38,7 @@ def _imported(node: ast.AST) -> list[str]:
 
 def test_jobs_are_thin() -> None:
     files = {path.name: path.read_text() for path in sorted(JOBS.glob("*.py"))}
-    if not files:
-        pytest.skip("there are no jobs yet")
-    assert faults(files) == []
+    assert files and faults(files) == []
 
 
 @pytest.mark.parametrize(

@@ -116,7 +116,7 @@ def test_documents_fit_and_depend_on_seed_and_index_alone() -> None:
 
 def test_a_conversation_learns_from_its_answer_alone() -> None:
     mix = {kind: 1.0 for kind in EVERY_KIND if kind != "repetition"}
-    header = "assistant<|end_header_id|>\n\n"
+    header, whole = "assistant<|end_header_id|>\n\n", 0
     for document in task_documents(tokenizer(), 0, 40, 400, 5, mix, conversations=True):
         assert document.loss_weight is not None
         text = tokenizer().decode(document.input_ids)
@@ -124,6 +124,8 @@ def test_a_conversation_learns_from_its_answer_alone() -> None:
         if text.endswith(tokenizer().eos_token):  # not cut at the budget
             targets = tokenizer().decode(document.input_ids[document.loss_weight > 0])
             assert text.split(header)[-1] == targets
+            whole += 1
+    assert whole > 20
 
 
 def test_two_sources_of_tasks_make_different_documents(tmp_path: Path) -> None:

@@ -28,6 +28,7 @@ from ultralong_ray.storage import Location, StageDirectory
 from ultralong_ray.types import UserError
 
 Make = Callable[..., Recipe]
+ONE_WORKER = {"evaluation_workers": 1}  # each takes seconds to import torch
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +85,7 @@ def test_whole_grid_then_only_what_is_missing(
 def test_failing_cells_are_named_and_the_others_kept(
     local_ray: None, tiny_recipe: Make, tiny_llama: Path, tmp_path: Path
 ) -> None:
-    recipe = tiny_recipe(evaluate={"context_lengths": [20, 256], "depths_percent": [50]})
+    recipe = tiny_recipe(evaluate={"context_lengths": [20, 256], "depths_percent": [50]}, cluster=ONE_WORKER)
     stage, folder = place(recipe)
     broken = tmp_path / "broken"
     shutil.copytree(tiny_llama, broken)
@@ -126,7 +127,7 @@ def test_tasks_run_in_shards_beside_the_grid_and_are_summed_up(
     (tmp_path / "data/loogle_SD_mixup_16k.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     lveval = {"kind": "lveval", "names": ["loogle_SD_mixup"], "levels": ["16k"], "context_lengths": [512]}
     tasks = [RULER, {**lveval, "data_folder": str(tmp_path / "data")}]
-    recipe = tiny_recipe(evaluate={"passkey": False, "tasks": tasks, "samples_per_shard": 2})
+    recipe = tiny_recipe(evaluate={"passkey": False, "tasks": tasks, "samples_per_shard": 2}, cluster=ONE_WORKER)
     stage, folder = place(recipe)
     summary = evaluate(recipe, {"base": Location.of(tiny_llama)}, None, stage)
     assert summary["num_cells"] == 5 and summary["num_failed"] == 0
@@ -155,7 +156,7 @@ def test_tasks_run_in_shards_beside_the_grid_and_are_summed_up(
 def test_what_no_worker_could_do_is_refused_at_once(
     local_ray: None, tiny_recipe: Make, tiny_llama: Path, change: dict[str, Any], words: str
 ) -> None:
-    recipe = tiny_recipe(evaluate={"passkey": False, "tasks": [{**RULER, **change}]})
+    recipe = tiny_recipe(evaluate={"passkey": False, "tasks": [{**RULER, **change}]}, cluster=ONE_WORKER)
     stage, folder = place(recipe)
     with pytest.raises(UserError, match=words):
         evaluate(recipe, {"base": Location.of(tiny_llama)}, None, stage)
@@ -167,7 +168,7 @@ def test_a_benchmark_file_with_a_bad_line_names_the_line(
 ) -> None:
     (tmp_path / "factrecall_en_16k.jsonl").write_text('{"input": "a", "context": "b", "answers": ["c"]}\n{"input": \n')
     lveval = {"kind": "lveval", "names": ["factrecall_en"], "levels": ["16k"], "context_lengths": [512]}
-    recipe = tiny_recipe(evaluate={"tasks": [{**lveval, "data_folder": str(tmp_path)}]})
+    recipe = tiny_recipe(evaluate={"tasks": [{**lveval, "data_folder": str(tmp_path)}]}, cluster=ONE_WORKER)
     stage, folder = place(recipe)
     stored = folder / "cells/base/192-0.json"
     stored.parent.mkdir(parents=True)
@@ -224,7 +225,8 @@ def test_a_server_that_fails_now_and_then_costs_what_it_failed_and_no_more(
     with serve() as server:
         engine = {"kind": "openai", "base_url": server.address, "served": {"base": "m"}, "concurrency": 1}
         engine |= {"max_attempts": 2, "backoff_seconds": 0.01, "timeout_seconds": 60}
-        recipe = tiny_recipe(evaluate={"models": ["base"], "engine": engine, "tasks": [{**RULER, "names": ["vt"]}]})
+        asked = {"models": ["base"], "engine": engine, "tasks": [{**RULER, "names": ["vt"]}]}
+        recipe = tiny_recipe(evaluate=asked, cluster=ONE_WORKER)
         stage, folder = place(recipe)
         models = {"base": Location.of(tiny_llama)}
         server.reply, server.window = (lambda body: ""), 300
@@ -283,7 +285,7 @@ def test_stopped_twice_it_ends_with_the_answers_of_an_undisturbed_run(
     assert summary["num_computed"] <= 5, "what was stored before is not computed again"
     monkeypatch.undo()
     undisturbed = StageDirectory("evaluate", "undisturbed", Location.of(tmp_path / "undisturbed"))
-    once = evaluate(recipe, models, None, undisturbed)
+    once = evaluate(tiny_recipe(evaluate=sections, cluster=ONE_WORKER), models, None, undisturbed)
     assert _answers(folder) == _answers(tmp_path / "undisturbed") and len(_answers(folder)) == 10
     assert (summary["models"], summary["tasks"]) == (once["models"], once["tasks"])
 

@@ -12,6 +12,7 @@ from ultralong_ray.flops import ModelShape
 from ultralong_ray.packed import PackedFile, PackedManifest, chunking, file_name, write_placements, write_sequences
 from ultralong_ray.planner.plan import plan_training
 from ultralong_ray.storage import Location
+from ultralong_ray.train.checkpoint import CHECKPOINTS, committed, full_weights
 from ultralong_ray.train.job import TrainJob
 from ultralong_ray.types import PackedSequence, Placement
 
@@ -85,3 +86,29 @@ def job(folder: Path, stage: str, **changes: Any) -> TrainJob:
     where, made = Location.of(folder), recipe(folder, **changes)
     plan = plan_training(made, "pretrain", None, ModelShape.from_config(ARCHITECTURE)).plan
     return TrainJob(made, "pretrain", where / "packed", where / "model", where / stage, stage, plan)
+
+
+class Killed(Exception):
+    pass
+
+
+def train_to(task: TrainJob, last_step: int) -> int:
+    """Run the job as if it were killed after `last_step` (then -1), or to its end: the step that it started from."""
+    import torch
+
+    from ultralong_ray.train.loop import run
+
+    def report(metrics: dict[str, Any]) -> None:
+        if metrics["step"] == last_step < task.num_steps(NUM_SEQUENCES):
+            raise Killed
+
+    try:
+        return run(task, torch.device("cpu"), report)
+    except Killed:
+        return -1
+
+
+def weights_of(stage: Location) -> dict[str, np.ndarray]:
+    """Of a stage's newest checkpoint."""
+    root = stage / CHECKPOINTS
+    return {name: tensor.numpy().copy() for name, tensor in full_weights(root / committed(root)[0])}

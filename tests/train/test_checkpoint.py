@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 from tests.parallel.spawn import run_distributed
-from tests.train.made_jobs import job, write_inputs
+from tests.train import made_jobs
+from tests.train.made_jobs import job, weights_of, write_inputs
 from ultralong_ray.storage import Location
 from ultralong_ray.train import checkpoint_files
 from ultralong_ray.train.checkpoint import (
@@ -36,32 +37,11 @@ CHAINS = {
 
 
 def train_to(folder: Path, stage: str, last_step: int, changes: dict[str, Any]) -> int:
-    """Run the job of `stage` as if it were killed after `last_step`; the step it started from."""
-    import torch
-
-    from ultralong_ray.train.loop import run
-
-    class Killed(Exception):
-        pass
-
-    def report(metrics: dict[str, Any]) -> None:
-        if metrics["step"] == last_step < 6:
-            raise Killed
-
-    task = job(folder, stage, **changes)
-    try:
-        return run(task, torch.device("cpu"), report)
-    except Killed:
-        return -1
+    return made_jobs.train_to(job(folder, stage, **changes), last_step)
 
 
 def layout(ranks: int, degree: int, zero_stage: int) -> dict[str, Any]:
     return {"zero_stage": zero_stage, "cluster": {"num_workers": ranks}, "sequence_parallel_degree": degree}
-
-
-def weights_of(stage: Location) -> dict[str, np.ndarray]:
-    root = stage / CHECKPOINTS
-    return {name: tensor.numpy() for name, tensor in full_weights(root / committed(root)[0])}
 
 
 def unbroken_and_hurt(folder: Path) -> list[int]:

@@ -26,10 +26,10 @@ import pytest
 from tests.machine import PATIENCE_SECONDS, wait_for
 from tests.parallel.spawn import run_distributed
 from tests.train.faults import open_gate
-from tests.train.made_jobs import job, write_inputs
+from tests.train.made_jobs import job, weights_of, write_inputs
 from tests.train.small_cluster import SmallCluster
 from ultralong_ray.storage import Location
-from ultralong_ray.train.checkpoint import CHECKPOINTS, committed, full_weights
+from ultralong_ray.train.checkpoint import CHECKPOINTS
 from ultralong_ray.train.checkpoint_files import MANIFEST_FILE
 from ultralong_ray.train.events import read_events
 from ultralong_ray.train.metrics import read_metrics
@@ -166,11 +166,6 @@ def undisturbed_run(folder: Path) -> int:
     from ultralong_ray.train.loop import run
 
     return run(job(folder, "undisturbed", **JOB), torch.device("cpu"), lambda metrics: None)
-
-
-def weights_of(stage: Location) -> dict[str, np.ndarray]:
-    root = stage / CHECKPOINTS
-    return {name: tensor.numpy().copy() for name, tensor in full_weights(root / committed(root)[0])}
 
 
 def test_a_run_killed_at_random_moments_ends_as_the_undisturbed_one(cluster: SmallCluster, tmp_path: Path) -> None:

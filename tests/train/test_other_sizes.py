@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from tests.machine import PATIENCE_SECONDS, wait_for
 from tests.parallel.spawn import run_distributed
+from tests.train import made_jobs
 from tests.train.made_jobs import job, write_inputs
 from tests.train.small_cluster import SmallCluster
 from ultralong_ray.storage import Location
@@ -22,26 +22,9 @@ WORLDS = [(4, 2), (2, 2), (4, 2), (4, 2)]
 DEGREES = [(4, 4), (4, 2), (4, 1), (4, 4)]
 
 
-class Stopped(Exception):
-    pass
-
-
 def train_to(folder: Path, stage: str, last_step: int, ranks: int, degree: int) -> int:
-    """Run the job of `stage` as if it were killed after `last_step`; the step it started from."""
-    import torch
-
-    from ultralong_ray.train.loop import run
-
-    def report(metrics: dict[str, Any]) -> None:
-        if metrics["step"] == last_step < STEPS:
-            raise Stopped
-
     sizes = {"cluster": {"num_workers": ranks}, "sequence_parallel_degree": degree}
-    task = job(folder, stage, steps=STEPS, global_batch_sequences=4, **sizes)
-    try:
-        return run(task, torch.device("cpu"), report)
-    except Stopped:
-        return -1
+    return made_jobs.train_to(job(folder, stage, steps=STEPS, global_batch_sequences=4, **sizes), last_step)
 
 
 def unbroken_degrees_and_first_world(folder: Path) -> list[int]:

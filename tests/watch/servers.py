@@ -77,7 +77,7 @@ class Prometheus:
 
     def get(self, path: str, **parameters: Any) -> Any:
         query = f"{self.url}/api/v1/{path}?{urllib.parse.urlencode(parameters)}"
-        with urllib.request.urlopen(query, timeout=10) as answer:
+        with urllib.request.urlopen(query, timeout=PATIENCE_SECONDS) as answer:
             return json.load(answer)["data"]
 
     def over_the_run(self, expression: str) -> list[dict[str, Any]]:

@@ -15,8 +15,6 @@ import time
 from pathlib import Path
 from typing import TextIO
 
-from tensorboardX import SummaryWriter
-
 from ultralong_ray.storage import Location, copy_files, explain_full_disk
 from ultralong_ray.train.events import read_events
 from ultralong_ray.types import StepMetrics
@@ -53,6 +51,8 @@ class MetricsWriter:
     """Records steps. Lines after `resumed_step` are of a run that was lost with them, and are dropped."""
 
     def __init__(self, stage: Location, resumed_step: int, name: str) -> None:
+        from tensorboardX import SummaryWriter  # imports torch, which readers of metrics do without
+
         self.stage = stage
         self.name = name
         self.records = [record for record in read_metrics(stage) if record.step <= resumed_step]
