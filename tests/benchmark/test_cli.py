@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from ultralong_ray.benchmark import presets
+from ultralong_ray.benchmark import presets, run
 from ultralong_ray.benchmark.cli import benchmark_of, main, parse
+from ultralong_ray.benchmark.launch import RunFailed
 from ultralong_ray.flops import ModelShape
 from ultralong_ray.planner.hardware import cluster_of
 from ultralong_ray.planner.predict import predict
@@ -105,6 +106,77 @@ def test_mistakes_get_words(words: str, message: str, capsys: pytest.CaptureFixt
     assert main(["train", *words.split(), "--out", str(tmp_path / "x.json")]) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "x.json").exists()
+
+
+MODEL = "--model jobs/models/tiny-512"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("train --gpus 0", "argument --gpus: '0' is not a positive integer"),
+        ("train --length -4", "argument --length: '-4' is not a positive integer"),
+        ("train --layers -1", "argument --layers: '-1' is not a positive integer"),
+        ("train --steps 0", "argument --steps: '0' is not a positive integer"),
+        ("train --warmup -1", "argument --warmup: '-1' is not an integer from 0 on"),
+        ("train --rows 2", "argument --rows: '2' is not a share between 0 and 1"),
+        ("checkpoint --target x --every 0", "argument --every: '0' is not a positive integer"),
+        ("checkpoint --target x --preset 128k", "unrecognized arguments: --preset 128k"),
+        ("prefill --decode 0", "argument --decode: '0' is not a positive integer"),
+        ("prefill --prefill-chunk 0", "argument --prefill-chunk: '0' is not a positive integer"),
+        (f"parity {MODEL} --prompts 0", "argument --prompts: '0' is not a positive integer"),
+        (f"prefix {MODEL} --depths 0", "argument --depths: '0' is not a positive integer"),
+        (f"prefix {MODEL} --device gpu", "argument --device: invalid choice: 'gpu'"),
+    ],
+)
+def test_numbers_that_cannot_be_are_refused_at_once(
+    words: str, message: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main([*words.split(), "--out", str(tmp_path / "x.json")])
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "x.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("train --out {0}", "is a folder; name a JSON file"),
+        ("train --out {0}/file/x.json", "cannot be written"),
+        ("prefix --model {0} --out {0}/x.json", "no config.json there"),
+        ("parity --model {0} --out {0}/x.json", "no config.json there"),
+        ("checkpoint --target {0}/t --steps 2 --every 3 --out {0}/x.json", "--every 3 is above --steps 2"),
+        ("data --corpus {0} --tokenizer jobs/models/tiny-512", "no Parquet file there with text"),
+    ],
+)
+def test_places_that_cannot_be_used_are_named(
+    words: str, message: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("")
+    assert main(words.format(tmp_path).split()) == 2
+    assert message in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize(("words", "module"), [("--long 64", "long_check"), ("--length 64", "ours")])
+def test_a_long_layer_has_a_worker_of_its_own(
+    words: str, module: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    asked: list[str] = []
+
+    def run_ranks(module: str, *_: object) -> None:
+        asked.append(module)
+        raise RunFailed("far enough")
+
+    monkeypatch.setattr(run, "run_ranks", run_ranks)
+    command = ["train", *words.split(), "--shape", "tiny", "--device", "cpu", "--out", str(tmp_path / "x.json")]
+    assert main(command) == 1
+    assert asked == [f"ultralong_ray.benchmark.{module}"]
+
+
+def test_a_range_of_layers_may_be_set_back_to_none() -> None:
+    words = ["train", "--layers", "4", "--keep", "host", "--device-layers", "2", "--also", "device_layers=0", *OUT]
+    assert [setup.device_layers for setup in benchmark_of(parse(words)).setups] == [2, 0]
 
 
 def test_presets_name_what_there_is() -> None:

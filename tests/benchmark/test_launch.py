@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from tests.machine import PATIENCE_SECONDS
 from ultralong_ray.benchmark.launch import RunFailed, Unavailable, run_ranks
@@ -33,3 +34,9 @@ def test_a_contestant_that_does_not_answer(
 ) -> None:
     with pytest.raises(kind, match=words):
         run_ranks(MODULE, num_ranks, "cpu", argument, seconds)
+
+
+def test_a_machine_with_too_few_gpus_is_said() -> None:
+    there = torch.cuda.device_count()
+    with pytest.raises(RunFailed, match=f"rank {there} has no GPU, torch sees {there} here"):
+        run_ranks(MODULE, there + 1, "cuda", "hello", 60.0)

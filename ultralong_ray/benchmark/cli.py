@@ -16,10 +16,10 @@ from ultralong_ray.benchmark.prefill_record import prefill_table, run_prefill
 from ultralong_ray.benchmark.prefix import add_prefix, prefix_table, run_prefix
 from ultralong_ray.benchmark.presets import arguments as preset_arguments
 from ultralong_ray.benchmark.run import run_benchmark, table
-from ultralong_ray.benchmark.setups import SHAPES, Benchmark, Setup, parse_degrees
-from ultralong_ray.config.degrees import heads_can_split
+from ultralong_ray.benchmark.setups import SHAPES, Benchmark, Setup, at_least, share
+from ultralong_ray.config.degrees import heads_can_split, model_heads
 from ultralong_ray.data import benchmark as data_benchmark
-from ultralong_ray.storage import Location
+from ultralong_ray.storage import Location, refusals_in_words
 from ultralong_ray.types import UserError
 
 DEFAULT_CHECK_ROWS = 256
@@ -28,59 +28,50 @@ DEFAULT_CHECK_ROWS = 256
 def main(argv: list[str]) -> int:
     """Run the command. Returns 0, 1 when a run of ours failed, or 2 for a mistake that the message explains."""
     try:
-        if argv[:1] == ["data"]:
-            data_benchmark.run(argv[1:])
-            return 0
-        options = parse(argv)
-        if options.verb == "prefill":
-            return _run_prefill(options, argv)
-        if options.verb == "prefix":
-            return _run_prefix(options, argv)
-        if options.verb == "parity":
-            return _run_parity(options, argv)
-        if options.verb == "checkpoint":
-            return _run_checkpoints(options, argv)
-        result = run_benchmark(benchmark_of(options), ["python", "jobs/benchmark.py", *argv], Location.of(options.out))
+        with refusals_in_words():
+            if argv[:1] == ["data"]:
+                data_benchmark.run(argv[1:])
+                return 0
+            options = parse(argv)
+            table, went_well = _measured(options, ["python", "jobs/benchmark.py", *argv])
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(table(result))
-    print(f"written: {options.out}")
-    return int(any(run["contestant"] == "ours" and run["status"] != "ok" for run in result["runs"]))
-
-
-def _run_prefill(options: argparse.Namespace, argv: list[str]) -> int:
-    command = ["python", "jobs/benchmark.py", *argv]
-    result = run_prefill(prefill_of(options), command, Location.of(options.out))
-    print(prefill_table(result))
-    print(f"written: {options.out}")
-    return int(result["status"] != "ok")
-
-
-def _run_prefix(options: argparse.Namespace, argv: list[str]) -> int:
-    result = run_prefix(options, ["python", "jobs/benchmark.py", *argv])
-    print(prefix_table(result))
-    print(f"written: {options.out}")
-    return int(not result["same_answers"])
-
-
-def _run_parity(options: argparse.Namespace, argv: list[str]) -> int:
-    try:
-        result = run_parity(options, ["python", "jobs/benchmark.py", *argv])
     except RunFailed as error:
         print(f"failed: {error}", file=sys.stderr)
         return 1
-    print(parity_table(result))
+    print(table)
     print(f"written: {options.out}")
-    return int(not result["passed"])
+    return int(not went_well)
 
 
-def _run_checkpoints(options: argparse.Namespace, argv: list[str]) -> int:
-    command = ["python", "jobs/benchmark.py", *argv]
-    result = run_checkpoints(checkpoints_of(options), command, Location.of(options.out))
-    print(checkpoint_table(result))
-    print(f"written: {options.out}")
-    return int(result["status"] != "ok")
+def _measured(options: argparse.Namespace, command: list[str]) -> tuple[str, bool]:
+    """(what a terminal shows of the verb's result, whether all of ours went well)."""
+    out = Location.of(options.out)
+    _refuse_unwritable(out)
+    if options.verb == "prefill":
+        result = run_prefill(prefill_of(options), command, out)
+        return prefill_table(result), result["status"] == "ok"
+    if options.verb == "prefix":
+        result = run_prefix(options, command)
+        return prefix_table(result), result["same_answers"]
+    if options.verb == "parity":
+        result = run_parity(options, command)
+        return parity_table(result), result["passed"]
+    if options.verb == "checkpoint":
+        result = run_checkpoints(checkpoints_of(options), command, out)
+        return checkpoint_table(result), result["status"] == "ok"
+    result = run_benchmark(benchmark_of(options), command, out)
+    return table(result), all(run["status"] == "ok" for run in result["runs"] if run["contestant"] == "ours")
+
+
+def _refuse_unwritable(out: Location) -> None:
+    """Before minutes of GPUs are spent on what could not be kept. Raises UserError."""
+    if out.is_dir():
+        raise UserError(f"--out {out} is a folder; name a JSON file")
+    probe = out.parent / f"{out.name}.probe"
+    probe.write_bytes(b"")
+    probe.delete_file()
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -107,16 +98,15 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_common(add: Any) -> None:
-    add("--preset", help="named arguments, see benchmark/presets.py")
     add("--shape", default="llama31_8b", help=f"model shape: {', '.join(SHAPES)}")
-    add("--layers", type=int, help="decoder layers; default: the shape's")
-    add("--length", type=int, default=131072, help="tokens of a sequence")
-    add("--gpus", type=int, default=1, help="processes, one per GPU")
+    add("--layers", type=at_least(1), help="decoder layers; default: the shape's")
+    add("--length", type=at_least(1), default=131072, help="tokens of a sequence")
+    add("--gpus", type=at_least(1), default=1, help="processes, one per GPU")
     add("--device", choices=("cuda", "cpu"), default="cuda")
-    add("--ulysses", type=int, help="default: as many GPUs as the heads can split")
-    add("--ring", type=int, help="default: the rest of the GPUs")
+    add("--ulysses", type=at_least(1), help="default: as many GPUs as the heads can split")
+    add("--ring", type=at_least(1), help="default: the rest of the GPUs")
     add("--attention", default="auto", help="kernel, as in the recipe")
-    add("--mlp-tile", type=int, default=16384, help="rows of the MLP at a time")
+    add("--mlp-tile", type=at_least(1), default=16384, help="rows of the MLP at a time")
     add("--seed", type=int, default=42)
     add("--limit-seconds", type=float, default=570.0, help="of the whole command")
     add("--out", required=True, help="JSON file")
@@ -124,16 +114,22 @@ def _add_common(add: Any) -> None:
 
 def _add_prefill(add: Any) -> None:
     _add_common(add)
-    add("--decode", type=int, default=32, help="tokens after the prompt")
-    add("--prefill-chunk", type=int, help="tokens of the prompt at a time; default: all")
+    add("--preset", help="named arguments, see benchmark/presets.py")
+    add("--decode", type=at_least(1), default=32, help="tokens after the prompt")
+    add("--prefill-chunk", type=at_least(1), help="tokens of the prompt at a time; default: all")
 
 
 def _add_layout(add: Any) -> None:
     _add_common(add)
     add("--keep", choices=("device", "host", "none"), default="device", help="none: no recomputation at all")
-    add("--rows", type=float, default=1.0, help="share of rows whose attention output is kept")
-    add("--device-layers", type=int, default=0, help="with --keep host: so many of the last layers keep on the device")
-    add("--loss-tile", type=int, default=2048, help="rows of logits at a time")
+    add("--rows", type=share, default=1.0, help="share of rows whose attention output is kept")
+    add(
+        "--device-layers",
+        type=at_least(0),
+        default=0,
+        help="with --keep host: so many of the last layers keep on the device",
+    )
+    add("--loss-tile", type=at_least(1), default=2048, help="rows of logits at a time")
     add("--offload-optimizer", action="store_true")
 
 
@@ -142,24 +138,29 @@ def _add_checkpoint(add: Any) -> None:
     add("--target", required=True, help="folder of the checkpoints, local or s3://")
     add("--snapshot", choices=("memory", "disk", "none"), default="memory", help="what the loop waits for")
     add("--local", help="folder on the own disk, for --snapshot disk")
-    add("--every", type=int, default=1, help="steps between checkpoints")
-    add("--steps", type=int, default=4, help="steps with checkpoints; as many before and after without")
-    add("--warmup", type=int, default=1)
+    add("--every", type=at_least(1), default=1, help="steps between checkpoints")
+    add("--steps", type=at_least(1), default=4, help="steps with checkpoints; as many before and after without")
+    add("--warmup", type=at_least(0), default=1)
 
 
 def _add_train(add: Any) -> None:
     _add_layout(add)
+    add("--preset", help="named arguments, see benchmark/presets.py")
     add("--also", action="append", default=[], metavar="FIELD=VALUE,...", help="one more run of ours, so changed")
-    add("--steps", type=int, default=3)
-    add("--warmup", type=int, default=1)
-    add("--warmup-length", type=int, help="tokens of a warm-up step, enough to compile; default: those of the others")
+    add("--steps", type=at_least(1), default=3)
+    add("--warmup", type=at_least(0), default=1)
+    add(
+        "--warmup-length",
+        type=at_least(1),
+        help="tokens of a warm-up step, enough to compile; default: those of the others",
+    )
     add("--peers", default="", help="alst, torch_cp, ring_flash_attn; separated by commas")
-    add("--peer-layers", type=int, help="depth of the peers' model where theirs would not fit or last too long")
+    add("--peer-layers", type=at_least(1), help="depth of the peers' model where theirs would not fit or last too long")
     add("--peer-attention", default="auto", help="transformers' name of the attention under ALST")
     add("--profile", action="store_true", help="one traced step more: where the GPU's time went")
     add("--compare-degrees", metavar="UxR,...", help="compare loss and gradients between degrees")
-    add("--long", type=int, metavar="TOKENS", help="one layer of this length against a float32 reference")
-    add("--check-rows", type=int, default=DEFAULT_CHECK_ROWS, help="with --long: rows that have targets")
+    add("--long", type=at_least(1), metavar="TOKENS", help="one layer of this length against a float32 reference")
+    add("--check-rows", type=at_least(1), default=DEFAULT_CHECK_ROWS, help="with --long: rows that have targets")
 
 
 def prefill_of(options: argparse.Namespace) -> Prefill:
@@ -184,9 +185,11 @@ def prefill_of(options: argparse.Namespace) -> Prefill:
 
 
 def checkpoints_of(options: argparse.Namespace) -> Checkpoints:
-    """Raises UserError for a shape or degrees that there are not, or a snapshot without its folder."""
+    """Raises UserError for a shape or degrees that there are not, a snapshot without its folder, no checkpoint."""
     if options.snapshot == "disk" and options.local is None:
         raise UserError("--snapshot disk needs --local, a folder on the own disk")
+    if options.every > options.steps:
+        raise UserError(f"--every {options.every} is above --steps {options.steps}: no checkpoint would be written")
     layers = options.layers or _shape(options)["num_hidden_layers"]
     benchmark = Benchmark(
         shape=options.shape,
@@ -254,9 +257,8 @@ def _shape(options: argparse.Namespace) -> dict[str, Any]:
 def _degrees(options: argparse.Namespace) -> tuple[int, int]:
     if options.ulysses or options.ring:
         ulysses = options.ulysses or max(1, options.gpus // options.ring)
-        return parse_degrees(f"{ulysses}x{options.ring or max(1, options.gpus // ulysses)}")
-    shape = _shape(options)
-    heads, kv_heads = shape["num_attention_heads"], shape["num_key_value_heads"]
+        return ulysses, options.ring or max(1, options.gpus // ulysses)
+    heads = model_heads(_shape(options))
     divisors = (degree for degree in range(options.gpus, 0, -1) if options.gpus % degree == 0)
-    ulysses = next(degree for degree in divisors if heads_can_split(heads, kv_heads, degree))
+    ulysses = next(degree for degree in divisors if heads_can_split(*heads, degree))
     return ulysses, options.gpus // ulysses

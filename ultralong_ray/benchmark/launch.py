@@ -105,6 +105,8 @@ def _rank(
     try:
         device = torch.device("cpu")
         if device_type == "cuda":
+            if rank >= torch.cuda.device_count():
+                raise UserError(f"rank {rank} has no GPU, torch sees {torch.cuda.device_count()} here; --device cpu?")
             device = torch.device("cuda", rank)
             torch.cuda.set_device(device)
             torch.set_num_threads(max(1, (os.cpu_count() or 1) // num_ranks))  # an optimizer on the host uses them

@@ -8,20 +8,18 @@ from __future__ import annotations
 
 import math
 import time
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
 from ultralong_ray.benchmark.gradients import likeness, observed_step, whole_weights
-from ultralong_ray.benchmark.measure import peak_memory, progress, synchronize
+from ultralong_ray.benchmark.measure import Work, peak_memory, progress, synchronize
+from ultralong_ray.benchmark.ours import Ours, built
 from ultralong_ray.benchmark.reference import ReferenceLayer, Targets
 from ultralong_ray.benchmark.tokens import slice_of
 from ultralong_ray.train.step import to_device
-
-if TYPE_CHECKING:
-    from ultralong_ray.benchmark.ours import Ours
 
 EDGES = (0, 1, 65_535, 65_536, 2**20 - 1, 2**20, 2**21 - 1, 2**21)  # positions where kernels have been seen to break
 
@@ -32,6 +30,12 @@ def target_rows(length: int, num_rows: int, seed: int) -> np.ndarray:
     drawn = np.random.default_rng(seed).permutation(length - 1)[:num_rows]
     rows = [*sorted(fixed)[:num_rows], *(row for row in drawn.tolist() if row not in fixed)]
     return np.sort(np.array(rows[: min(num_rows, length - 1)], np.int64))
+
+
+def run(work: Work, device: torch.device) -> dict[str, Any]:
+    """Every rank's part of the contestant, where rows are checked."""
+    ours, answer = built(work, device)
+    return answer | check_against_reference(ours, work.benchmark.check_rows)
 
 
 def check_against_reference(ours: Ours, num_rows: int) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """The project's own training step as a contestant: its model, engine, kernels and `train_step`, not a copy of them.
 
-Flows in: a Work. Flows out: timings; for some commands a summary of a GPU trace, gradients, or a check by reference.
+Flows in: a Work. Flows out: timings; for some commands a summary of a GPU trace, or gradients.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import torch.distributed as dist
 
 from ultralong_ray.benchmark.gradients import gradients_of
 from ultralong_ray.benchmark.launch import group_timeout
-from ultralong_ray.benchmark.long_check import check_against_reference
 from ultralong_ray.benchmark.measure import StepNumbers, Work, measure, progress
 from ultralong_ray.benchmark.setups import LEARNING_RATE
 from ultralong_ray.benchmark.tokens import sequence, slice_of
@@ -83,17 +82,20 @@ class Ours:
         return StepNumbers(sums[0] / sums[1], float(result.grad_norm))
 
 
-def run(work: Work, device: torch.device) -> dict[str, Any]:
-    """Every rank's part of the contestant."""
+def built(work: Work, device: torch.device) -> tuple[Ours, dict[str, Any]]:
+    """The trainer, and the beginning of its rank's answer."""
     started = time.perf_counter()
     progress(work, "builds the model")
     ours = Ours(work, device)
     build_seconds = time.perf_counter() - started
     progress(work, f"model of {work.setup.layers} layers built, attention kernel {ours.kernel.name}")
-    answer: dict[str, Any] = {"kernel": ours.kernel.name, "build_seconds": build_seconds}
+    return ours, {"kernel": ours.kernel.name, "build_seconds": build_seconds}
+
+
+def run(work: Work, device: torch.device) -> dict[str, Any]:
+    """Every rank's part of the contestant."""
+    ours, answer = built(work, device)
     benchmark = work.benchmark
-    if benchmark.check_rows:
-        return answer | check_against_reference(ours, benchmark.check_rows)
     if benchmark.compare_gradients:
         answer["gradients"] = gradients_of(ours.engine, Path(work.folder), lambda: ours.step(ours.batch(0)))
     answer |= measure(work, device, ours.batch, ours.step)

@@ -18,13 +18,13 @@ import torch.distributed as dist
 
 from ultralong_ray.benchmark.launch import run_ranks, set_environment
 from ultralong_ray.benchmark.record import environment
-from ultralong_ray.config.degrees import heads_can_split
+from ultralong_ray.benchmark.setups import at_least, model_folder
+from ultralong_ray.config.degrees import heads_can_split, model_heads
 from ultralong_ray.eval.chunk_attention import CHUNK_ATTENTION, Attention
 from ultralong_ray.eval.generate import Engine
 from ultralong_ray.eval.passkey import build_prompt, encode_prompt
 from ultralong_ray.eval.sharded import ShardedEngine
 from ultralong_ray.storage import Location
-from ultralong_ray.types import UserError
 
 MODULE = "ultralong_ray.benchmark.parity"
 LEAST_SHARE = {"float32": 1.0, "bfloat16": 0.98}  # of answers that must agree
@@ -49,22 +49,20 @@ class Parity:
 def add_parity(add: Any) -> None:
     """The verb's arguments."""
     add("--model", required=True, help="Hugging Face folder")
-    add("--gpus", type=int, default=2, help="processes, one per GPU")
+    add("--gpus", type=at_least(1), default=2, help="processes, one per GPU")
     add("--device", choices=("cuda", "cpu"), default="cuda")
     add("--precision", choices=("float32", "bfloat16"), default="bfloat16")
-    add("--lengths", type=int, nargs="+", default=[192, 256, 320, 384, 512], help="tokens")
-    add("--prompts", type=int, default=50)
-    add("--decode", type=int, default=8, help="tokens of an answer")
-    add("--prefill-chunk", type=int, default=128, help="tokens of the prompt at a time")
+    add("--lengths", type=at_least(1), nargs="+", default=[192, 256, 320, 384, 512], help="tokens")
+    add("--prompts", type=at_least(1), default=50)
+    add("--decode", type=at_least(1), default=8, help="tokens of an answer")
+    add("--prefill-chunk", type=at_least(1), default=128, help="tokens of the prompt at a time")
     add("--limit-seconds", type=float, default=570.0, help="of the whole command")
     add("--out", required=True, help="JSON file")
 
 
 def run_parity(options: argparse.Namespace, command: list[str]) -> dict[str, Any]:
     """Ask all engines, write `options.out`, return what was written. Raises: RunFailed, UserError."""
-    folder = Path(options.model).expanduser().resolve()
-    if not (folder / "config.json").exists():
-        raise UserError(f"--model {folder}: no config.json there; name a Hugging Face folder")
+    folder = model_folder(options.model)
     set_environment(options.device)
     began = time.monotonic()
     asked = Parity(
@@ -102,13 +100,8 @@ def run_parity(options: argparse.Namespace, command: list[str]) -> dict[str, Any
 
 def _sharded(asked: Parity, gpus: int, folder: Path) -> list[tuple[str, int, Parity]]:
     """Every layout of `gpus` ranks: Ulysses degree x ring degree."""
-    config = Location.of(folder / "config.json").read_json()
-    heads = config["num_attention_heads"]
-    fitting = [
-        degree
-        for degree in range(1, gpus + 1)
-        if gpus % degree == 0 and heads_can_split(heads, config.get("num_key_value_heads") or heads, degree)
-    ]
+    heads = model_heads(Location.of(folder / "config.json").read_json())
+    fitting = [degree for degree in range(1, gpus + 1) if gpus % degree == 0 and heads_can_split(*heads, degree)]
     return [(f"sharded {degree}x{gpus // degree}", gpus, replace(asked, ulysses=degree)) for degree in fitting]
 
 

@@ -16,8 +16,7 @@ import torch.distributed as dist
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from ultralong_ray.benchmark.measure import peak_memory, reset_peak, synchronize
-from ultralong_ray.benchmark.setups import SHAPES
-from ultralong_ray.config.degrees import heads_can_split
+from ultralong_ray.benchmark.setups import SHAPES, refuse_heads
 from ultralong_ray.eval.sharded import ShardedModel
 from ultralong_ray.eval.sharded_attention import SHARDED_ATTENTION, register_sharded_attention
 from ultralong_ray.types import UserError
@@ -56,19 +55,11 @@ class Prefill:
 
     def check(self) -> None:
         """Raise UserError for what cannot run, before any process is started."""
-        heads, kv_heads = self.config["num_attention_heads"], self.config["num_key_value_heads"]
         if self.ulysses * self.ring != self.num_gpus:
             raise UserError(
                 f"degrees {self.ulysses}x{self.ring} are not --gpus {self.num_gpus}: all share the one prompt"
             )
-        if not heads_can_split(heads, kv_heads, self.ulysses):
-            raise UserError(
-                f"Ulysses degree {self.ulysses} cannot split the {heads} query and {kv_heads} key-value heads of "
-                f"{self.shape}; give the rest to the ring"
-            )
-        for name, value in (("length", self.length), ("decode", self.decode), ("prefill-chunk", self.chunk)):
-            if value < 1:
-                raise UserError(f"--{name} {value} is not a positive integer")
+        refuse_heads(self.shape, self.ulysses)
 
 
 def run(prefill: Prefill, device: torch.device) -> dict[str, Any]:

@@ -10,10 +10,10 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
 from ultralong_ray.benchmark.record import environment
+from ultralong_ray.benchmark.setups import at_least, model_folder
 from ultralong_ray.config import EvaluateConfig
 from ultralong_ray.eval.cells import Cell, grid, run_cell
 from ultralong_ray.eval.engine import Request
@@ -40,20 +40,22 @@ class _Unshared:
 def add_prefix(add: Any) -> None:
     """The verb's arguments."""
     add("--model", required=True, help="Hugging Face folder; beyond its window answers are wrong, and timed alike")
-    add("--lengths", type=int, nargs="+", default=[4096], help="tokens")
-    add("--depths", type=int, default=10, help="even steps from 0 to 100 %%")
-    add("--samples", type=int, default=5, help="prompts of a cell")
-    add("--prefill-chunk", type=int, default=512, help="tokens; reuse is in whole chunks")
+    add("--lengths", type=at_least(1), nargs="+", default=[4096], help="tokens")
+    add("--depths", type=at_least(1), default=10, help="even steps from 0 to 100 %%")
+    add("--samples", type=at_least(1), default=5, help="prompts of a cell")
+    add("--prefill-chunk", type=at_least(1), default=512, help="tokens; reuse is in whole chunks")
     add("--precision", choices=("float32", "bfloat16"), default="float32")
-    add("--device", help="default: cuda where there is one")
+    add("--device", choices=("cuda", "cpu"), help="default: cuda where there is one")
     add("--out", required=True, help="JSON file")
 
 
 def run_prefix(options: argparse.Namespace, command: list[str]) -> dict[str, Any]:
-    """Measure, write `options.out`, and return what was written. Raises: UserError for lengths too short."""
-    folder = Path(options.model)
+    """Measure, write `options.out`, and return what was written. Raises: UserError for no model, lengths too short."""
     engine = Engine(
-        folder, precision=options.precision, prefill_chunk_tokens=options.prefill_chunk, device=options.device
+        model_folder(options.model),
+        precision=options.precision,
+        prefill_chunk_tokens=options.prefill_chunk,
+        device=options.device,
     )
     step = 100 / max(1, options.depths - 1)
     config = EvaluateConfig(

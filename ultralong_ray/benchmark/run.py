@@ -55,7 +55,8 @@ def _run_contestant(work: Work, found: dict[str, Any]) -> dict[str, Any]:
     if remaining < START_SECONDS:
         return _not_run(work, "not run", f"{remaining:.0f} s left of --limit-seconds {benchmark.limit_seconds:.0f}")
     try:
-        module = f"ultralong_ray.benchmark.{MODULES[work.contestant]}"
+        checks = work.contestant == "ours" and benchmark.check_rows
+        module = f"ultralong_ray.benchmark.{'long_check' if checks else MODULES[work.contestant]}"
         answers = run_ranks(module, benchmark.num_gpus, benchmark.device, work, remaining)
     except Unavailable as error:
         return _not_run(work, "unavailable", str(error))

@@ -5,11 +5,15 @@ Flows in: fields from the command line. Flows out: `Setup` and `Benchmark`, whic
 
 from __future__ import annotations
 
+import argparse
+import contextlib
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
-from ultralong_ray.config.degrees import heads_can_split, length_objection
+from ultralong_ray.config.degrees import heads_can_split, length_objection, model_heads
 from ultralong_ray.types import LayerKeep, TrainPlan, UserError
 
 _LLAMA3_ROPE = {
@@ -120,57 +124,83 @@ class Setup:
             if name == "degrees":
                 changes["ulysses"], changes["ring"] = parse_degrees(value)
             elif name in _PARSERS:
-                changes[name] = _PARSERS[name](name, value)
+                changes[name] = _read(name, _PARSERS[name], value)
             else:
                 raise UserError(f"{item!r}: no such field of a setup; there are degrees, {', '.join(_PARSERS)}")
         return dataclasses.replace(self, **changes)
 
 
-def _integer(name: str, value: str) -> int:
-    if not value.isdigit() or int(value) == 0:
-        raise UserError(f"{name}={value!r} is not a positive integer")
-    return int(value)
+def at_least(least: int) -> Callable[[str], int]:
+    """Reads an integer, for argparse. What it returns raises ArgumentTypeError for anything below `least`."""
+    what = "a positive integer" if least == 1 else f"an integer from {least} on"
+
+    def read(text: str) -> int:
+        if not text.isdecimal() or int(text) < least:
+            raise argparse.ArgumentTypeError(f"{text!r} is not {what}")
+        return int(text)
+
+    return read
 
 
-def _share(name: str, value: str) -> float:
-    try:
-        share = float(value)
-    except ValueError:
-        share = -1.0
-    if not 0.0 <= share <= 1.0:
-        raise UserError(f"{name}={value!r} is not a share between 0 and 1")
-    return share
+def share(text: str) -> float:
+    """As `at_least`, of a number from 0 to 1."""
+    with contextlib.suppress(ValueError):
+        if 0.0 <= float(text) <= 1.0:
+            return float(text)
+    raise argparse.ArgumentTypeError(f"{text!r} is not a share between 0 and 1")
 
 
-def _keep(name: str, value: str) -> str:
-    if value not in ("device", "host", "none"):
-        raise UserError(f"{name}={value!r}: give device, host or none")
-    return value
+def _one_of(*words: str) -> Callable[[str], str]:
+    def read(text: str) -> str:
+        if text not in words:
+            raise argparse.ArgumentTypeError(f"{text!r} is none of {', '.join(words)}")
+        return text
+
+    return read
 
 
-def _boolean(name: str, value: str) -> bool:
-    if value not in ("true", "false"):
-        raise UserError(f"{name}={value!r}: give true or false")
-    return value == "true"
-
-
-_PARSERS: dict[str, Any] = {
-    "length": _integer,
-    "layers": _integer,
-    "keep": _keep,
-    "rows": _share,
-    "device_layers": _integer,
-    "attention": lambda _, value: value,
-    "mlp_tile": _integer,
-    "loss_tile": _integer,
-    "offload_optimizer": _boolean,
+_PARSERS: dict[str, Callable[[str], Any]] = {
+    "length": at_least(1),
+    "layers": at_least(1),
+    "keep": _one_of("device", "host", "none"),
+    "rows": share,
+    "device_layers": at_least(0),
+    "attention": str,
+    "mlp_tile": at_least(1),
+    "loss_tile": at_least(1),
+    "offload_optimizer": lambda text: _one_of("true", "false")(text) == "true",
 }
 
 
 def parse_degrees(text: str) -> tuple[int, int]:
-    """ "4x1" is Ulysses degree 4, ring degree 1."""
+    """ "4x1" is Ulysses degree 4, ring degree 1. Raises UserError."""
     ulysses, _, ring = text.partition("x")
-    return _integer("ulysses", ulysses), _integer("ring", ring)
+    return _read("ulysses", at_least(1), ulysses), _read("ring", at_least(1), ring)
+
+
+def _read(name: str, parser: Callable[[str], Any], text: str) -> Any:
+    try:
+        return parser(text)
+    except argparse.ArgumentTypeError as error:
+        raise UserError(f"{name}={error}") from None
+
+
+def refuse_heads(shape: str, ulysses: int) -> None:
+    """Raise UserError where the heads of a shape cannot be split so."""
+    heads, kv_heads = model_heads(SHAPES[shape])
+    if not heads_can_split(heads, kv_heads, ulysses):
+        raise UserError(
+            f"Ulysses degree {ulysses} cannot split the {heads} query and {kv_heads} key-value heads of {shape}; give "
+            f"the rest to the ring"
+        )
+
+
+def model_folder(given: str) -> Path:
+    """The folder of `--model`. Raises UserError where no model is."""
+    folder = Path(given).expanduser().resolve()
+    if not (folder / "config.json").exists():
+        raise UserError(f"--model {folder}: no config.json there; name a Hugging Face folder")
+    return folder
 
 
 @dataclass(frozen=True, slots=True)
@@ -214,16 +244,11 @@ class Benchmark:
         unknown = set(self.peers) - set(PEERS)
         if unknown:
             raise UserError(f"--peers {', '.join(sorted(unknown))}: no such peer; there are {', '.join(PEERS)}")
-        shape = SHAPES[self.shape]
         for setup in self.setups:
             degree = setup.ulysses * setup.ring
             if self.num_gpus % degree:
                 raise UserError(f"degrees {setup.ulysses}x{setup.ring} do not divide --gpus {self.num_gpus}")
-            if not heads_can_split(shape["num_attention_heads"], shape["num_key_value_heads"], setup.ulysses):
-                raise UserError(
-                    f"Ulysses degree {setup.ulysses} cannot split the {shape['num_attention_heads']} query and "
-                    f"{shape['num_key_value_heads']} key-value heads of {self.shape}; give the rest to the ring"
-                )
+            refuse_heads(self.shape, setup.ulysses)
             for length in {setup.length, self.warmup_length or setup.length}:
                 if objection := length_objection(length, setup.ulysses, setup.ring):
                     raise UserError(objection)

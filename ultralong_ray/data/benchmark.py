@@ -38,6 +38,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ultralong_ray.config import Recipe
+from ultralong_ray.types import UserError
 
 SAMPLE_SECONDS = 0.5
 BATCH_CHARACTERS = 2**20
@@ -130,7 +131,10 @@ def _measure(options: argparse.Namespace, folder: Path, gigabytes: float) -> dic
 
 
 def replicate(source: Path, target: Path, text_bytes: int) -> tuple[int, int]:
-    """Copy documents under new ids into shards below `target` until they hold `text_bytes`; (bytes, shards)."""
+    """Copy documents under new ids into shards below `target` until they hold `text_bytes`; (bytes, shards).
+
+    Raises UserError for a source without text.
+    """
     target.mkdir(parents=True)
     written = shards = copy = 0
     rows: list[dict[str, str]] = []
@@ -151,6 +155,8 @@ def replicate(source: Path, target: Path, text_bytes: int) -> tuple[int, int]:
                 flush()
             if written >= text_bytes:
                 break
+        if not written:
+            raise UserError(f"--corpus {source}: no Parquet file there with text; name a folder of shards")
         copy += 1
     if rows:
         flush()
