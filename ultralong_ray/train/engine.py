@@ -161,7 +161,8 @@ def initialize(
     fitted = fitted_to_model(config, model)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=fitted, dist_init_required=False)
     if timeout is not None:
-        distributed_c10d._set_pg_timeout(timeout, groups._get_data_parallel_group())  # the only way in torch 2.11-2.13
+        whole: Any = groups._get_data_parallel_group()
+        distributed_c10d._set_pg_timeout(timeout, whole)  # the only way in torch 2.11-2.13
     return engine
 
 
