@@ -62,9 +62,9 @@ def tokenizer_folder(tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -
     return folder
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="module")
 def local_ray() -> Iterator[None]:
-    """One Ray for all modules of this folder that want one; its workers have the keys of the S3 servers."""
+    """A Ray whose workers have the keys of the S3 servers."""
     import ray
 
     with pytest.MonkeyPatch.context() as patch:
