@@ -142,6 +142,7 @@ def test_a_cluster_that_cannot_be_joined_gets_words(monkeypatch: pytest.MonkeyPa
     def init(**_: Any) -> None:
         raise RuntimeError("Version mismatch: The cluster was started with Python 3.12")
 
+    monkeypatch.setattr("ray.is_initialized", lambda: False)
     monkeypatch.setattr("ray.init", init)
     monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
     with pytest.raises(UserError, match=r"(?s)10\.0\.0\.1:6379.*Version mismatch.*RAY_ADDRESS=local starts one"):
