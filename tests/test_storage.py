@@ -35,10 +35,25 @@ def exercise(root: Location, tmp_path: Path) -> None:
     copy_files(stage.location, root / "copy", skip=("_SUCCESS.json",))
     assert (root / "copy" / "sequences" / "part-00000").read_bytes() == b"x" * 1000
     assert not (root / "copy" / "_SUCCESS.json").exists()
-    folder = local_folder(stage.location, tmp_path / "cache")
-    assert (folder / "sequences" / "part-00000").read_bytes() == b"x" * 1000
+    exercise_copies(stage.location, tmp_path / "cache")
     (root / "copy").delete_dir()
     assert (root / "copy").files(recursive=True) == []
+
+
+def exercise_copies(source: Location, cache: Path) -> None:
+    if source.is_local:
+        assert local_folder(source, cache) == Path(source.path)
+        return
+    folder = local_folder(source, cache, skip_suffixes=(".json",))
+    assert [path.name for path in folder.rglob("*") if path.is_file() and path.name[0] != "."] == ["part-00000"]
+    assert (folder / "sequences" / "part-00000").read_bytes() == b"x" * 1000
+    (folder / "kept").touch()
+    assert local_folder(source, cache) == folder, "the same files are not copied again"
+    assert (folder / "kept").exists()
+    (source / "sequences" / "part-00000").write_bytes(b"y" * 999)
+    altered = local_folder(source, cache)
+    assert (altered / "sequences" / "part-00000").read_bytes() == b"y" * 999
+    assert not folder.exists(), "the outdated copy is removed"
 
 
 def test_local(tmp_path: Path):

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from ultralong_ray.config import Recipe, TrainConfig
-from ultralong_ray.model.folder import HUB_ID, cached_folder, read_config, tensor_shapes
-from ultralong_ray.storage import Location, StageDirectory, copy_files
+from ultralong_ray.model.folder import HUB_ID, read_config, tensor_shapes
+from ultralong_ray.storage import Location, StageDirectory, copy_files, local_folder
 from ultralong_ray.types import UserError
 
 
@@ -26,8 +26,8 @@ def export(recipe: Recipe, model: Location, stage: StageDirectory, provenance: d
     """
     target = stage.location / "model"
     copy_files(model, target, skip=("README.md",))
-    with tempfile.TemporaryDirectory() as cache:  # not the shared cache: it may hold an earlier, broken export
-        folder = cached_folder(target, Path(cache))
+    with tempfile.TemporaryDirectory() as cache:  # evaluation may run on other machines
+        folder = local_folder(target, Path(cache))
         found = verify(folder)
         config = read_config(folder)
     (target / "README.md").write_bytes(model_card(recipe, config, found, provenance).encode())

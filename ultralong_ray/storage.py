@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import json
 import os
+import shutil
 import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -20,6 +22,7 @@ from typing import Any, TypeVar
 
 import pyarrow as pa
 import pyarrow.fs as pafs
+from filelock import FileLock
 
 from ultralong_ray.object_store import explained, meaning_of, retried, s3_filesystem
 from ultralong_ray.types import StorageOptions, UserError
@@ -119,13 +122,21 @@ class Location:
 
     def files(self, *, recursive: bool = False) -> list[Location]:
         """Files below a folder, sorted by path; an absent folder has none, and neither has a file."""
+        prefix = "" if self.is_local else self.uri.split("://", 1)[0] + "://"
+        return [replace(self, uri=prefix + info.path) for info in self._infos(recursive)]
+
+    def state(self) -> str:
+        """Sixteen digits that change with a name, size or time of the files below a folder."""
+        listed = [(info.path, info.size, info.mtime_ns) for info in self._infos(recursive=True)]
+        return hashlib.sha256(repr(listed).encode()).hexdigest()[:16]
+
+    def _infos(self, recursive: bool) -> list[pafs.FileInfo]:
         selector = pafs.FileSelector(self.path, recursive=recursive, allow_not_found=True)
         try:
             infos = self._retried(lambda: self.filesystem.get_file_info(selector))
         except NotADirectoryError:
             return []
-        prefix = "" if self.is_local else self.uri.split("://", 1)[0] + "://"
-        return [replace(self, uri=prefix + info.path) for info in sorted(infos, key=lambda i: i.path) if info.is_file]
+        return sorted((info for info in infos if info.is_file), key=lambda info: info.path)
 
     def open_input(self) -> pa.NativeFile:
         """A file for reading at any place."""
@@ -248,15 +259,31 @@ def copy_files(source: Location, target: Location, *, skip: tuple[str, ...] = ()
                 )
 
 
-def local_folder(location: Location, cache: Path) -> Path:
-    """A local folder with the same files: the folder itself where it is local, else a copy below `cache`."""
+def default_cache() -> Path:
+    """Where remote folders are copied on this machine: `$XDG_CACHE_HOME/ultralong_ray`."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ultralong_ray"
+
+
+def local_folder(location: Location, cache: Path | None = None, *, skip_suffixes: tuple[str, ...] = ()) -> Path:
+    """A local folder with the same files: the folder itself where it is local, else a copy below `cache`.
+
+    A copy counts as long as names, sizes and times there are what they were; an outdated one is removed. Safe when many
+    processes of one machine ask at once.
+    """
     if location.is_local:
         return Path(location.path)
-    copy = cache / location.uri.replace("://", "_").replace("/", "_")
-    done = copy / ".complete"
-    if not done.exists():
-        copy_files(location, Location.of(copy))
-        done.touch()
+    place = (cache or default_cache()) / location.uri.replace("://", "_").replace("/", "_")
+    place.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(place.with_name(place.name + ".lock")):
+        copy = place / location.state()
+        done = copy / ".complete"
+        if not done.exists():
+            shutil.rmtree(place, ignore_errors=True)  # an outdated copy, or half of one
+            names = [file.uri[len(location.uri) + 1 :] for file in location.files(recursive=True)]
+            skipped = tuple(name for name in names if skip_suffixes and name.endswith(skip_suffixes))
+            copy_files(location, Location.of(copy), skip=skipped)
+            copy.mkdir(parents=True, exist_ok=True)  # of no files
+            done.touch()
     return copy
 
 

@@ -7,9 +7,6 @@ leaves out the character offsets.
 
 from __future__ import annotations
 
-import hashlib
-import os
-import tempfile
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -17,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from ultralong_ray.storage import DEFAULT_OPTIONS, Location, copy_files
+from ultralong_ray.storage import DEFAULT_OPTIONS, Location, default_cache, local_folder
 from ultralong_ray.types import IntArray, StorageOptions, UserError
 
 SEPARATOR_TEXT = "<s>"
@@ -50,19 +47,8 @@ def _tokenizer_folder(base: str, options: StorageOptions) -> str:
     if "://" not in base:
         folder = Path(base).expanduser()
         return str(folder) if folder.exists() else base
-    location = Location.of(base, options)
-    cache = Path(tempfile.gettempdir()) / "ultralong_ray" / hashlib.sha256(location.uri.encode()).hexdigest()[:16]
-    if location.is_local or cache.exists():
-        return location.path if location.is_local else str(cache)
-    cache.parent.mkdir(parents=True, exist_ok=True)
-    copy = Path(tempfile.mkdtemp(dir=cache.parent))
-    names = [file.uri[len(location.uri) + 1 :] for file in location.files(recursive=True)]
-    copy_files(location, Location.of(copy), skip=tuple(n for n in names if n.endswith(_WEIGHTS)))
-    try:
-        os.rename(copy, cache)
-    except OSError:  # another task of this node was quicker
-        return str(cache if cache.exists() else copy)
-    return str(cache)
+    cache = default_cache() / "tokenizers"  # beside whole models
+    return str(local_folder(Location.of(base, options), cache, skip_suffixes=_WEIGHTS))
 
 
 def separator_ids(tokenizer: Any, mode: str, encoding: str = "pieces") -> tuple[list[int], list[int]]:

@@ -28,9 +28,9 @@ from ultralong_ray.eval.perplexity import run_perplexity
 from ultralong_ray.eval.progress import PROGRESS_SECONDS, Progress
 from ultralong_ray.eval.summaries import summarise, summarise_tasks
 from ultralong_ray.eval.tasks.prompt import Prompts
-from ultralong_ray.model.folder import base_folder, cached_folder
+from ultralong_ray.model.folder import base_folder
 from ultralong_ray.parallel.allocator import allocator_environment
-from ultralong_ray.storage import Location, StageDirectory
+from ultralong_ray.storage import Location, StageDirectory, local_folder
 from ultralong_ray.types import UserError
 
 logger = logging.getLogger(__name__)
@@ -96,7 +96,7 @@ class EvaluationWorker:
             self._close()  # frees the former model before the next one is read
             found = self._inputs.models[model]
             at_base = isinstance(found, ModelConfig)
-            folder = base_folder(found, self._inputs.stage.options) if at_base else cached_folder(found)
+            folder = base_folder(found, self._inputs.stage.options) if at_base else local_folder(found)
             self._loaded = (model, open_engine(self._inputs.config, model, folder, self._room))
         return self._loaded[1]
 

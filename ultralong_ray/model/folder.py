@@ -7,13 +7,11 @@ be whole safetensors. Nothing here builds a model, and no code from a model fold
 from __future__ import annotations
 
 import json
-import os
 import re
 from pathlib import Path
 from typing import Any
 
 import pyarrow.fs as pafs
-from filelock import FileLock
 
 from ultralong_ray.config import ModelConfig
 from ultralong_ray.storage import DEFAULT_OPTIONS, Location, explain_full_disk, local_folder
@@ -37,28 +35,13 @@ HUB_PATTERNS = ["*.json", "*.safetensors", "*.txt", "*.jinja", "tokenizer.model"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
-def default_cache() -> Path:
-    """Where remote models are copied on this machine: `$XDG_CACHE_HOME/ultralong_ray`."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ultralong_ray"
-
-
-def cached_folder(location: Location, cache: Path | None = None) -> Path:
-    """A local folder with the files of `location`; safe when many processes of one machine ask at once."""
-    if location.is_local:
-        return Path(location.path)
-    cache = cache or default_cache()
-    cache.mkdir(parents=True, exist_ok=True)
-    with FileLock(cache / "copy.lock"):
-        return local_folder(location, cache)
-
-
 def base_folder(model: ModelConfig, options: StorageOptions = DEFAULT_OPTIONS, cache: Path | None = None) -> Path:
     """The base model as a local folder with a `config.json` (with init = "random": a tokenizer is enough).
 
     `options`: how an s3:// base is reached. Raises: UserError when there is no such folder or hub model.
     """
     if "://" in model.base or Path(model.base).expanduser().exists():
-        folder = cached_folder(Location.of(model.base, options), cache)
+        folder = local_folder(Location.of(model.base, options), cache)
     elif HUB_ID.fullmatch(model.base):
         folder = _from_hub(model)
     else:
