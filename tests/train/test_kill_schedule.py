@@ -100,10 +100,10 @@ class KilledRun:
     def last_step(self) -> int:
         return max((record.step for record in read_metrics(self.stage)), default=0)
 
-    def uncommitted(self) -> bool:
+    def uncommitted(self) -> set[str]:
         root = self.folder / "killed" / CHECKPOINTS
         folders = list(root.iterdir()) if root.is_dir() else []
-        return any(not (folder / MANIFEST_FILE).exists() for folder in folders)
+        return {folder.name for folder in folders if not (folder / MANIFEST_FILE).exists()}
 
     def moment_of(self, kill: Kill) -> None:
         """Wait for the moment of `kill`."""
@@ -112,12 +112,17 @@ class KilledRun:
             return
         if kill.kind == "upload":
             self.uploads.touch()
-        open_gate(self.gate, int(kill.at_step) + 1)
-        if kill.kind == "upload":
-            wait_for(lambda: self.uncommitted() and self.begun(), PATIENCE_SECONDS, f"an upload for {kill}")
+            left_behind = self.uncommitted()
+            wait_for(lambda: self.uploading(kill, left_behind), PATIENCE_SECONDS, f"an upload for {kill}")
             return
+        open_gate(self.gate, int(kill.at_step) + 1)
         wait_for(lambda: self.begun() and self.last_step() >= int(kill.at_step), PATIENCE_SECONDS, f"{kill}")
         time.sleep(kill.at_step % 1)
+
+    def uploading(self, kill: Kill, left_behind: set[str]) -> bool:
+        """Whether an upload has begun. The step of `kill` may be over, when kills before it came late: then the next."""
+        open_gate(self.gate, max(int(kill.at_step), self.last_step()) + 1)
+        return bool(self.begun() and self.uncommitted() - left_behind)
 
     def kill_one(self, name: str) -> bool:
         """One of the processes called `name`, if there is one yet."""
@@ -140,7 +145,9 @@ class KilledRun:
         else:
             name = "TrainController" if kill.kind == "controller" else "RayTrainWorker"
             wait_for(lambda: self.kill_one(name), PATIENCE_SECONDS, f"a process for {kill}")
-        self.uploads.unlink(missing_ok=True)
+        if kill.kind == "upload":
+            open_gate(self.gate, self.last_step())
+            self.uploads.unlink()
 
     def go_through(self, schedule: list[Kill]) -> None:
         wait_for(lambda: self.begun() >= 1, PATIENCE_SECONDS, "the first attempt")
