@@ -120,7 +120,7 @@ class KilledRun:
         time.sleep(kill.at_step % 1)
 
     def uploading(self, kill: Kill, left_behind: set[str]) -> bool:
-        """Whether an upload has begun. The step of `kill` may be over, when kills before it came late: then the next."""
+        """Whether an upload has begun: of the step of `kill`, or of the next one where kills before it came late."""
         open_gate(self.gate, max(int(kill.at_step), self.last_step()) + 1)
         return bool(self.begun() and self.uncommitted() - left_behind)
 
