@@ -149,6 +149,13 @@ def test_the_label_of_the_window_stays_in_the_picture(edge: int, anchor: str) ->
     assert label.get("text-anchor") == anchor
 
 
+def test_an_axis_of_whole_numbers_names_each_once() -> None:
+    line = Line("l", "loss", [1.0, 2.0, 3.0], [3.0, 2.0, 1.0])
+    steps = Axis("step", "linear", lambda step: f"step {step:.0f}", whole=True)
+    svg = str(line_chart("c", "t", [line], steps, Axis("y", "linear", str)))
+    assert [svg.count(f">step {step}<") for step in (1, 2, 3)] == [1, 1, 1]
+
+
 def test_scales_and_ticks() -> None:
     assert Scale("log2", 256, 4096, 0, 4)(1024) == 2
     assert Scale("log2", 256, 4096, 0, 1).ticks(8) == [256, 512, 1024, 2048, 4096]

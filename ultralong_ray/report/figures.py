@@ -202,6 +202,7 @@ class Axis:
     kind: ScaleKind
     write: Callable[[float], str]
     from_zero: bool = False
+    whole: bool = False  # between whole numbers there is nothing
 
 
 def line_chart(
@@ -272,6 +273,8 @@ def _frame(across: Scale, up: Scale, x: Axis, y: Axis, ticks_up: int) -> list[st
             )
         )
     for tick in across.ticks(8):
+        if x.whole and not float(tick).is_integer():
+            continue
         at = across(tick)
         parts.append(element("path", d=f"M{at:.1f} {bottom:g}v4", class_="axis"))
         parts.append(element("text", text=x.write(tick), class_="tick", x=at, y=bottom + 17, text_anchor="middle"))

@@ -130,7 +130,7 @@ def _examples_per_score(benchmarks: dict[str, Any] | None) -> int:
 
 def _loss_charts(name: str, training: dict[str, Any]) -> list[Markup]:
     curves = training["curves"]
-    steps = Axis("optimizer step", "linear", words.tokens)
+    steps = Axis("optimizer step", "linear", words.tokens, whole=True)
     what = "Continued pretraining" if name == "pretrain" else "Fine-tuning"
     loss = Line("loss", "loss", curves["step"], curves["loss"])
     rate = Line("learning rate", "rate", curves["step"], curves["learning_rate"])
