@@ -8,9 +8,7 @@ from __future__ import annotations
 from datetime import timedelta
 
 FIRST_STEP_FACTOR = 10.0  # the first step of an attempt may take so many times a recipe's hang_timeout_seconds
-LEAST_FIRST_STEP_SECONDS = (
-    1800.0  # kernels are compiled and files opened in the first step; torch's own for a collective
-)
+LEAST_FIRST_STEP_SECONDS = 1800.0  # kernels are compiled and files opened in it
 SLOWEST_MFU = 0.05  # of a healthy run, in causal model FLOPs: a tenth of what was measured
 LEAST_CHECKPOINT_SECONDS = 3600.0  # outages that an upload outlasts included
 LATER_SECONDS = 600.0  # than the watchdog, which speaks first: it knows who is to blame
