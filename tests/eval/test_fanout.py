@@ -70,7 +70,9 @@ def test_whole_grid_then_only_what_is_missing(
     assert curve["bucket_end_tokens"][-1] == 200 and len(curve["loss"]) == recipe.evaluate.perplexity_buckets  # type: ignore[union-attr]
 
     marked = folder / "cells/base/192-0.json"
-    marked.write_text(json.dumps(json.loads(marked.read_text()) | {"score": 0.125}))
+    stored = json.loads(marked.read_text())
+    samples = [sample | {"score": 0.125} for sample in stored["samples"]]
+    marked.write_text(json.dumps(stored | {"score": 0.125, "samples": samples}))
     damaged = folder / "cells/final/256-100.json"
     whole = json.loads(damaged.read_text())
     damaged.write_bytes(damaged.read_bytes()[:100])
@@ -189,15 +191,15 @@ def test_a_killed_worker_costs_its_cell_at_most(
     class Dying(EvaluationWorker):
         cells = 0
 
-        def run(self, cell: Cell) -> float:
+        def run(self, cell: Cell) -> list[float]:
             self.cells += 1
             (begun / f"{cell.depth_percent:g}-{os.getpid()}").touch()
             dies = self.cells == 2 and not (begun / "dead").exists()
-            score = 0.0 if dies and not stored else super().run(cell)
+            points: list[float] = [] if dies and not stored else super().run(cell)
             if dies:
                 (begun / "dead").touch()
                 os.kill(os.getpid(), signal.SIGKILL)
-            return score
+            return points
 
     monkeypatch.setattr(fanout, "_REMOTE_WORKER", ray.remote(Dying))
     # one worker at a time, on both CPUs
