@@ -173,4 +173,5 @@ def test_half_a_character_of_an_answer_does_not_cost_the_page(tmp_path: Path) ->
     file.write_json({**file.read_json(), "samples": [made_sample(0.0, "cut \ud83d")]})
     write_report(recipe, directories, directories["report"])
     page = (tmp_path / directories["report"].location.name / "report.html").read_text(encoding="utf-8")
+    assert re.search(r"^code \{[^}]*unicode-bidi: isolate", page, re.M), "answers may run from right to left"
     assert "cut \N{REPLACEMENT CHARACTER}</code>" in page and "\N{REPLACEMENT CHARACTER} lost" in page
