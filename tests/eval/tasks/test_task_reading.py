@@ -106,6 +106,8 @@ def test_words_from_a_file_from_the_package_and_built_in(tmp_path: Path, monkeyp
         load_words(dictionary=put(tmp_path, "d.json", ["one"]))
     with pytest.raises(UserError, match="field 'verb' must be a list of words"):
         load_words(put(tmp_path, "w.json", {**lists, "verb": []}))
+    with pytest.raises(UserError, match=r"w.json: field 'noun' must be a list of words"):
+        load_words(put(tmp_path, "w.json", {**lists, "noun": [1, 2]}))
 
     def version(name: str) -> str:
         return "3.0.1"

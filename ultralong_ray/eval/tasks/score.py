@@ -61,4 +61,4 @@ def mean_percent(suite: str, scores: Sequence[float]) -> float:
         return ruler_mean(scores)
     if suite == "lveval":
         return lveval_mean(scores)
-    return 100 * (sum(scores) / len(scores))
+    return 100 * sum(scores) / len(scores)
