@@ -35,6 +35,8 @@ def test_grid_is_longest_first_and_complete(tmp_path: Path) -> None:
     files = {cell.result_file(Location.of("/s")).uri for cell in cells}
     assert len(files) == 10 and "/s/cells/final/512-22.2.json" in files and "/s/perplexity/base.json" in files
     assert len(grid(CONFIG, ["base"], None)) == 4
+    again = CONFIG.model_copy(update={"depths_percent": CONFIG.depths_percent * 2})
+    assert grid(again, ["base"], None) == grid(CONFIG, ["base"], None), "a depth that is named twice is asked once"
 
 
 def test_bucket_means_cover_every_target_once() -> None:

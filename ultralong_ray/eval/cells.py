@@ -82,7 +82,7 @@ def grid(config: EvaluateConfig, models: list[str], holdout: Location | None, ma
         Cell(model, length, depth, length * config.samples_per_cell, num_samples=config.samples_per_cell)
         for length in sorted(set(config.context_lengths), reverse=True)
         for model in models
-        for depth in sorted(config.depths_percent, reverse=True)  # each then reads on from what the last one holds
+        for depth in sorted(set(config.depths_percent), reverse=True)  # each then reads on from what the last one holds
         if config.passkey
     ]
     if maker is not None:
