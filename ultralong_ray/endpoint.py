@@ -136,7 +136,8 @@ class EndpointClient:
         address = f"{self._settings.base_url}{path}"
         try:
             async with self._session.request(method, address, json=body, allow_redirects=False) as response:
-                text = await response.text(errors="replace")
+                # JSON is UTF-8 (RFC 8259); a charset that the server names may be none that Python decodes
+                text = (await response.read()).decode(errors="replace")
                 return self._judge(path, response.status, text, response.headers, parse)
         except TimeoutError:
             return Failure(f"no answer within {self._section}.timeout_seconds {self._settings.timeout_seconds:g}")
@@ -146,12 +147,12 @@ class EndpointClient:
     def _judge(
         self, path: str, status: int, text: str, headers: Mapping[str, str], parse: Callable[[Any], Any]
     ) -> _Parsed | Failure:
-        said = self._clean(" ".join(text.split())[:QUOTED_CHARACTERS])
+        said = self._clean(" ".join(text.split()))[:QUOTED_CHARACTERS]  # in this order: a key may be cut in two
         base_url = self._settings.base_url
         if status == 200:
             try:
                 return _Parsed(parse(json.loads(text)))
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 return Failure(f"{error}: {said}", malformed=True)
         if status == 429 and "insufficient_quota" in text:
             raise UserError(f"{base_url}: the quota of this key is used up ({said}). Answers are kept")

@@ -22,6 +22,7 @@ class Served:
         self.window: int | None = None
         self.finish_reason, self.completion_tokens = "stop", 1
         self.prompt_tokens: int | None = None  # None: as many as were sent
+        self.content_type = "application/json"
         self.bodies: list[dict[str, Any]] = []
         self.keys: set[str | None] = set()
         self.open = self.most_open = 0
@@ -47,7 +48,7 @@ class Served:
             self.ended.wait()
             handler.close_connection = True
         elif fault is None or fault == "garbage":
-            send(handler, 200, text)
+            send(handler, 200, text, self.content_type)
         else:
             send(handler, *fault)
 
@@ -60,9 +61,10 @@ class Served:
         return json.dumps({"choices": [choice], "usage": usage})
 
 
-def send(handler: BaseHTTPRequestHandler, status: int, text: str) -> None:
+def send(handler: BaseHTTPRequestHandler, status: int, text: str, content_type: str = "application/json") -> None:
     data = text.encode()
     handler.send_response(status)
+    handler.send_header("Content-Type", content_type)
     handler.send_header("Content-Length", str(len(data)))
     handler.end_headers()
     handler.wfile.write(data)

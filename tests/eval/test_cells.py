@@ -14,7 +14,7 @@ import pytest
 
 from ultralong_ray.config import EvaluateConfig, Recipe
 from ultralong_ray.config.made_tasks import RulerTask
-from ultralong_ray.eval.cells import Cell, grid, run_cell, store_cell, stored_score
+from ultralong_ray.eval.cells import Cell, grid, run_cell, store_cell, stored_points
 from ultralong_ray.eval.generate import Engine
 from ultralong_ray.eval.making import Maker
 from ultralong_ray.eval.perplexity import bucket_means, run_perplexity
@@ -35,6 +35,8 @@ def test_grid_is_longest_first_and_complete(tmp_path: Path) -> None:
     files = {cell.result_file(Location.of("/s")).uri for cell in cells}
     assert len(files) == 10 and "/s/cells/final/512-22.2.json" in files and "/s/perplexity/base.json" in files
     assert len(grid(CONFIG, ["base"], None)) == 4
+    again = CONFIG.model_copy(update={"depths_percent": CONFIG.depths_percent * 2})
+    assert grid(again, ["base"], None) == grid(CONFIG, ["base"], None), "a depth that is named twice is asked once"
 
 
 def test_bucket_means_cover_every_target_once() -> None:
@@ -49,24 +51,25 @@ def test_bucket_means_cover_every_target_once() -> None:
 def test_stored_cells_are_used_only_when_whole_and_of_this_cell(tmp_path: Path) -> None:
     stage = Location.of(tmp_path)
     cell = Cell("base", 128, 22.2, 256, num_samples=2)
-    assert stored_score(CONFIG, cell, stage) is None
-    good = CellResult("base", 128, 22.2, 0.5, [{"right": True}, {"right": False}], 1.0)
+    assert stored_points(CONFIG, cell, stage) is None
+    good = CellResult("base", 128, 22.2, 0.5, [{"score": 1.0}, {"score": 0.0}], 1.0)
     store_cell(good, cell, stage)
-    assert stored_score(CONFIG, cell, stage) == 0.5
+    assert stored_points(CONFIG, cell, stage) == [1.0, 0.0]
     file = cell.result_file(stage)
     whole = file.read_bytes()
     for damaged in (b"", whole[:40], b"[]", b'{"model": "base"}', b"\xff\xfe"):
         file.write_bytes(damaged)
-        assert stored_score(CONFIG, cell, stage) is None, damaged
+        assert stored_points(CONFIG, cell, stage) is None, damaged
     for other in (
         {"model": "final"},
         {"context_length_tokens": 129},
         {"depth_percent": 0.0},
         {"samples": []},
+        {"samples": [{"score": None}, {"right": True}]},
         {"task": "ruler/vt"},
     ):
         file.write_json(asdict(good) | other)
-        assert stored_score(CONFIG, cell, stage) is None, other
+        assert stored_points(CONFIG, cell, stage) is None, other
 
 
 def test_a_cell_is_asked_and_kept_with_its_answers(tiny_llama: Path) -> None:
@@ -156,7 +159,7 @@ def test_malformed_answers_score_nothing_and_are_kept(tiny_llama: Path, tmp_path
     prompts, cell = _tiny_prompts(tiny_llama), grid(TASKS, ["base"], None, Maker({}))[0]
     result = run_cell(Parrot(answer), TASKS, cell, Maker({}), lambda chat: prompts)
     store_cell(result, cell, Location.of(tmp_path))
-    assert stored_score(TASKS, cell, Location.of(tmp_path)) == 0.0
+    assert stored_points(TASKS, cell, Location.of(tmp_path)) == [0.0] * cell.num_samples
     assert cell.result_file(Location.of(tmp_path)).read_json()["samples"][0]["answer"] == answer
 
 

@@ -70,7 +70,9 @@ def test_whole_grid_then_only_what_is_missing(
     assert curve["bucket_end_tokens"][-1] == 200 and len(curve["loss"]) == recipe.evaluate.perplexity_buckets  # type: ignore[union-attr]
 
     marked = folder / "cells/base/192-0.json"
-    marked.write_text(json.dumps(json.loads(marked.read_text()) | {"score": 0.125}))
+    stored = json.loads(marked.read_text())
+    samples = [sample | {"score": 0.125} for sample in stored["samples"]]
+    marked.write_text(json.dumps(stored | {"score": 0.125, "samples": samples}))
     damaged = folder / "cells/final/256-100.json"
     whole = json.loads(damaged.read_text())
     damaged.write_bytes(damaged.read_bytes()[:100])
@@ -189,15 +191,15 @@ def test_a_killed_worker_costs_its_cell_at_most(
     class Dying(EvaluationWorker):
         cells = 0
 
-        def run(self, cell: Cell) -> float:
+        def run(self, cell: Cell) -> list[float]:
             self.cells += 1
             (begun / f"{cell.depth_percent:g}-{os.getpid()}").touch()
             dies = self.cells == 2 and not (begun / "dead").exists()
-            score = 0.0 if dies and not stored else super().run(cell)
+            points: list[float] = [] if dies and not stored else super().run(cell)
             if dies:
                 (begun / "dead").touch()
                 os.kill(os.getpid(), signal.SIGKILL)
-            return score
+            return points
 
     monkeypatch.setattr(fanout, "_REMOTE_WORKER", ray.remote(Dying))
     # one worker at a time, on both CPUs
@@ -346,11 +348,10 @@ def test_a_cluster_too_small_for_one_worker_is_refused(local_ray: None, tiny_rec
 
 
 def test_summary_splits_at_the_base_window() -> None:
-    scores = {
-        Cell("base", n, d, 0): s for n, d, s in [(64, 0.0, 1.0), (64, 1.0, 0.8), (128, 0.0, 0.2), (256, 0.0, 0.0)]
-    }
-    scores |= {Cell("base", None, 0.0, 0): 0.0, Cell("final", 64, 0.0, 0): 0.3}
-    assert summarise(scores, "base", 64) == {
+    means = [(64, 0.0, 1.0), (64, 1.0, 0.8), (128, 0.0, 0.2), (256, 0.0, 0.0)]
+    points = {Cell("base", length, depth, 0): [mean, mean] for length, depth, mean in means}
+    points |= {Cell("base", None, 0.0, 0): [], Cell("final", 64, 0.0, 0): [0.3]}
+    assert summarise(points, "base", 64) == {
         "mean": 0.5,
         "min_cell": 0.0,
         "mean_within_base_window": 0.9,
@@ -362,10 +363,21 @@ def test_task_summary_weighs_shards_by_their_samples() -> None:
     def cell(task: str, length: int, shard: int, samples: int) -> Cell:
         return Cell("base", length, None, 1, task, 0, shard, 2 * shard, samples)
 
-    scores = {cell("ruler/vt", 512, 0, 2): 0.5, cell("ruler/vt", 512, 1, 1): 0.0, cell("ruler/vt", 1024, 0, 2): 1.0}
-    scores |= {cell("infinitebench/passkey", 512, 0, 3): 1 / 3, Cell("base", 64, 0.0, 0): 1.0}
-    assert summarise_tasks(scores, "base") == {
+    points = {cell("ruler/vt", 512, 1, 1): [0.0], cell("ruler/vt", 512, 0, 2): [0.5, 0.5]}
+    points |= {cell("ruler/vt", 1024, 0, 2): [1.0, 1.0], Cell("base", 64, 0.0, 0): [1.0]}
+    points |= {cell("infinitebench/passkey", 512, 0, 3): [1.0, 0.0, 0.0]}
+    assert summarise_tasks(points, "base") == {
         "infinitebench/passkey": {"512": pytest.approx(100 / 3)},
         "ruler/vt": {"512": 33.33, "1024": 100.0},
     }
-    assert summarise_tasks(scores, "final") == {}
+    assert summarise_tasks(points, "final") == {}
+
+
+def test_a_half_is_rounded_as_the_benchmark_does_it() -> None:
+    points = [0.2] * 46 + [0.0] * 18  # 14.375 %, in floating point a little less; by way of the shards' means more
+    shards = {
+        Cell("base", 512, None, 1, "ruler/vt", 0, shard, first, 25): points[first : first + 25]
+        for shard, first in enumerate((0, 25, 50))
+    }
+    official = round(sum(points) / len(points) * 100, 2)  # NVIDIA/RULER, scripts/eval/synthetic/constants.py
+    assert official == 14.37 and summarise_tasks(shards, "base") == {"ruler/vt": {"512": official}}

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.report.made_run import made_recipe, write_run, write_tasks
+from tests.report.made_run import made_recipe, made_sample, write_run, write_tasks
 from ultralong_ray.report.benchmarks import benchmark_facts
 from ultralong_ray.report.evaluation import evaluation_facts, verdict
 from ultralong_ray.report.page import write_report
@@ -155,3 +155,23 @@ def test_the_page_shows_every_number_of_the_tables_and_escapes_answers(tmp_path:
     assert facts["benchmarks"]["suites"][0]["models"][1]["rows"][0]["scores"][1]["low"] < 83.33
     links = set(re.findall(r'href="#(a-[^"]+)"', page))
     assert links and all(f'id="{link}"' in page for link in links)
+
+
+def test_lveval_rounds_a_half_as_its_own_code_does() -> None:
+    points = [0.5] * 23 + [0.0] * 57  # 14.375 %
+    assert Score("final", "lveval/cmrc_mixup_16k", 512, points).percent == round(100 * sum(points) / 80, 2) == 14.38
+    assert Score("final", "ruler/vt", 512, points).percent == round(sum(points) / 80 * 100, 2) == 14.37
+
+
+def test_half_a_character_of_an_answer_does_not_cost_the_page(tmp_path: Path) -> None:
+    recipe = made_recipe(tmp_path, tasks=[RULER])
+    directories = write_run(recipe)
+    write_tasks(
+        directories["evaluate"], {("final", "ruler/vt", 512): [0.0], ("final", "ruler/qa_1", 512): "\udc80 lost"}
+    )
+    file = directories["evaluate"].location / "cells/final/ruler/vt/512-shard0.json"
+    file.write_json({**file.read_json(), "samples": [made_sample(0.0, "cut \ud83d")]})
+    write_report(recipe, directories, directories["report"])
+    page = (tmp_path / directories["report"].location.name / "report.html").read_text(encoding="utf-8")
+    assert re.search(r"^code \{[^}]*unicode-bidi: isolate", page, re.M), "answers may run from right to left"
+    assert "cut \N{REPLACEMENT CHARACTER}</code>" in page and "\N{REPLACEMENT CHARACTER} lost" in page

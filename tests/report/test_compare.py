@@ -110,3 +110,14 @@ def test_nothing_in_common_is_an_error(tmp_path: Path) -> None:
     sides = [find_side(f"{stage.location}#{model}", None) for model in ("base", "final")]
     with pytest.raises(UserError, match="no task at the same length in common"):
         comparison_facts(*sides)
+
+
+def test_cells_that_failed_on_both_sides_with_other_numbers_of_samples_are_no_pairs(tmp_path: Path) -> None:
+    failed: dict[tuple[str, str, int], list[float] | str | None] = dict.fromkeys(POINTS, "out of memory")
+    stages = [_evaluation(tmp_path / name) for name in ("first", "second")]
+    for stage in stages:
+        write_tasks(stage, failed)
+    file = stages[1].location / "plan.json"
+    file.write_json({"cells": [{**cell, "num_samples": 2} for cell in file.read_json()["cells"]]})
+    facts = comparison_facts(*(find_side(f"{stage.location}#base", None) for stage in stages))
+    assert [(row["paired"], row["difference"]) for row in facts["rows"]] == [(False, 0.0)]

@@ -82,7 +82,7 @@ def grid(config: EvaluateConfig, models: list[str], holdout: Location | None, ma
         Cell(model, length, depth, length * config.samples_per_cell, num_samples=config.samples_per_cell)
         for length in sorted(set(config.context_lengths), reverse=True)
         for model in models
-        for depth in sorted(config.depths_percent, reverse=True)  # each then reads on from what the last one holds
+        for depth in sorted(set(config.depths_percent), reverse=True)  # each then reads on from what the last one holds
         if config.passkey
     ]
     if maker is not None:
@@ -237,8 +237,8 @@ def _passkey_requests(engine: Any, config: EvaluateConfig, cell: Cell) -> Iterat
         yield request, row, lambda answer, key=prompt.expected: float(is_right(answer, key))
 
 
-def stored_score(config: EvaluateConfig, cell: Cell, stage: Location) -> float | None:
-    """The score of a finished cell (0 for a finished curve), or None where it must be computed."""
+def stored_points(config: EvaluateConfig, cell: Cell, stage: Location) -> list[float] | None:
+    """The score of every sample of a finished cell (none for a finished curve), or None where it must be computed."""
     file = cell.result_file(stage)
     if not file.exists():
         return None
@@ -246,17 +246,21 @@ def stored_score(config: EvaluateConfig, cell: Cell, stage: Location) -> float |
         stored = file.read_json()
         if cell.context_length_tokens is None:
             whole = stored["model"] == cell.model and len(stored["loss"]) == len(stored["bucket_end_tokens"])
-            return 0.0 if whole else None
+            return [] if whole else None
         result = CellResult(**stored)
         found = (result.model, result.task, result.context_length_tokens, result.depth_percent, len(result.samples))
         asked = (cell.model, cell.task, cell.context_length_tokens, cell.depth_percent, cell.num_samples)
         if found == asked:
-            return result.score
+            return points_of(result)
     except (ValueError, TypeError, KeyError) as error:
         logger.warning("%s is damaged (%s) and will be computed again", file, error)
         return None
     logger.warning("%s is of another cell and will be computed again", file)
     return None
+
+
+def points_of(result: CellResult) -> list[float]:
+    return [float(sample["score"]) for sample in result.samples]
 
 
 def store_cell(result: CellResult, cell: Cell, stage: Location) -> None:

@@ -20,7 +20,7 @@ from ray.exceptions import RayActorError, RayTaskError
 
 from ultralong_ray.config import EvaluateConfig, ModelConfig, Recipe
 from ultralong_ray.config.engines import EndpointEngine, ShardedEngine, VllmEngine
-from ultralong_ray.eval.cells import Cell, grid, run_cell, store_cell, stored_score
+from ultralong_ray.eval.cells import Cell, grid, points_of, run_cell, store_cell, stored_points
 from ultralong_ray.eval.making import Maker, check_sections
 from ultralong_ray.eval.open_engine import open_engine
 from ultralong_ray.eval.order import next_cell
@@ -63,8 +63,8 @@ class EvaluationWorker:
         self._loaded: tuple[str, Any] | None = None
         self._prompts: dict[bool, Prompts] = {}  # of the loaded model, by whether its chat template is used
 
-    def run(self, cell: Cell) -> float:
-        """Compute and store one work item; returns its score (0 for a perplexity curve)."""
+    def run(self, cell: Cell) -> list[float]:
+        """Compute and store one work item; returns the score of every sample (none for a perplexity curve)."""
         try:
             return self._computed(cell)
         except UserError:
@@ -73,16 +73,16 @@ class EvaluationWorker:
             self._close()  # its cache may be half written, its ranks may wait for one another
             raise
 
-    def _computed(self, cell: Cell) -> float:
+    def _computed(self, cell: Cell) -> list[float]:
         inputs, engine = self._inputs, self._engine(cell.model)
         if cell.context_length_tokens is not None:
             result = run_cell(engine, inputs.config, cell, self._maker, self._prompts_of)
             store_cell(result, cell, inputs.stage)
-            return result.score
+            return points_of(result)
         assert inputs.holdout is not None
         curve = run_perplexity(engine, inputs.config, cell.model, inputs.holdout)
         cell.result_file(inputs.stage).write_json(curve)
-        return 0.0
+        return []
 
     def check(self, model: str) -> None:
         """Raises: UserError for a section of evaluate.tasks that could not be asked, and for a server that is away."""
@@ -135,17 +135,17 @@ def evaluate(
     inputs = _Inputs(config, models, holdout, stage.location, benchmark_files(recipe))
     cells = grid(config, list(models), holdout, Maker(inputs.files))
     (stage.location / PLAN_FILE).write_json({"cells": [{**asdict(cell), "file": cell.file} for cell in cells]})
-    scores = {cell: score for cell in cells if (score := stored_score(config, cell, stage.location)) is not None}
-    todo = [cell for cell in cells if cell not in scores]
-    logger.info("evaluate: %d work items, %d of them already stored", len(cells), len(scores))
+    points = {cell: found for cell in cells if (found := stored_points(config, cell, stage.location)) is not None}
+    todo = [cell for cell in cells if cell not in points]
+    logger.info("evaluate: %d work items, %d of them already stored", len(cells), len(points))
     failures: dict[Cell, str] = {}
     if todo:
-        pool = _Pool(inputs, deque(todo), recipe.cluster.node_label("eval"), len(scores))
+        pool = _Pool(inputs, deque(todo), recipe.cluster.node_label("eval"), len(points))
         limit = recipe.cluster.evaluation_workers
-        scores |= pool.run(min(limit, len(todo)) if limit else _num_workers(config, len(todo)))
+        points |= pool.run(min(limit, len(todo)) if limit else _num_workers(config, len(todo)))
         failures = pool.failures
-    _report_failures(failures, cells, scores, stage.location)
-    counted = scores | dict.fromkeys(failures, 0.0)
+    _report_failures(failures, len(cells), bool(points), stage.location)
+    counted = points | {cell: [0.0] * cell.num_samples for cell in failures}
     base_window = recipe.model.base_context_length
     return {
         "models": {name: summarise(counted, name, base_window) for name in models},
@@ -177,7 +177,7 @@ def benchmark_files(recipe: Recipe) -> dict[str, Location]:
     return files
 
 
-def _report_failures(failures: dict[Cell, str], cells: list[Cell], scores: dict[Cell, float], stage: Location) -> None:
+def _report_failures(failures: dict[Cell, str], num_cells: int, any_result: bool, stage: Location) -> None:
     """Say what failed, and keep it for the report. Raises: UserError when there is no result at all."""
     (stage / FAILED_FILE).write_json({cell.file: reason for cell, reason in failures.items()})
     if not failures:
@@ -189,12 +189,12 @@ def _report_failures(failures: dict[Cell, str], cells: list[Cell], scores: dict[
         f"  {names[0]}{f' and {len(names) - 1} more' if len(names) > 1 else ''}: {reason}"
         for reason, names in named.items()
     )
-    if not scores:
-        raise UserError(f"evaluate: all {len(cells)} work items failed:\n{reasons}")
+    if not any_result:
+        raise UserError(f"evaluate: all {num_cells} work items failed:\n{reasons}")
     logger.error(
         "evaluate: %d of %d work items failed and count 0. Submit again to try them, and only them, once more:\n%s",
         len(failures),
-        len(cells),
+        num_cells,
         reasons,
     )
 
@@ -242,9 +242,9 @@ class _Pool:
     _workers: list[_Worker] = field(default_factory=list)
     _running: dict[Any, tuple[_Worker, Cell]] = field(default_factory=dict)
 
-    def run(self, num_workers: int) -> dict[Cell, float]:
-        """Scores of the cells that could be computed; the rest is in `failures`."""
-        scores: dict[Cell, float] = {}
+    def run(self, num_workers: int) -> dict[Cell, list[float]]:
+        """Sample scores of the cells that could be computed; the rest is in `failures`."""
+        points: dict[Cell, list[float]] = {}
         progress = Progress(sum(cell.tokens for cell in self.todo), len(self.todo), self.num_stored)
         progress.show(0, num_workers)
         try:
@@ -256,14 +256,14 @@ class _Pool:
                 ready, _ = ray.wait(list(self._running), timeout=PROGRESS_SECONDS)
                 for reference in ready:
                     worker, cell = self._running.pop(reference)
-                    self._collect(reference, worker, cell, scores)
-                    if cell in scores or cell in self.failures:
+                    self._collect(reference, worker, cell, points)
+                    if cell in points or cell in self.failures:
                         progress.finished(cell)
                 progress.show(len(self.failures), len(self._running))
         finally:
             for worker in list(self._workers):
                 self._end(worker)
-        return scores
+        return points
 
     def _check(self, worker: _Worker) -> None:
         """Refuse what no worker could do. Whatever else goes wrong here is met again, and reported, cell by cell."""
@@ -277,10 +277,10 @@ class _Pool:
         except RayActorError:
             logger.warning("evaluate: the worker that checked the tasks was lost")
 
-    def _collect(self, reference: Any, worker: _Worker, cell: Cell, scores: dict[Cell, float]) -> None:
+    def _collect(self, reference: Any, worker: _Worker, cell: Cell, points: dict[Cell, list[float]]) -> None:
         held: Cell | None = cell  # by the worker's cache
         try:
-            scores[cell] = ray.get(reference)
+            points[cell] = ray.get(reference)
         except RayTaskError as error:
             cause = error.cause if error.cause is not None else error
             reason = str(cause) if isinstance(cause, UserError) else f"{type(cause).__name__}: {cause}"
@@ -291,9 +291,9 @@ class _Pool:
             self._end(worker)
             worker, held = self._new_worker(), None
             self._attempts[cell] = self._attempts.get(cell, 0) + 1
-            stored = stored_score(self.inputs.config, cell, self.inputs.stage)
+            stored = stored_points(self.inputs.config, cell, self.inputs.stage)
             if stored is not None:  # lost after it had stored the result, before it could say so
-                scores[cell] = stored
+                points[cell] = stored
             elif self._attempts[cell] < MAX_ATTEMPTS:
                 logger.warning("evaluate: the worker of %s was lost; the cell is tried again", cell.name)
                 self.todo.appendleft(cell)

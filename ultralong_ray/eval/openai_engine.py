@@ -205,18 +205,24 @@ class OpenAIEngine:
 
 
 def parse_completion(body: Any) -> Completion:
-    """The first choice of a (chat) completion; no text is an empty answer. Raises: ValueError for anything else."""
+    """The first choice of a (chat) completion; no text is an empty answer. Raises: ValueError for anything else, and
+    where an error stands beside the choices: gateways say so, with status 200, that their server failed on the way."""
     try:
         choice = body["choices"][0]
+        failed = body.get("error") or choice.get("error")
         text = choice["message"].get("content") if "message" in choice else choice["text"]
         usage = body.get("usage") or {}
         counts = [usage.get("prompt_tokens"), usage.get("completion_tokens")]
     except (KeyError, IndexError, TypeError, AttributeError) as error:
         raise ValueError(f"no completion ({type(error).__name__}: {error})") from None
+    if failed:
+        raise ValueError("no completion (an error stands beside it)")
     if not isinstance(text, str | None):
         raise ValueError(f"no completion (its text is {type(text).__name__})")
+    # JSON can name half of a character, which no file in UTF-8 holds
+    text = (text or "").encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     numbers = [count if isinstance(count, int) and not isinstance(count, bool) else None for count in counts]
-    return Completion(text or "", str(choice.get("finish_reason") or ""), numbers[0], numbers[1])
+    return Completion(text, str(choice.get("finish_reason") or ""), numbers[0], numbers[1])
 
 
 def window_of(body: Any, model: str) -> int | None:

@@ -15,7 +15,6 @@ from ultralong_ray.report.intervals import combined, interval, resampled
 from ultralong_ray.report.reading import StageReader, finite, json_safe
 
 PLAN_FILE, FAILED_FILE = "plan.json", "failed.json"
-ROUNDED = ("ruler", "lveval")  # suites that print means with two decimals
 CUT_SHORT = "length, after"  # begins the finish reason of such answers (eval/openai_engine.py)
 DOCUMENTS = "perplexity"  # the suite whose scores are losses of documents
 EXAMPLES = 4  # samples of a score that the page can show, wrong ones first
@@ -52,11 +51,13 @@ class Score:
 
     @property
     def percent(self) -> float | None:
-        """As the benchmark prints it: RULER and LV-Eval with two decimals."""
+        """As the benchmark prints it: RULER and LV-Eval with two decimals, each by its own order of arithmetic."""
         if not self.points:
             return None
+        if self.suite == "lveval":
+            return round(100 * sum(self.points) / len(self.points), 2)
         value = 100 * (sum(self.points) / len(self.points))
-        return round(value, 2) if self.suite in ROUNDED else value
+        return round(value, 2) if self.suite == "ruler" else value
 
     def loss_facts(self) -> dict[str, Any]:
         """Mean loss of the documents with its interval, and by position; empty for tasks of questions.
@@ -113,7 +114,7 @@ def read_scores(reader: StageReader, *, with_passkey: bool = False) -> list[Scor
             _add(score, stored, name, cell)
         elif cell["file"] in failed:
             score.failed[name] = str(failed[cell["file"]])
-            score.identities.append(f"{cell['depth_percent']} failed")
+            score.identities += [f"{cell['depth_percent']} failed"] * cell["num_samples"]
             _count(score, [0.0] * cell["num_samples"], cell)
         else:
             score.num_missing += cell["num_samples"]

@@ -12,7 +12,10 @@ from ultralong_ray.report.figures import answers_anchor, score_colour
 
 
 def rendered(template: str, **values: Any) -> str:
-    """Raises jinja2.UndefinedError where the template asks for a value that is not among them."""
+    """Text that can be written as UTF-8. Half characters, which JSON lets through, are replaced.
+
+    Raises jinja2.UndefinedError where the template asks for a value that is not among them.
+    """
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=jinja2.select_autoescape(enabled_extensions=("html.j2",), default=False),
@@ -28,4 +31,5 @@ def rendered(template: str, **values: Any) -> str:
         duration=words.duration,
         colour=score_colour,
     )
-    return environment.get_template(template).render(anchor=answers_anchor, **values)
+    text = environment.get_template(template).render(anchor=answers_anchor, **values)
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")

@@ -165,6 +165,7 @@ def test_a_bad_lveval_line_is_named(tmp_path: Path, tiny: Prompts, line: str, me
     [
         ("code_debug", {"options": ["a", "b"]}, "'options' must be a list of four texts"),
         ("code_debug", {"options": list("abcd"), "answer": "e"}, "answer 'e' is none of the options"),
+        ("code_debug", {"options": list("abcd"), "answer": [7, "A"]}, r"answer \[7, 'A'\] is none of the options"),
         ("code_run", {"input": "call it"}, "names no call"),
         ("math_find", {"input": "find"}, "does not say 'The ... number of'"),
         ("math_find", {"input": "The largest number of", "answer": "9"}, "answer '9' must be float"),

@@ -189,6 +189,11 @@ def test_too_short_and_too_little_data_are_explained(mark_tokenizer: Any, ruler_
     few = RulerData(Words("a few", ("cat", "dog"), ("red",), ("go",), tuple(f"n{i}" for i in range(52))))
     with pytest.raises(UserError, match="cwe at 8192 tokens needs more than the 52 words of a few"):
         ruler_sample("cwe", prompts, few, length_tokens=8192, index=0)
+    with pytest.raises(UserError, match=r"niah_multiquery needs 5 different pairs of an adjective .* a few has 2"):
+        ruler_sample("niah_multiquery", prompts, RulerData(few.words, ruler_data.essay), length_tokens=LENGTH, index=0)
+    fewer = RulerData(Words("a few", ("cat", "dog"), ("red",), ("go",)))
+    with pytest.raises(UserError, match="cwe needs 40 different words for its example, and a few has 6"):
+        ruler_sample("cwe", prompts, fewer, length_tokens=8192, index=0)
     with pytest.raises(UserError, match="chat_template is true"):
         mark_tokenizer.chat_template = None
         Prompts(mark_tokenizer, chat_template=True)

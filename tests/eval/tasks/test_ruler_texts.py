@@ -91,3 +91,10 @@ def test_a_short_essay_is_repeated(essay: Haystack) -> None:
     assert essay.text(size - 2, size + 3).split() == [*essay.words[-2:], *essay.words[:3]]
     assert essay.num_sentences(2 * size) == 120 and essay.num_sentences(2 * size + 1) == 121
     assert essay.sentence_start(61) == size + essay.sentence_starts[1]
+
+
+def test_no_two_of_the_asked_needles_have_one_key(essay: Haystack) -> None:
+    words = Words("five keys", ("cat",), ("red", "blue", "green", "black", "white"), ("go",))
+    for seed in range(20):
+        draft = needle_draft(NEEDLE_TASKS["niah_multiquery"], 50, random.Random(seed), 42, words, essay)
+        assert len(set(draft.facts["keys"])) == 4, "a key with two needles has no one answer"

@@ -46,6 +46,11 @@ def test_texts_of_every_form(tmp_path: Path) -> None:
         ("t.json", {"x": 1}, r't.json: a JSON text must be of the form \{"text"'),
         ("t.jsonl", '{"text": "a"}\n{"tex": "b"}', r"t.jsonl:2: no field 'text' \(fields: tex\)"),
         ("t.txt.gz", b"no gzip", r"t.txt.gz: damaged gzip file"),
+        ("t.txt.gz", gzip.compress(b"text")[:10] + b"\xff" * 20, r"t.txt.gz: damaged gzip file \(Error -3"),
+        ("t.jsonl", '{"text": "a"}\n{"text": ' + "1" * 5000 + "}", r"t.jsonl:2: JSON that Python does not read"),
+        ("t.jsonl", '{"text": ' + "[" * 100_000, r"t.jsonl:1: JSON that Python does not read"),
+        ("t.json", '{"text": ' + "1" * 5000 + "}", r"t.json: JSON that Python does not read"),
+        ("t.jsonl", r'{"text": "cut \ud83d"}', r"t.jsonl: row 1: field 'text' has half a character, '\\ud83d'"),
         ("t.txt", b"\xff\xfe", r"t.txt:1: not UTF-8 text at byte 0 of the file"),
         ("t.parquet", b"PAR1", r"t.parquet: no Parquet file with a text column"),
         ("t.jsonl", "\n", r"t.jsonl: no rows"),
@@ -101,6 +106,8 @@ def test_words_from_a_file_from_the_package_and_built_in(tmp_path: Path, monkeyp
         load_words(dictionary=put(tmp_path, "d.json", ["one"]))
     with pytest.raises(UserError, match="field 'verb' must be a list of words"):
         load_words(put(tmp_path, "w.json", {**lists, "verb": []}))
+    with pytest.raises(UserError, match=r"w.json: field 'noun' must be a list of words"):
+        load_words(put(tmp_path, "w.json", {**lists, "noun": [1, 2]}))
 
     def version(name: str) -> str:
         return "3.0.1"

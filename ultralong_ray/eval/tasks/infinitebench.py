@@ -211,7 +211,7 @@ def _label(task: str, row: dict[str, Any], where: str) -> Any:
     if not listed:
         raise UserError(f"{where}: field 'answer' is empty; mend the line")
     if task in _WITH_OPTIONS:
-        if len(listed) == 2 and listed[1] in ("A", "B", "C", "D"):
+        if len(listed) == 2 and isinstance(listed[0], str) and listed[1] in ("A", "B", "C", "D"):
             return listed
         if len(listed) != 1 or listed[0] not in row["options"]:
             raise UserError(f"{where}: answer {answer!r} is none of the options; mend the line")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import zlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,6 +17,8 @@ import pyarrow.parquet as pq
 from ultralong_ray.storage import Location
 from ultralong_ray.types import UserError
 
+_BEYOND_PYTHON = "JSON that Python does not read, for a number too long or lists nested too deeply"
+
 
 def read_text(file: Location) -> str:
     """A UTF-8 file as text. Raises: UserError when it is absent, damaged or in another encoding."""
@@ -24,7 +27,7 @@ def read_text(file: Location) -> str:
     data = file.read_bytes()
     try:
         return (gzip.decompress(data) if file.name.endswith(".gz") else data).decode()
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"{file}: damaged gzip file ({error}); fetch it again") from error
     except UnicodeDecodeError as error:
         line = error.object.count(b"\n", 0, error.start) + 1
@@ -37,6 +40,8 @@ def read_json(file: Location) -> Any:
         return json.loads(read_text(file))
     except json.JSONDecodeError as error:
         raise UserError(f"{file}:{error.lineno}: not JSON ({error.msg}); fetch the file again") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{file}: {_BEYOND_PYTHON} ({error}); mend the file") from error
 
 
 def read_rows(file: Location, fields: Sequence[str]) -> list[dict[str, Any]]:
@@ -50,6 +55,8 @@ def read_rows(file: Location, fields: Sequence[str]) -> list[dict[str, Any]]:
             row = json.loads(line)
         except json.JSONDecodeError as error:
             raise UserError(f"{file}:{number}: not JSON ({error.msg}); mend or remove the line") from error
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{file}:{number}: {_BEYOND_PYTHON} ({error}); mend or remove the line") from error
         if not isinstance(row, dict):
             raise UserError(f"{file}:{number}: a JSON object is needed, not {type(row).__name__}; mend the line")
         missing = [name for name in fields if name not in row]
@@ -66,6 +73,11 @@ def text_field(row: dict[str, Any], name: str, where: str) -> str:
     value = row[name]
     if not isinstance(value, str):
         raise UserError(f"{where}: field {name!r} must be text, not {type(value).__name__}; mend the line")
+    try:
+        value.encode()  # no tokenizer takes what JSON lets through: an emoji cut in two
+    except UnicodeEncodeError as error:
+        half = ascii(value[error.start])
+        raise UserError(f"{where}: field {name!r} has half a character, {half}; mend the line") from error
     return value
 
 

@@ -9,7 +9,7 @@ What differs from NVIDIA's generator, each for a reason:
   ones in steps of 10 documents, 500 words or 25 lines.
 - Solved examples (vt, cwe) stand in the user's message; for cwe NVIDIA repeats the whole chat template.
 - Where a budget is too short for NVIDIA's form, a smaller one is used and `facts["reduced"]` says so.
-- No filler needle repeats a key or value that is asked for.
+- No needle repeats the key or value of another one that is asked for.
 """
 
 from __future__ import annotations
@@ -148,7 +148,13 @@ def _needles(making: _Making, settings: NeedleSettings) -> Sample:
     facts: dict[str, Any] = {"words": data.words.source}
     if settings.haystack == "essay" and data.essay is not None:
         facts |= {"haystack": data.essay.source, "haystack_words": len(data.essay.words)}
-    needles = max(settings.num_keys, settings.num_queries) * settings.num_values
+    num_keys = max(settings.num_keys, settings.num_queries)
+    needles = num_keys * settings.num_values
+    if settings.keys == "words" and len(data.words.keys) <= num_keys:  # and one for the other lines
+        raise UserError(
+            f"ruler/{making.task} needs {num_keys + 1} different pairs of an adjective and a noun, and "
+            f"{data.words.source} has {len(data.words.keys)}; name longer lists of words"
+        )
     return making.filled(
         lambda units: needle_draft(settings, units, making.rng(), making.shuffle_seed, data.words, data.essay),
         least=1 if settings.haystack == "essay" else needles,
@@ -196,6 +202,11 @@ def _common_words(making: _Making) -> Sample:
         )
 
     official = LONG_REPEATS if making.length_tokens >= LONG_LISTS_FROM_TOKENS else SHORT_REPEATS
+    if most < official.example_words:
+        raise UserError(
+            f"ruler/cwe needs {official.example_words} different words for its example, and {words.source} has {most}; "
+            f"name longer lists of words, or a dictionary"
+        )
     smaller = [repeats for repeats in (SHORT_REPEATS, SHORTEST_REPEATS) if repeats != official]
     sample = _first_that_fits(
         lambda: attempt(official),

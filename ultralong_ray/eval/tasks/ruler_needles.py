@@ -59,16 +59,16 @@ def needle_draft(
     """A prompt of `units` essay words, noise lines or needle lines; the needles themselves come on top."""
     num_keys = max(settings.num_keys, settings.num_queries)
     keys, values = [], []
+    taken: set[str] = set()
     for _ in range(num_keys):
-        keys.append(_draw(settings.keys, rng, words))
-        values.append([_draw(settings.values, rng, words) for _ in range(settings.num_values)])
+        keys.append(_draw_new(settings.keys, rng, words, taken))
+        values.append([_draw_new(settings.values, rng, words, taken) for _ in range(settings.num_values)])
     needles = [_needle(settings, key, value) for key, of_key in zip(keys, values, strict=True) for value in of_key]
     random.Random(shuffle_seed).shuffle(needles)
     if settings.haystack == "essay":
         assert essay is not None
         context = _in_essay(needles, units, rng, essay)
     else:
-        taken = {*keys, *(value for of_key in values for value in of_key)}
         context = _in_lines(settings, needles, units, rng, words, taken)
     asked = rng.sample(range(num_keys), settings.num_queries)
     answers = tuple(value for i in asked for value in values[i])
@@ -94,6 +94,15 @@ def _draw(kind: Kind, rng: random.Random, words: Words) -> str:
     if kind == "words":
         return rng.choice(words.keys)
     return str(uuid.UUID(int=rng.getrandbits(128), version=4))
+
+
+def _draw_new(kind: Kind, rng: random.Random, words: Words, taken: set[str]) -> str:
+    """One that is not taken, which it then is: RULER leaves it to chance that a key has one answer."""
+    drawn = _draw(kind, rng, words)
+    while drawn in taken:
+        drawn = _draw(kind, rng, words)
+    taken.add(drawn)
+    return drawn
 
 
 def _needle(settings: NeedleSettings, key: str, value: str) -> str:

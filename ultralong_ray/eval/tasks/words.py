@@ -139,7 +139,8 @@ def load_words(lists: Location | None = None, dictionary: Location | None = None
     else:
         source, found = str(lists), read_json(lists)
         for name in BUILT_IN:
-            if not isinstance(found, dict) or not isinstance(found.get(name), list) or not found[name]:
+            listed = found.get(name) if isinstance(found, dict) else None
+            if not isinstance(listed, list) or not listed or not all(isinstance(word, str) for word in listed):
                 raise UserError(
                     f"{lists}: field {name!r} must be a list of words; see wonderwords {WONDERWORDS_VERSION}"
                 )
