@@ -13,6 +13,7 @@ from typing import Any
 
 from ultralong_ray.config import Recipe, TrainConfig
 from ultralong_ray.model.folder import HUB_ID, read_config, tensor_shapes
+from ultralong_ray.model.rope import to_older_hf
 from ultralong_ray.storage import Location, StageDirectory, copy_files, local_folder
 from ultralong_ray.types import UserError
 
@@ -26,6 +27,7 @@ def export(recipe: Recipe, model: Location, stage: StageDirectory, provenance: d
     """
     target = stage.location / "model"
     copy_files(model, target, skip=("README.md",))
+    _add_older_spelling(target / "config.json")
     with tempfile.TemporaryDirectory() as cache:  # evaluation may run on other machines
         folder = local_folder(target, Path(cache))
         found = verify(folder)
@@ -37,6 +39,15 @@ def export(recipe: Recipe, model: Location, stage: StageDirectory, provenance: d
         "max_position_embeddings": config["max_position_embeddings"],
         **found,
     }
+
+
+def _add_older_spelling(file: Location) -> None:
+    """Say RoPE and dtype once more as transformers 4.x does, which would read past both without a word.
+
+    transformers 5 reads either, and takes `rope_scaling` first where both are given.
+    """
+    config = file.read_json()
+    file.write_json(config | to_older_hf(config["rope_parameters"]) | {"torch_dtype": config["dtype"]})
 
 
 def verify(folder: Path) -> dict[str, Any]:
@@ -112,7 +123,8 @@ def _recipe_lines(recipe: Recipe, config: dict[str, Any]) -> list[str]:
     rope, prepare = recipe.model.rope, recipe.prepare
     lines = [
         f"- RoPE: scheme `{rope.scheme}`, factor {rope.factor:g} measured from "
-        f"{recipe.model.original_context_length:,} tokens; in `config.json`: `{config['rope_parameters']}`",
+        f"{recipe.model.original_context_length:,} tokens; in `config.json`: `{config['rope_parameters']}` "
+        f"(`rope_scaling` and `rope_theta` say the same to readers of transformers 4.x)",
         f"- Packing: sequences of {prepare.sequence_length:,} tokens, separator `{prepare.separator}`, "
         f"token budget {prepare.token_budget:,}, attention "
         + ("within each document" if recipe.pretrain.mask_documents else "causal over the whole pack"),

@@ -16,9 +16,9 @@ from ultralong_ray.config import ArchitectureConfig, ModelConfig, Recipe
 from ultralong_ray.model import rope as rope_schemes
 from ultralong_ray.model.folder import (
     INDEX_FILE,
-    TOKENIZER_FILES,
     base_folder,
     copy_file,
+    copy_tokenizer,
     read_config,
     tensor_shapes,
     weight_files,
@@ -43,8 +43,8 @@ CHECKED_FIELDS = (
     "rms_norm_eps",
     "tie_word_embeddings",
 )
-# Spellings of older transformers releases that the new block replaces.
-REPLACED_KEYS = ("rope_scaling", "rope_theta", "torch_dtype")
+# Spellings of older transformers releases that the new block replaces, and a field that would overrule the block's own.
+REPLACED_KEYS = ("rope_scaling", "rope_theta", "torch_dtype", "original_max_position_embeddings")
 
 
 def extend(recipe: Recipe, stage: StageDirectory) -> dict[str, Any]:
@@ -90,8 +90,8 @@ def extend(recipe: Recipe, stage: StageDirectory) -> dict[str, Any]:
 def check_base(model: ModelConfig, folder: Path, raw: dict[str, Any]) -> tuple[rope_schemes.HfRope, int]:
     """Refuse a base that the recipe does not describe or that cannot be extended; else its RoPE and head dimension.
 
-    Raises: UserError for another model family, a shape unlike `[model.architecture]`, sliding-window attention, a
-    RoPE measured from another original length, or one that is already stretched further.
+    Raises: UserError for another model family, quantised weights, a shape unlike `[model.architecture]`, sliding-window
+    attention, a RoPE measured from another original length, or one that is already stretched further.
     """
     from transformers import AutoConfig
 
@@ -99,6 +99,11 @@ def check_base(model: ModelConfig, folder: Path, raw: dict[str, Any]) -> tuple[r
         raise UserError(
             f"{folder}/config.json: model_type {raw.get('model_type')!r} is not supported; "
             f"supported: {', '.join(MODEL_CLASSES)}"
+        )
+    if quantised := raw.get("quantization_config"):
+        raise UserError(
+            f"{folder}/config.json: quantization_config {quantised.get('quant_method', quantised)}: training needs "
+            f"whole weights; give the model that this one was quantised from"
         )
     full = AutoConfig.from_pretrained(folder, trust_remote_code=False)  # fills in what config.json leaves to defaults
     _check_sliding_window(folder, full)
@@ -191,9 +196,7 @@ def _write_tokenizer(model: ModelConfig, folder: Path, target: Location) -> Any:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise UserError(f"{folder} has no tokenizer that transformers can read ({error})") from error
-    for name in TOKENIZER_FILES:
-        if (folder / name).is_file():
-            copy_file(folder / name, target / name)
+    copy_tokenizer(folder, target)
     limits = target / "tokenizer_config.json"
     settings = limits.read_json() if limits.exists() else {}
     limits.write_json(settings | {"model_max_length": model.exported_max_position_embeddings})

@@ -30,6 +30,7 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
     "chat_template.json",
 )
+TEMPLATES_FOLDER = "additional_chat_templates"  # where transformers puts all but the default one, as NAME.jinja
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 HUB_PATTERNS = ["*.json", "*.safetensors", "*.txt", "*.jinja", "tokenizer.model"]
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
@@ -123,3 +124,13 @@ def copy_file(source: Path | Location, target: Location) -> None:
         pafs.copy_files(
             origin.path, target.path, source_filesystem=origin.filesystem, destination_filesystem=target.filesystem
         )
+
+
+def copy_tokenizer(source: Path | Location, target: Location) -> None:
+    """Copy what there is of a tokenizer's files, every chat template included."""
+    origin = Location.of(source)
+    for name in TOKENIZER_FILES:
+        if (origin / name).exists():
+            copy_file(origin / name, target / name)
+    for template in (origin / TEMPLATES_FOLDER).files():
+        copy_file(template, target / TEMPLATES_FOLDER / template.name)
