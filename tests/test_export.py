@@ -88,6 +88,18 @@ def test_a_model_of_float32_angles_says_so(tiny_recipe: Make, tmp_path: Path) ->
     assert "exact" not in (folder / "README.md").read_text()
 
 
+def test_the_rounding_on_the_card_is_that_of_the_fastest_pair(tiny_recipe: Make, tmp_path: Path) -> None:
+    """Interpolation slows every pair: at 512 tokens and factor 8 no angle is beyond 64 rad."""
+    _, folder, _ = exported(tiny_recipe(model={"rope": {"scheme": "linear", "factor": 8.0}}), tmp_path)
+    assert "by up to 1.9e-06 rad at 512 tokens" in (folder / "README.md").read_text()
+
+
+def test_the_card_names_the_longest_sequences_of_either_training(tiny_recipe: Make, tmp_path: Path) -> None:
+    _, folder, _ = exported(tiny_recipe(prepare={"sequence_length": 256}), tmp_path)  # SFT: 512
+    card = (folder / "README.md").read_text()
+    assert "not trained on sequences longer than 512 tokens" in card and "rad at 512 tokens" in card
+
+
 def as_older(config: dict[str, Any]) -> dict[str, Any]:
     """What a reader that knows no `rope_parameters` and no `dtype` sees."""
     return {key: value for key, value in config.items() if key not in ("rope_parameters", "dtype")}
