@@ -120,6 +120,16 @@ def test_readers_of_the_older_spelling_find_the_same_rope_and_dtype(
     assert transformers.AutoConfig.from_pretrained(folder).rope_parameters == written
 
 
+def test_a_config_without_a_dtype_is_exported_as_it_is(tiny_recipe: Make, tmp_path: Path) -> None:
+    recipe = tiny_recipe()
+    trained = tmp_path / "trained"
+    shutil.copytree(recipe.model.base, trained)
+    config = json.loads((trained / "config.json").read_text())
+    (trained / "config.json").write_text(json.dumps({key: value for key, value in config.items() if key != "dtype"}))
+    found = export(recipe, Location.of(trained), stage_directory(recipe, "export"), {})
+    assert found["dtype"] == "float32"
+
+
 def test_every_chat_template_is_kept(tiny_recipe: Make, tiny_llama: Path, tmp_path: Path) -> None:
     base = tmp_path / "base"
     shutil.copytree(tiny_llama, base)

@@ -47,7 +47,8 @@ def _add_older_spelling(file: Location) -> None:
     transformers 5 reads either, and takes `rope_scaling` first where both are given.
     """
     config = file.read_json()
-    file.write_json(config | to_older_hf(config["rope_parameters"]) | {"torch_dtype": config["dtype"]})
+    dtype = {"torch_dtype": config["dtype"]} if "dtype" in config else {}
+    file.write_json(config | to_older_hf(config["rope_parameters"]) | dtype)
 
 
 def verify(folder: Path) -> dict[str, Any]:

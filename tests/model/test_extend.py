@@ -147,7 +147,7 @@ def test_random_init_writes_a_config_that_builds_a_model(tiny_recipe: Make) -> N
             "original_context_length 64 disagrees.*32",
         ),
         ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, {}, "quantization_config gptq.*whole weights"),
-        ({"vocab_size": 300}, {}, "tokenizer has ids up to 375.*vocab_size is 300"),
+        ({"vocab_size": 300}, {}, "tokenizer has ids up to 375.*vocab_size is 300; take out"),
     ],
 )
 def test_refusals(
@@ -156,6 +156,14 @@ def test_refusals(
     base = changed_base(**fields)
     with pytest.raises(UserError, match=words):
         run(tiny_recipe(model={"base": str(base), **model}))
+
+
+@pytest.mark.parametrize("name", ["generation_config.json", "model.safetensors.index.json"])
+def test_files_that_are_no_json_are_named(tiny_recipe: Make, changed_base: Callable[..., Path], name: str) -> None:
+    base = changed_base()
+    (base / name).write_text('{"cut": ')
+    with pytest.raises(UserError, match=rf"{name} is not valid JSON .*fetch the model again"):
+        run(tiny_recipe(model={"base": str(base)}))
 
 
 def test_pickled_weights_are_refused(tiny_recipe: Make, changed_base: Callable[..., Path]) -> None:

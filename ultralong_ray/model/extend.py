@@ -7,7 +7,6 @@ built from `[model.architecture]` and there are no weights. Read against transfo
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from ultralong_ray.model.folder import (
     copy_file,
     copy_tokenizer,
     read_config,
+    read_json,
     tensor_shapes,
     weight_files,
 )
@@ -68,7 +68,8 @@ def extend(recipe: Recipe, stage: StageDirectory) -> dict[str, Any]:
     vocabulary = max(tokenizer.get_vocab().values()) + 1
     if vocabulary > config["vocab_size"]:
         raise UserError(
-            f"{folder}: the tokenizer has ids up to {vocabulary - 1}, the model's vocab_size is {config['vocab_size']}"
+            f"{folder}: the tokenizer has ids up to {vocabulary - 1}, the model's vocab_size is {config['vocab_size']}; "
+            f"take out tokens that were added to it, or give a model that embeds them"
         )
     (target / "config.json").write_json(config)
     (target / "generation_config.json").write_json(_generation_config(folder, config, tokenizer))
@@ -210,7 +211,7 @@ def _generation_config(folder: Path, config: dict[str, Any], tokenizer: Any) -> 
     transformers writes on.
     """
     path = folder / "generation_config.json"
-    settings = json.loads(path.read_bytes()) if path.is_file() else {}
+    settings = read_json(path) if path.is_file() else {}
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         known = config.get(name) if config.get(name) is not None else getattr(tokenizer, name)
         if settings.get(name) is None and known is not None:

@@ -69,10 +69,15 @@ def _from_hub(model: ModelConfig) -> Path:
 
 def read_config(folder: Path) -> dict[str, Any]:
     """The raw `config.json`. Raises: UserError when it is not JSON."""
+    return read_json(folder / "config.json")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON file of a model folder. Raises: UserError when it is none."""
     try:
-        return json.loads((folder / "config.json").read_bytes())
+        return json.loads(path.read_bytes())
     except ValueError as error:
-        raise UserError(f"{folder}/config.json is not valid JSON ({error}); fetch the model again") from error
+        raise UserError(f"{path} is not valid JSON ({error}); fetch the model again") from error
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -81,7 +86,7 @@ def weight_files(folder: Path) -> list[Path]:
     Raises: UserError for a folder with pickled weights only, none at all, or a shard missing.
     """
     if (folder / INDEX_FILE).is_file():
-        names = sorted(set(json.loads((folder / INDEX_FILE).read_bytes())["weight_map"].values()))
+        names = sorted(set(read_json(folder / INDEX_FILE)["weight_map"].values()))
     elif (folder / WEIGHTS_FILE).is_file():
         names = [WEIGHTS_FILE]
     else:
