@@ -130,6 +130,16 @@ def test_a_config_without_a_dtype_is_exported_as_it_is(tiny_recipe: Make, tmp_pa
     assert found["dtype"] == "float32"
 
 
+def test_a_kernel_named_in_the_config_need_not_be_installed_here(tiny_recipe: Make, tmp_path: Path) -> None:
+    """Export runs on a CPU node, and only after the training."""
+    recipe = tiny_recipe()
+    trained = tmp_path / "trained"
+    shutil.copytree(recipe.model.base, trained)
+    config = json.loads((trained / "config.json").read_text()) | {"attn_implementation": "flash_attention_2"}
+    (trained / "config.json").write_text(json.dumps(config))
+    assert export(recipe, Location.of(trained), stage_directory(recipe, "export"), {})["dtype"] == "float32"
+
+
 def test_every_chat_template_is_kept(tiny_recipe: Make, tiny_llama: Path, tmp_path: Path) -> None:
     base = tmp_path / "base"
     shutil.copytree(tiny_llama, base)

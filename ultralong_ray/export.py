@@ -62,7 +62,12 @@ def verify(folder: Path) -> dict[str, Any]:
 
     tensor_shapes(folder)
     loaded: Any = AutoModelForCausalLM.from_pretrained(
-        folder, dtype="auto", output_loading_info=True, trust_remote_code=False, use_safetensors=True
+        folder,
+        dtype="auto",
+        output_loading_info=True,
+        trust_remote_code=False,
+        use_safetensors=True,
+        attn_implementation="eager",  # config.json may name a kernel that only GPU nodes have; nothing is computed here
     )
     model, info = loaded
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):

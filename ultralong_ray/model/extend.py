@@ -68,8 +68,8 @@ def extend(recipe: Recipe, stage: StageDirectory) -> dict[str, Any]:
     vocabulary = max(tokenizer.get_vocab().values()) + 1
     if vocabulary > config["vocab_size"]:
         raise UserError(
-            f"{folder}: the tokenizer has ids up to {vocabulary - 1}, the model's vocab_size is {config['vocab_size']}; "
-            f"take out tokens that were added to it, or give a model that embeds them"
+            f"{folder}: the tokenizer has ids up to {vocabulary - 1}, the model's vocab_size is "
+            f"{config['vocab_size']}; take out tokens that were added to it, or give a model that embeds them"
         )
     (target / "config.json").write_json(config)
     (target / "generation_config.json").write_json(_generation_config(folder, config, tokenizer))
