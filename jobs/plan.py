@@ -13,7 +13,7 @@ from ultralong_ray.plan import num_steps_known, plan_stages
 from ultralong_ray.planner.hardware import parse_cluster
 from ultralong_ray.planner.plan import as_json
 from ultralong_ray.planner.words import describe_plan
-from ultralong_ray.recipe import load_recipe
+from ultralong_ray.recipe import load_recipe, load_recipe_on
 from ultralong_ray.types import UserError
 
 
@@ -27,12 +27,14 @@ def main() -> int:
     parser.add_argument("--json", action="store_true", help="print the plans as JSON")
     arguments, overrides = parser.parse_known_args()
     try:
-        recipe = load_recipe(arguments.recipe, overrides)
         hardware = None
         if arguments.cluster is not None:
             hardware = parse_cluster(arguments.cluster, arguments.host_memory_gib, arguments.network_gbs)
+            recipe = load_recipe_on(arguments.recipe, hardware.num_gpus, overrides)
         elif arguments.host_memory_gib is not None or arguments.network_gbs is not None:
             raise UserError("--host-memory-gib and --network-gbs describe a --cluster; give one, as in 4xH200")
+        else:
+            recipe = load_recipe(arguments.recipe, overrides)
         outcomes = plan_stages(recipe, hardware)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from ultralong_ray.config import Recipe
 from ultralong_ray.export import export
 from ultralong_ray.model.extend import extend
+from ultralong_ray.model.rope import from_hf
 from ultralong_ray.model.save import save_hf_folder
 from ultralong_ray.stages import stage_directory
 from ultralong_ray.storage import Location
@@ -85,6 +86,68 @@ def test_a_model_of_float32_angles_says_so(tiny_recipe: Make, tmp_path: Path) ->
     _, folder, _ = exported(tiny_recipe(model={"rope": {"factor": 8.0, "angles": "float32"}}), tmp_path)
     assert json.loads((folder / "config.json").read_text())["rotary_angles"] == "float32"
     assert "exact" not in (folder / "README.md").read_text()
+
+
+def test_the_rounding_on_the_card_is_that_of_the_fastest_pair(tiny_recipe: Make, tmp_path: Path) -> None:
+    """Interpolation slows every pair: at 512 tokens and factor 8 no angle is beyond 64 rad."""
+    _, folder, _ = exported(tiny_recipe(model={"rope": {"scheme": "linear", "factor": 8.0}}), tmp_path)
+    assert "by up to 1.9e-06 rad at 512 tokens" in (folder / "README.md").read_text()
+
+
+def test_the_card_names_the_longest_sequences_of_either_training(tiny_recipe: Make, tmp_path: Path) -> None:
+    _, folder, _ = exported(tiny_recipe(prepare={"sequence_length": 256}), tmp_path)  # SFT: 512
+    card = (folder / "README.md").read_text()
+    assert "not trained on sequences longer than 512 tokens" in card and "rad at 512 tokens" in card
+
+
+def as_older(config: dict[str, Any]) -> dict[str, Any]:
+    """What a reader that knows no `rope_parameters` and no `dtype` sees."""
+    return {key: value for key, value in config.items() if key not in ("rope_parameters", "dtype")}
+
+
+@pytest.mark.parametrize("scheme", ["llama3", "ntk", "linear", "yarn", "none"])
+def test_readers_of_the_older_spelling_find_the_same_rope_and_dtype(
+    tiny_recipe: Make, tmp_path: Path, scheme: str
+) -> None:
+    """transformers 4.x ignores `rope_parameters`: without a word it would run the model unstretched, theta 10000."""
+    recipe = tiny_recipe(model={"rope": {"scheme": scheme, "factor": 8.0}})
+    _, folder, _ = exported(recipe, tmp_path)
+    config = json.loads((folder / "config.json").read_text())
+    assert from_hf(as_older(config)) == from_hf(config)
+    assert {"rope_theta", "type"}.isdisjoint(config["rope_scaling"] or {})  # 4.x warns of keys that it does not know
+    assert config["torch_dtype"] == config["dtype"] == "float32"
+    written = json.loads((tmp_path / "trained" / "config.json").read_text())["rope_parameters"]
+    assert transformers.AutoConfig.from_pretrained(folder).rope_parameters == written
+
+
+def test_a_config_without_a_dtype_is_exported_as_it_is(tiny_recipe: Make, tmp_path: Path) -> None:
+    recipe = tiny_recipe()
+    trained = tmp_path / "trained"
+    shutil.copytree(recipe.model.base, trained)
+    config = json.loads((trained / "config.json").read_text())
+    (trained / "config.json").write_text(json.dumps({key: value for key, value in config.items() if key != "dtype"}))
+    found = export(recipe, Location.of(trained), stage_directory(recipe, "export"), {})
+    assert found["dtype"] == "float32"
+
+
+def test_a_kernel_named_in_the_config_need_not_be_installed_here(tiny_recipe: Make, tmp_path: Path) -> None:
+    """Export runs on a CPU node, and only after the training."""
+    recipe = tiny_recipe()
+    trained = tmp_path / "trained"
+    shutil.copytree(recipe.model.base, trained)
+    config = json.loads((trained / "config.json").read_text()) | {"attn_implementation": "flash_attention_2"}
+    (trained / "config.json").write_text(json.dumps(config))
+    assert export(recipe, Location.of(trained), stage_directory(recipe, "export"), {})["dtype"] == "float32"
+
+
+def test_every_chat_template_is_kept(tiny_recipe: Make, tiny_llama: Path, tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(tiny_llama, base)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(base)
+    tokenizer.chat_template = {"default": tokenizer.chat_template, "tool_use": "{{ tools }}"}
+    tokenizer.save_pretrained(base)
+    _, folder, _ = exported(tiny_recipe(model={"base": str(base)}), tmp_path)
+    assert transformers.AutoTokenizer.from_pretrained(folder).chat_template == tokenizer.chat_template
 
 
 def change(folder: Path, edit: Callable[[dict[str, torch.Tensor]], None]) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 
 from ultralong_ray.config import Recipe, TrainConfig
 from ultralong_ray.model.folder import HUB_ID, read_config, tensor_shapes
+from ultralong_ray.model.rope import from_hf, inv_freq, to_older_hf
 from ultralong_ray.storage import Location, StageDirectory, copy_files, local_folder
 from ultralong_ray.types import UserError
 
@@ -26,6 +27,7 @@ def export(recipe: Recipe, model: Location, stage: StageDirectory, provenance: d
     """
     target = stage.location / "model"
     copy_files(model, target, skip=("README.md",))
+    _add_older_spelling(target / "config.json")
     with tempfile.TemporaryDirectory() as cache:  # evaluation may run on other machines
         folder = local_folder(target, Path(cache))
         found = verify(folder)
@@ -39,6 +41,16 @@ def export(recipe: Recipe, model: Location, stage: StageDirectory, provenance: d
     }
 
 
+def _add_older_spelling(file: Location) -> None:
+    """Say RoPE and dtype once more as transformers 4.x does, which would read past both without a word.
+
+    transformers 5 reads either, and takes `rope_scaling` first where both are given.
+    """
+    config = file.read_json()
+    dtype = {"torch_dtype": config["dtype"]} if "dtype" in config else {}
+    file.write_json(config | to_older_hf(config["rope_parameters"]) | dtype)
+
+
 def verify(folder: Path) -> dict[str, Any]:
     """Load a folder from disk as a user would and compare it with its own config.
 
@@ -50,7 +62,12 @@ def verify(folder: Path) -> dict[str, Any]:
 
     tensor_shapes(folder)
     loaded: Any = AutoModelForCausalLM.from_pretrained(
-        folder, dtype="auto", output_loading_info=True, trust_remote_code=False, use_safetensors=True
+        folder,
+        dtype="auto",
+        output_loading_info=True,
+        trust_remote_code=False,
+        use_safetensors=True,
+        attn_implementation="eager",  # config.json may name a kernel that only GPU nodes have; nothing is computed here
     )
     model, info = loaded
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
@@ -112,7 +129,8 @@ def _recipe_lines(recipe: Recipe, config: dict[str, Any]) -> list[str]:
     rope, prepare = recipe.model.rope, recipe.prepare
     lines = [
         f"- RoPE: scheme `{rope.scheme}`, factor {rope.factor:g} measured from "
-        f"{recipe.model.original_context_length:,} tokens; in `config.json`: `{config['rope_parameters']}`",
+        f"{recipe.model.original_context_length:,} tokens; in `config.json`: `{config['rope_parameters']}` "
+        f"(`rope_scaling` and `rope_theta` say the same to readers of transformers 4.x)",
         f"- Packing: sequences of {prepare.sequence_length:,} tokens, separator `{prepare.separator}`, "
         f"token budget {prepare.token_budget:,}, attention "
         + ("within each document" if recipe.pretrain.mask_documents else "causal over the whole pack"),
@@ -153,14 +171,20 @@ print(pipeline(messages, max_new_tokens=64)[0]["generated_text"][-1])
 ```"""
 
 
-def _angles_line(recipe: Recipe) -> str:
+def _longest_trained(recipe: Recipe) -> int:
+    return max(length for _, _, length in recipe.train_stages())
+
+
+def _angles_line(recipe: Recipe, config: dict[str, Any]) -> str:
     """Which rotary angles the model was trained with, and what it meets elsewhere."""
     elsewhere = "transformers and vLLM compute rotary angles (position x frequency) in float32"
     if recipe.model.rope.angles == "float32":
         return f"- {elsewhere}; so did the training of this model (`rotary_angles` in `config.json`)."
-    # Half the spacing of float32 at the largest angles, those of pairs that turn by nearly 1 rad a token.
-    length = recipe.prepare.sequence_length
-    worst = math.ldexp(0.5, math.frexp(length - 1)[1] - 24)
+    # Half the spacing of float32 at the largest angles, those of the first pair; interpolation slows that one too.
+    length, found = _longest_trained(recipe), from_hf(config)
+    head_dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+    fastest = inv_freq(found.rope, head_dim, found.theta, found.original_context_length or 0)[0]
+    worst = math.ldexp(0.5, math.frexp((length - 1) * fastest)[1] - 24)
     return (
         f"- This model was trained with exact rotary angles (`rotary_angles` in `config.json`). {elsewhere}, which "
         f"rounds the angles of the fastest pairs by up to {worst:.2g} rad at {length:,} tokens; "
@@ -171,8 +195,8 @@ def _angles_line(recipe: Recipe) -> str:
 def _limits(recipe: Recipe, config: dict[str, Any]) -> list[str]:
     return [
         f"- `max_position_embeddings` is {config['max_position_embeddings']:,}; the model was not trained on sequences "
-        f"longer than {recipe.prepare.sequence_length:,} tokens.",
-        _angles_line(recipe),
+        f"longer than {_longest_trained(recipe):,} tokens.",
+        _angles_line(recipe, config),
         "- Language, knowledge, biases and licence terms of the base model carry over.",
         "- Scores are not part of this card; the run's report has them.",
     ]

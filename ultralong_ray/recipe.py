@@ -32,6 +32,19 @@ def load_recipe(path: str, overrides: list[str] | None = None) -> Recipe:
         raise UserError(explain(error, path)) from None
 
 
+def load_recipe_on(path: str, num_workers: int, overrides: list[str]) -> Recipe:
+    """The recipe for so many workers in place of its own; as it stands where that is all that makes it invalid.
+
+    Raises: UserError as `load_recipe` does.
+    """
+    try:
+        return load_recipe(path, [*overrides, f"cluster.num_workers={num_workers}"])
+    except UserError as refusal:
+        with contextlib.suppress(UserError):
+            return load_recipe(path, overrides)
+        raise refusal
+
+
 def with_values(recipe: Recipe, values: dict[str, Any], what: str) -> Recipe:
     """`recipe` with dotted keys changed. Raises UserError, which names `what`, where that makes no valid recipe."""
     changed = recipe.model_dump(mode="json", exclude_unset=True)

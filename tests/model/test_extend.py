@@ -78,6 +78,14 @@ def test_old_spelling_of_rope_is_replaced(tiny_recipe: Make, changed_base: Calla
     assert (summary["base_rope_scheme"], summary["base_rope_factor"]) == ("linear", 2.0)
 
 
+def test_the_original_length_is_the_recipes(tiny_recipe: Make, changed_base: Callable[..., Path]) -> None:
+    """Beside the RoPE block transformers takes this field before the one inside."""
+    recipe = tiny_recipe(model={"base": str(changed_base(original_max_position_embeddings=32))})
+    folder, _ = run(recipe)
+    found: Any = AutoModelForCausalLM.from_pretrained(folder).model.rotary_emb.inv_freq
+    np.testing.assert_allclose(found.numpy(), inv_freq(recipe.model.rope, 8, 10_000.0, 64), rtol=1e-6)
+
+
 @pytest.mark.parametrize("written", [None, {}, {"eos_token_id": [1, 9]}], ids=["absent", "empty", "own"])
 def test_answers_end_at_the_tokenizers_eos_where_nothing_else_is_said(
     tiny_recipe: Make, changed_base: Callable[..., Path], written: dict[str, Any] | None
@@ -138,7 +146,8 @@ def test_random_init_writes_a_config_that_builds_a_model(tiny_recipe: Make) -> N
             {},
             "original_context_length 64 disagrees.*32",
         ),
-        ({"vocab_size": 300}, {}, "tokenizer has ids up to 375.*vocab_size is 300"),
+        ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, {}, "quantization_config gptq.*whole weights"),
+        ({"vocab_size": 300}, {}, "tokenizer has ids up to 375.*vocab_size is 300; take out"),
     ],
 )
 def test_refusals(
@@ -147,6 +156,14 @@ def test_refusals(
     base = changed_base(**fields)
     with pytest.raises(UserError, match=words):
         run(tiny_recipe(model={"base": str(base), **model}))
+
+
+@pytest.mark.parametrize("name", ["generation_config.json", "model.safetensors.index.json"])
+def test_files_that_are_no_json_are_named(tiny_recipe: Make, changed_base: Callable[..., Path], name: str) -> None:
+    base = changed_base()
+    (base / name).write_text('{"cut": ')
+    with pytest.raises(UserError, match=rf"{name} is not valid JSON .*fetch the model again"):
+        run(tiny_recipe(model={"base": str(base)}))
 
 
 def test_pickled_weights_are_refused(tiny_recipe: Make, changed_base: Callable[..., Path]) -> None:

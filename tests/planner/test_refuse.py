@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from typing import Literal
+
 import pytest
 
 from tests.planner.shapes import llama_recipe
@@ -42,6 +45,63 @@ def test_every_proposal_fits_and_the_refused_one_does_not(
         assert proposal.words in str(refusal)
         assert fastest(proposal.section, proposal.hardware) is not None
     assert f"the smallest change that fits: {refusal.proposals[0].words}" in str(refusal)
+
+
+SEVENTY_B = tuple(
+    f"model.architecture.{field}"
+    for field in (
+        "hidden_size=8192",
+        "intermediate_size=28672",
+        "num_hidden_layers=80",
+        "num_attention_heads=64",
+    )
+)
+NINE = "pretrain.global_batch_sequences = 9 (it is 8) with cluster.num_workers = 12"
+ODD = [
+    # GPUs in threes share no batch of 8 or 4: the fewest GPUs more that do, even if not a multiple; another batch
+    ("1m", "3xH200", "pretrain", (), ("4 GPUs",)),
+    ("1m", "7xH100", "pretrain", (), ("8 GPUs",)),
+    ("1m", "12xH100", "pretrain", ("sft.global_batch_sequences=144",), ("16 GPUs", NINE)),
+    (
+        "2m",
+        "3x8xH100",
+        "pretrain",
+        ("sft.global_batch_sequences=96",),
+        ("32 GPUs", "pretrain.global_batch_sequences = 3"),
+    ),
+    ("1m", "2x3xH200", "sft", ("pretrain.global_batch_sequences=6",), ("sft.global_batch_sequences = 129",)),
+    # what trains the same is given up before anything that does not
+    ("1m", "16xH100", "pretrain", (*SEVENTY_B, "pretrain.zero_stage=1"), ("pretrain.zero_stage = 3",)),
+    ("1m", "2xH100", "pretrain", ("pretrain.micro_batch_sequences=4",), ("pretrain.micro_batch_sequences = 1",)),
+    # a sample is never cut, so its limit follows the sequence
+    (
+        "1m",
+        "1xH100",
+        "sft",
+        ("sft.sequence_length=262144", "sft.max_sample_tokens=262144", "sft.micro_batch_sequences=2"),
+        ("sft.micro_batch_sequences = 1",),
+    ),
+    (
+        "1m",
+        "1xH100",
+        "sft",
+        ("sft.sequence_length=786432", "sft.max_sample_tokens=700000"),
+        ("2 GPUs", "sft.sequence_length = 442368 and sft.max_sample_tokens = 442368"),
+    ),
+]
+
+
+@pytest.mark.parametrize(("tag", "cluster", "section", "overrides", "words"), ODD)
+def test_the_changes_proposed_are_accepted_by_the_recipe(
+    tag: str, cluster: str, section: Literal["pretrain", "sft"], overrides: tuple[str, ...], words: tuple[str, ...]
+) -> None:
+    with pytest.raises(PlanRefused) as caught:
+        plan_training(llama_recipe(tag, *overrides), section, parse_cluster(cluster))
+    said = [proposal.words for proposal in caught.value.proposals]
+    assert [found[: len(word)] for found, word in zip(said, words, strict=False)] == list(words), said
+    for proposal in caught.value.proposals:
+        fields = [f"{name}={value}" for name, value in re.findall(r"([a-z_]+\.[a-z_]+) = (\w+)", proposal.words)]
+        plan_training(llama_recipe(tag, *overrides, *fields), section, proposal.hardware)
 
 
 def test_given_fields_are_named_and_let_go_first() -> None:

@@ -48,6 +48,16 @@ def test_the_job_explains_arguments_it_cannot_use() -> None:
     assert done.returncode == 2 and "give one, as in 4xH200" in done.stderr
 
 
+def test_degrees_are_held_against_the_cluster_that_is_asked_about() -> None:
+    """The recipe's own cluster has 32 workers, which no group of 128 divides."""
+    degrees = ("--pretrain.ulysses_degree", "8", "--pretrain.ring_degree", "16")
+    done = run_job("jobs/recipes/llama31_8b_4m.toml", "--cluster", "16x8xH100", *degrees)
+    assert done.returncode == 0, done.stderr
+    assert "Ulysses 8 x ring 16 x data-parallel 1" in done.stdout
+    done = run_job("jobs/recipes/llama31_8b_4m.toml", "--cluster", "3xH100", *degrees)
+    assert done.returncode == 2 and "cluster.num_workers 3 is not a multiple of" in done.stderr
+
+
 @pytest.mark.parametrize("numbers", [(0.0, None), (-5.0, None), (None, 0.0), (None, math.nan)])
 def test_a_node_without_memory_or_network_is_refused(numbers: tuple[float | None, float | None]) -> None:
     with pytest.raises(UserError, match="is not a size; give a number above 0"):

@@ -7,7 +7,6 @@ built from `[model.architecture]` and there are no weights. Read against transfo
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 from typing import Any
@@ -16,10 +15,11 @@ from ultralong_ray.config import ArchitectureConfig, ModelConfig, Recipe
 from ultralong_ray.model import rope as rope_schemes
 from ultralong_ray.model.folder import (
     INDEX_FILE,
-    TOKENIZER_FILES,
     base_folder,
     copy_file,
+    copy_tokenizer,
     read_config,
+    read_json,
     tensor_shapes,
     weight_files,
 )
@@ -43,8 +43,8 @@ CHECKED_FIELDS = (
     "rms_norm_eps",
     "tie_word_embeddings",
 )
-# Spellings of older transformers releases that the new block replaces.
-REPLACED_KEYS = ("rope_scaling", "rope_theta", "torch_dtype")
+# Spellings of older transformers releases that the new block replaces, and a field that would overrule the block's own.
+REPLACED_KEYS = ("rope_scaling", "rope_theta", "torch_dtype", "original_max_position_embeddings")
 
 
 def extend(recipe: Recipe, stage: StageDirectory) -> dict[str, Any]:
@@ -68,7 +68,8 @@ def extend(recipe: Recipe, stage: StageDirectory) -> dict[str, Any]:
     vocabulary = max(tokenizer.get_vocab().values()) + 1
     if vocabulary > config["vocab_size"]:
         raise UserError(
-            f"{folder}: the tokenizer has ids up to {vocabulary - 1}, the model's vocab_size is {config['vocab_size']}"
+            f"{folder}: the tokenizer has ids up to {vocabulary - 1}, the model's vocab_size is "
+            f"{config['vocab_size']}; take out tokens that were added to it, or give a model that embeds them"
         )
     (target / "config.json").write_json(config)
     (target / "generation_config.json").write_json(_generation_config(folder, config, tokenizer))
@@ -90,8 +91,8 @@ def extend(recipe: Recipe, stage: StageDirectory) -> dict[str, Any]:
 def check_base(model: ModelConfig, folder: Path, raw: dict[str, Any]) -> tuple[rope_schemes.HfRope, int]:
     """Refuse a base that the recipe does not describe or that cannot be extended; else its RoPE and head dimension.
 
-    Raises: UserError for another model family, a shape unlike `[model.architecture]`, sliding-window attention, a
-    RoPE measured from another original length, or one that is already stretched further.
+    Raises: UserError for another model family, quantised weights, a shape unlike `[model.architecture]`, sliding-window
+    attention, a RoPE measured from another original length, or one that is already stretched further.
     """
     from transformers import AutoConfig
 
@@ -99,6 +100,11 @@ def check_base(model: ModelConfig, folder: Path, raw: dict[str, Any]) -> tuple[r
         raise UserError(
             f"{folder}/config.json: model_type {raw.get('model_type')!r} is not supported; "
             f"supported: {', '.join(MODEL_CLASSES)}"
+        )
+    if quantised := raw.get("quantization_config"):
+        raise UserError(
+            f"{folder}/config.json: quantization_config {quantised.get('quant_method', quantised)}: training needs "
+            f"whole weights; give the model that this one was quantised from"
         )
     full = AutoConfig.from_pretrained(folder, trust_remote_code=False)  # fills in what config.json leaves to defaults
     _check_sliding_window(folder, full)
@@ -191,9 +197,7 @@ def _write_tokenizer(model: ModelConfig, folder: Path, target: Location) -> Any:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise UserError(f"{folder} has no tokenizer that transformers can read ({error})") from error
-    for name in TOKENIZER_FILES:
-        if (folder / name).is_file():
-            copy_file(folder / name, target / name)
+    copy_tokenizer(folder, target)
     limits = target / "tokenizer_config.json"
     settings = limits.read_json() if limits.exists() else {}
     limits.write_json(settings | {"model_max_length": model.exported_max_position_embeddings})
@@ -207,7 +211,7 @@ def _generation_config(folder: Path, config: dict[str, Any], tokenizer: Any) -> 
     transformers writes on.
     """
     path = folder / "generation_config.json"
-    settings = json.loads(path.read_bytes()) if path.is_file() else {}
+    settings = read_json(path) if path.is_file() else {}
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         known = config.get(name) if config.get(name) is not None else getattr(tokenizer, name)
         if settings.get(name) is None and known is not None:

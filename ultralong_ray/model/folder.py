@@ -30,6 +30,7 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
     "chat_template.json",
 )
+TEMPLATES_FOLDER = "additional_chat_templates"  # where transformers puts all but the default one, as NAME.jinja
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 HUB_PATTERNS = ["*.json", "*.safetensors", "*.txt", "*.jinja", "tokenizer.model"]
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
@@ -68,10 +69,15 @@ def _from_hub(model: ModelConfig) -> Path:
 
 def read_config(folder: Path) -> dict[str, Any]:
     """The raw `config.json`. Raises: UserError when it is not JSON."""
+    return read_json(folder / "config.json")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON file of a model folder. Raises: UserError when it is none."""
     try:
-        return json.loads((folder / "config.json").read_bytes())
+        return json.loads(path.read_bytes())
     except ValueError as error:
-        raise UserError(f"{folder}/config.json is not valid JSON ({error}); fetch the model again") from error
+        raise UserError(f"{path} is not valid JSON ({error}); fetch the model again") from error
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -80,7 +86,7 @@ def weight_files(folder: Path) -> list[Path]:
     Raises: UserError for a folder with pickled weights only, none at all, or a shard missing.
     """
     if (folder / INDEX_FILE).is_file():
-        names = sorted(set(json.loads((folder / INDEX_FILE).read_bytes())["weight_map"].values()))
+        names = sorted(set(read_json(folder / INDEX_FILE)["weight_map"].values()))
     elif (folder / WEIGHTS_FILE).is_file():
         names = [WEIGHTS_FILE]
     else:
@@ -123,3 +129,13 @@ def copy_file(source: Path | Location, target: Location) -> None:
         pafs.copy_files(
             origin.path, target.path, source_filesystem=origin.filesystem, destination_filesystem=target.filesystem
         )
+
+
+def copy_tokenizer(source: Path | Location, target: Location) -> None:
+    """Copy what there is of a tokenizer's files, every chat template included."""
+    origin = Location.of(source)
+    for name in TOKENIZER_FILES:
+        if (origin / name).exists():
+            copy_file(origin / name, target / name)
+    for template in (origin / TEMPLATES_FOLDER).files():
+        copy_file(template, target / TEMPLATES_FOLDER / template.name)

@@ -93,6 +93,12 @@ def to_hf(rope: RopeConfig, head_dim: int, theta: float, original_context_length
     return block | {"beta_slow": rope.low_freq_factor, "beta_fast": rope.high_freq_factor}
 
 
+def to_older_hf(block: dict[str, Any]) -> dict[str, Any]:
+    """The two fields by which transformers 4.x, and engines built on it, say what `rope_parameters` says."""
+    scaling = {name: value for name, value in block.items() if name != "rope_theta"}
+    return {"rope_theta": block["rope_theta"], "rope_scaling": None if block["rope_type"] == "default" else scaling}
+
+
 @dataclass(frozen=True, slots=True)
 class HfRope:
     """What a Hugging Face config says about positions. `original_context_length` is None where it says nothing."""

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from ultralong_ray.model.folder import INDEX_FILE, TOKENIZER_FILES, WEIGHTS_FILE, copy_file
+from ultralong_ray.model.folder import INDEX_FILE, WEIGHTS_FILE, copy_file, copy_tokenizer
 from ultralong_ray.storage import Location
 from ultralong_ray.types import UserError
 
@@ -51,9 +51,9 @@ def save_hf_folder(
         shards.add(name, kept)
     config.pop("torch_dtype", None)
     (target / "config.json").write_json(config | {"dtype": str(dtype).removeprefix("torch.")})
-    for name in ("generation_config.json", *TOKENIZER_FILES):
-        if (source / name).exists():
-            copy_file(source / name, target / name)
+    if (source / "generation_config.json").exists():
+        copy_file(source / "generation_config.json", target / "generation_config.json")
+    copy_tokenizer(source, target)
     shards.finish()
 
 

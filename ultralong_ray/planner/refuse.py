@@ -12,6 +12,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
+from ultralong_ray.config import SftConfig
 from ultralong_ray.planner.choose import TILES, fastest, keep_policy, legal, most_on_device, workload
 from ultralong_ray.planner.costs import COSTS
 from ultralong_ray.planner.hardware import Hardware
@@ -19,7 +20,8 @@ from ultralong_ray.planner.predict import Prediction, predict_work
 from ultralong_ray.planner.section import Section
 from ultralong_ray.types import TrainPlan, UserError
 
-GPU_FACTORS = (2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
+MOST_GPUS = 4096  # of a proposal
+LEANEST_FIELDS = {"gradient_checkpointing": True, "zero_stage": 3, "micro_batch_sequences": 1}  # all train the same
 LENGTH_STEPS = 16
 HOST_STEP_GIB = 16  # proposals are rounded up to this
 
@@ -55,17 +57,18 @@ def refusal(section: Section, hardware: Hardware) -> PlanRefused:
         lines.append(f"  the smallest change that fits: {found[0].words}")
         lines += [f"  or: {proposal.words}" for proposal in found[1:]]
     else:
-        lines.append("  no single change was found that fits; more GPUs and a shorter length together would")
+        lines.append("  no single change was found that fits; try more GPUs and a shorter length together")
     return PlanRefused("\n".join(lines), found, _forced(section, hardware))
 
 
 def proposals(section: Section, hardware: Hardware) -> Iterator[Proposal]:
-    """Changes that make it fit, verified: a field, then host memory, then GPUs, then a shorter sequence."""
+    """Changes that make it fit, verified: a field, then host memory, GPUs, a shorter sequence, another batch."""
     for candidates in (
         _other_fields(section, hardware),
         _more_host_memory(section, hardware),
         _more_gpus(section, hardware),
         _shorter(section, hardware),
+        _other_batch(section, hardware),
     ):
         for words, changed, larger in candidates:
             best = fastest(changed, larger)
@@ -78,13 +81,13 @@ Candidates = Iterator[tuple[str, Section, Hardware]]
 
 
 def _other_fields(section: Section, hardware: Hardware) -> Candidates:
-    """Each given field left to the planner, the dearest last; then all of them."""
+    """Each given field left to the planner, the dearest last; then those that it never sets; then all given ones."""
     for name in reversed(section.given):
         words = f'{section.name}.{name} = "auto" (it is {_toml(section.given[name])})'
         yield words, section.changed(**{name: "auto"}), hardware
-    if not section.train.gradient_checkpointing:
-        words = f"{section.name}.gradient_checkpointing = true"
-        yield words, section.changed(gradient_checkpointing=True), hardware
+    for name, value in LEANEST_FIELDS.items():
+        if getattr(section.train, name) != value:
+            yield f"{section.name}.{name} = {_toml(value)}", section.changed(**{name: value}), hardware
     if len(section.given) > 1:
         names = ", ".join(section.given)
         yield (
@@ -108,11 +111,10 @@ def _more_host_memory(section: Section, hardware: Hardware) -> Candidates:
 
 
 def _more_gpus(section: Section, hardware: Hardware) -> Candidates:
-    """Nodes of the same kind; a node that is not full gets more GPUs first, with host memory in proportion."""
-    for factor in GPU_FACTORS:
-        number = hardware.num_gpus * factor
-        if number > hardware.gpus_per_node and number % hardware.gpus_per_node:
-            continue
+    """The fewest first: a node that is not full gets more, with host memory in proportion; then whole nodes."""
+    now, of_node = hardware.num_gpus, hardware.gpus_per_node
+    whole_nodes = range((now // of_node + 1) * of_node, MOST_GPUS + 1, of_node)
+    for number in itertools.chain(range(now + 1, of_node), whole_nodes):
         growth = min(number, hardware.gpus_per_node) / hardware.gpus_on_a_node
         host = hardware.host_memory_gib_per_node * growth
         larger = replace(hardware, num_gpus=number, host_memory_gib_per_node=host)
@@ -131,7 +133,24 @@ def _shorter(section: Section, hardware: Hardware) -> Candidates:
     limit = bisect.bisect_left(steps, True, key=lambda step: fastest(cut(step), hardware) is None)
     if limit > 0:
         shorter = cut(steps[limit - 1])
-        yield f"{field} = {shorter.sequence_length}", shorter, hardware
+        words = f"{field} = {shorter.sequence_length}"
+        if isinstance(section.train, SftConfig) and section.train.max_sample_tokens > shorter.sequence_length:
+            words += f" and sft.max_sample_tokens = {shorter.sequence_length}"
+        yield words, shorter, hardware
+
+
+def _other_batch(section: Section, hardware: Hardware) -> Candidates:
+    """The nearest batch that the groups can share, where they cannot share the one given."""
+    per_pass = _least_per_pass(section, hardware.num_gpus)
+    batch = section.train.global_batch_sequences
+    if per_pass is None or legal(section, hardware.num_gpus):
+        return
+    below = batch // per_pass * per_pass
+    for nearest in sorted(filter(None, (below, below + per_pass)), key=lambda found: abs(found - batch)):
+        # the recipe holds its batch against its own workers, which may be others than these
+        workers = f"cluster.num_workers = {hardware.num_gpus}"
+        words = f"{section.name}.global_batch_sequences = {nearest} (it is {batch}) with {workers}"
+        yield words, section.changed(global_batch_sequences=nearest), hardware
 
 
 def _leanest(section: Section, hardware: Hardware) -> list[Prediction]:
@@ -180,13 +199,11 @@ def no_degrees(section: Section, num_workers: int) -> str:
     train, shape, total = section.train, section.shape, section.total
     if total != "auto" and num_workers % total:
         return f"{section.name}.sequence_parallel_degree {total} does not divide {num_workers} workers"
-    one_batch = section.changed(global_batch_sequences=num_workers * train.micro_batch_sequences)
-    if pairs := legal(one_batch, num_workers):
-        groups = num_workers // max(ulysses * ring for ulysses, ring in pairs)
+    if per_pass := _least_per_pass(section, num_workers):
         return (
-            f"{section.name}.global_batch_sequences {train.global_batch_sequences} is not a multiple of "
-            f"{groups * train.micro_batch_sequences}: {groups} groups at least, each of "
-            f"{train.micro_batch_sequences} micro-batch sequences"
+            f"{section.name}.global_batch_sequences {train.global_batch_sequences} is not a multiple of {per_pass}: "
+            f"{per_pass // train.micro_batch_sequences} groups at least, each of {train.micro_batch_sequences} "
+            f"micro-batch sequences"
         )
     free = section.changed(sequence_parallel_degree="auto", ulysses_degree="auto", ring_degree="auto")
     known = ", ".join(f"{ulysses} x {ring}" for ulysses, ring in legal(free, num_workers)[:6]) or "none"
@@ -194,6 +211,13 @@ def no_degrees(section: Section, num_workers: int) -> str:
         f"no Ulysses x ring degrees suit {num_workers} workers, {section.sequence_length:,} tokens and {shape.heads} "
         f"query and {shape.kv_heads} key-value heads together with the degrees given; without those: {known}"
     )
+
+
+def _least_per_pass(section: Section, num_workers: int) -> int | None:
+    """Sequences that the fewest groups compute in one pass; None where no degrees fit, whatever the batch."""
+    whole = num_workers * section.train.micro_batch_sequences  # a batch that any number of groups can share
+    pairs = legal(section.changed(global_batch_sequences=whole), num_workers)
+    return whole // max(ulysses * ring for ulysses, ring in pairs) if pairs else None
 
 
 def _forced(section: Section, hardware: Hardware) -> TrainPlan | None:

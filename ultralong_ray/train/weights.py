@@ -30,6 +30,9 @@ from ultralong_ray.train.engine import gather_whole, partitioned, writable
 from ultralong_ray.train.replay import install_replay
 from ultralong_ray.types import TrainPlan, UserError
 
+# Old releases of transformers stored RoPE's frequencies for every layer. The model makes its own, which are stretched.
+STORED_FREQUENCIES = ".rotary_emb.inv_freq"
+
 
 def build_model(
     folder: Location,
@@ -103,6 +106,8 @@ def _read_weights(causal_lm: nn.Module, folder: Location) -> None:
             names = [sorted(source.keys()) if source is not None else None]
             dist.broadcast_object_list(names, src=0)
             for name in names[0] or []:
+                if name.endswith(STORED_FREQUENCIES):
+                    continue
                 if name not in parameters:
                     raise UserError(f"{shard}: tensor {name} is unknown to the model that config.json describes")
                 unread.discard(id(parameters[name]))
