@@ -85,7 +85,7 @@ def test_whole_grid_then_only_what_is_missing(
 
 
 def test_failing_cells_are_named_and_the_others_kept(
-    local_ray: None, tiny_recipe: Make, tiny_llama: Path, tmp_path: Path
+    local_ray: None, tiny_recipe: Make, tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe = tiny_recipe(evaluate={"context_lengths": [20, 256], "depths_percent": [50]}, cluster=ONE_WORKER)
     stage, folder = place(recipe)
@@ -103,6 +103,14 @@ def test_failing_cells_are_named_and_the_others_kept(
     assert summary["models"]["final"]["mean"] == 0.0, "a failed cell counts 0, it is not dropped"
     stage.mark_done(summary)
     assert stage.done and not stage.settled, "the next submission tries the failed cells again"
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(fanout._Pool, "run", stop)
+        evaluate(recipe, models, None, stage)
+    assert json.loads((folder / "failed.json").read_text()) == {}, "what is tried again has not failed yet"
 
     shutil.copy(tiny_llama / "model.safetensors", broken)
     whole = tiny_recipe(evaluate={"context_lengths": [256], "depths_percent": [50]})

@@ -139,6 +139,7 @@ def evaluate(
     todo = [cell for cell in cells if cell not in points]
     logger.info("evaluate: %d work items, %d of them already stored", len(cells), len(points))
     failures: dict[Cell, str] = {}
+    (stage.location / FAILED_FILE).write_json({})  # they are tried again, and this run may be cut short
     if todo:
         pool = _Pool(inputs, deque(todo), recipe.cluster.node_label("eval"), len(points))
         limit = recipe.cluster.evaluation_workers
