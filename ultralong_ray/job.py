@@ -156,7 +156,8 @@ def run_stage(
     began = time.monotonic()
     summary = compute(recipe, stage, directory, resume_anyway, callbacks)
     (directory.location / "recipe.json").write_json(recipe.model_dump(mode="json"))
-    directory.mark_done({**summary, "seconds": round(time.monotonic() - began, 1)})
+    times = {"seconds": round(time.monotonic() - began, 1), "ended": round(time.time(), 1)}
+    directory.mark_done({**summary, **times})
     log.info("%s is done in %.0f s: %s", stage, time.monotonic() - began, directory.location)
     return directory
 
