@@ -50,6 +50,27 @@ def test_trials_of_several_machines_join(tmp_path: Path) -> None:
     assert found["gpu_seconds"] == 2 * 4 * 60
 
 
+def test_trials_of_several_recipes_are_told_apart_aloud(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "results.json"
+    write_trials(tmp_path / "a/ablations", [trial_record("recipe", seed, 0.5) for seed in (1, 2)])
+    gather(tmp_path / "a", out, [])
+    assert "different recipes" not in capsys.readouterr().out
+    write_trials(tmp_path / "b/ablations", [trial_record("rope_ntk", 1, 0.8)], "tune-ba9876543210")
+    gather(tmp_path / "b", out, [])
+    said = capsys.readouterr().out
+    assert "2 of tune-0123456789ab" in said and "1 of tune-ba9876543210" in said
+
+
+def test_numbers_that_a_part_had_and_has_no_more_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "results.json"
+    first = gather(_runs(tmp_path / "a", "extend_128k"), out, [])["parts"]["extend_128k"]
+    gather(tmp_path / "a", out, [])
+    assert "note:" not in capsys.readouterr().out
+    gather(_runs(tmp_path / "b", "extend_128k", models=("base",)), out, [])
+    (evaluation,) = (name for name in first["folders"] if name.startswith("evaluate-"))
+    assert f"extend_128k: without {evaluation}, " in capsys.readouterr().out
+
+
 def test_gathering_again_gives_the_same_bytes(tmp_path: Path) -> None:
     runs, out = _runs(tmp_path, "extend_128k"), tmp_path / "results.json"
     write_trials(runs / "ablations", [trial_record("recipe", seed, 1 / (seed + 2)) for seed in (1, 2, 3)])
