@@ -225,7 +225,7 @@ def line_chart(
     across = _scale(x, [p[0] for p in points], left + beside, right - beside, padded=False)
     bounds = [bound for line in lines for pair in line.bounds for bound in pair]
     up = _scale(y, [*(p[1] for p in points), *bounds], bottom, top, padded=True)
-    parts = _frame(across, up, x, y, ticks_up=max(2, round((bottom - top) / 30)))
+    parts = _frame(across, up, x, y, (left, right), ticks_up=max(2, round((bottom - top) / 30)))
     if edge is not None and across.low <= edge <= across.high:
         at = across(edge)
         anchor, aside = ("end", -5) if at > right - EDGE_LABEL_PIXELS * len(_edge_label(edge)) else ("start", 5)
@@ -254,9 +254,9 @@ def _scale(axis: Axis, values: list[float], start: float, end: float, *, padded:
     return Scale(axis.kind, low, high, start, end)
 
 
-def _frame(across: Scale, up: Scale, x: Axis, y: Axis, ticks_up: int) -> list[str]:
-    """Grid lines, tick labels and axis captions."""
-    left, right, bottom, top = across.start, across.end, up.start, up.end
+def _frame(across: Scale, up: Scale, x: Axis, y: Axis, ends: tuple[float, float], ticks_up: int) -> list[str]:
+    """Grid lines, tick labels and axis captions. ends: pixels on the left and on the right, points aside included."""
+    (left, right), bottom, top = ends, up.start, up.end
     parts = []
     for tick in up.ticks(ticks_up):
         at = up(tick)
