@@ -21,6 +21,7 @@ from ultralong_ray.report.words import UNIT, percent, short_tokens, tokens
 COLOUR_STOPS = ((0.0, (0xF0, 0x49, 0x6E)), (0.5, (0xEB, 0xB8, 0x39)), (1.0, (0x0C, 0xD7, 0x9F)))
 PRINTED_VALUE_PIXELS = 26  # narrower cells have no room for "100"
 PASSKEY = "Passkey retrieval"
+CAPTION_PIXELS = 156.0  # about, of "context length, tokens"
 EDGE_LABEL_PIXELS = 8.0  # about, of a letter of the label of the base window
 MAX_POINTS = 600  # per drawn line; report.json keeps every step
 
@@ -83,7 +84,7 @@ def heatmap(
             "text",
             text="context length, tokens",
             class_="axis-label",
-            x=right,
+            x=max(right, CAPTION_PIXELS),
             y=bottom + label_depth + 14,
             text_anchor="end",
         ),
@@ -96,8 +97,8 @@ def heatmap(
         f"base window {percent(grid['mean_within_base_window'])}, beyond it {percent(grid['mean_beyond_base_window'])}."
     )
     identity = f"heatmap-{grid['model']}" + ("" if what == PASSKEY else f"-{what.replace(' ', '-')}")
-    # the label of the edge may reach beyond a grid of few columns
-    width = max(right + 12, _edge_label_end(passkey["base_window_tokens"], lengths, left, cell_width))
+    # the caption and the label of the edge may reach beyond a grid of few columns
+    width = max(right + 12, CAPTION_PIXELS, _edge_label_end(passkey["base_window_tokens"], lengths, left, cell_width))
     return figure(identity, title, description, width, bottom + label_depth + 22, parts)
 
 

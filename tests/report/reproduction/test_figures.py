@@ -152,6 +152,14 @@ def test_failed_cells_are_said(tmp_path: Path) -> None:
     assert "Extended to 128K: 1 of 2 cells all right, mean 50 %; 1 failed, counted as wrong" in texts
 
 
+def test_a_grid_of_one_cell_asked_for_perplexity_does_not_stand_for_the_base(tmp_path: Path) -> None:
+    write_extension(tmp_path / "runs/extend_1m", 1048576, [4096], [50.0], {}, ("base",))
+    write_extension(tmp_path / "runs/base_4k", 4096, [1024, 4096, 8192], [0.0, 100.0], {}, ("final",))
+    figures_command(["gather", str(tmp_path / "runs"), "--out", str(tmp_path / "reproduction.json")])
+    root = _drawn(tmp_path, tmp_path / "svg")["niah.svg"]
+    assert any(text.startswith("The base model: 6 of 6 cells") for text in _texts(root))
+
+
 def test_every_variant_of_the_recipe_has_its_place() -> None:
     recipe = tomllib.loads((ROOT / "jobs/recipes/reproduction/ablations.toml").read_text())
     groups = grouped(recipe["tune"]["variants"])

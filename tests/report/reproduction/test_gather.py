@@ -74,6 +74,17 @@ def test_numbers_that_a_part_had_and_has_no_more_are_named(tmp_path: Path, capsy
     assert f"extend_128k: without {evaluation}, " in capsys.readouterr().out
 
 
+def test_a_long_sft_of_another_pretraining_than_the_short_one_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "results.json"
+    gather(_runs(tmp_path / "a", "extend_128k"), out, [])
+    gather(_runs(tmp_path / "b", "extend_128k_long_sft", models=("final",)), out, [])
+    assert "note:" not in capsys.readouterr().out
+    gather(_runs(tmp_path / "c", "extend_128k_long_sft", models=("final",), learning_rate=1e-3), out, [])
+    assert "extend_128k_long_sft is of another pretraining than extend_128k" in capsys.readouterr().out
+
+
 def test_gathering_again_gives_the_same_bytes(tmp_path: Path) -> None:
     runs, out = _runs(tmp_path, "extend_128k"), tmp_path / "results.json"
     write_trials(runs / "ablations", [trial_record("recipe", seed, 1 / (seed + 2)) for seed in (1, 2, 3)])

@@ -17,7 +17,7 @@ from typing import Any
 
 from ultralong_ray.report.reading import json_safe
 from ultralong_ray.report.reproduction.runs import read_part
-from ultralong_ray.report.reproduction.subjects import BASE_PART, EXTENSIONS
+from ultralong_ray.report.reproduction.subjects import BASE_PART, EXTENSIONS, WINDOWS
 from ultralong_ray.report.reproduction.tables import tables
 from ultralong_ray.report.reproduction.trials import ablations, read_trials
 from ultralong_ray.storage import Location
@@ -50,6 +50,7 @@ def gather(runs: Path, out: Path, notes: list[str]) -> dict[str, Any]:
         )
     for name, part in parts.items():
         problems += [f"{name}: {note}" for note in [*part["notes"], *_lost(results, name, part)]]
+    problems += _unlike({**results["parts"], **parts})
     problems += _searches({**_trials_of(results), **trials})
     for problem in problems:
         print(f"note: {problem}")
@@ -80,6 +81,18 @@ def _lost(results: dict[str, Any], name: str, part: dict[str, Any]) -> list[str]
     before = results["parts"].get(name, {"folders": []})["folders"]
     lost = [folder for folder in before if folder not in part["folders"]]
     return [f"without {', '.join(lost)}, of which it had numbers before."] if lost else []
+
+
+def _unlike(parts: dict[str, Any]) -> list[str]:
+    """Notes of parts that are shown as two SFTs of one model and are not."""
+    trained = {
+        name: [folder for folder in part["folders"] if folder.startswith("pretrain-")] for name, part in parts.items()
+    }
+    return [
+        f"{long} is of another pretraining than {plain}, beside which figures show it."
+        for plain, long in WINDOWS.values()
+        if plain in trained and long in trained and trained[plain] != trained[long]
+    ]
 
 
 def _searches(trials: dict[str, Any]) -> list[str]:

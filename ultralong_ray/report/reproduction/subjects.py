@@ -57,12 +57,9 @@ def base_window(results: dict[str, Any]) -> int | None:
 
 
 def grid_of(results: dict[str, Any], subject: Subject) -> dict[str, Any] | None:
-    """The passkey grid with the most cells, of the first source that has any."""
-    for part, model in parts_of(results, subject):
-        grids = [grid for grid in part["passkey"] if grid["model"] == model]
-        if grids:
-            return max(grids, key=lambda grid: grid["num_cells"])
-    return None
+    """The passkey grid with the most cells, and of those the first source's."""
+    grids = [grid for part, model in parts_of(results, subject) for grid in part["passkey"] if grid["model"] == model]
+    return max(grids, key=lambda grid: grid["num_cells"], default=None)
 
 
 def curve_of(results: dict[str, Any], subject: Subject, window: str) -> dict[str, Any] | None:
