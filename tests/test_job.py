@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from ray.exceptions import AuthenticationError
 
 from tests.machine import PATIENCE_SECONDS
 from ultralong_ray import job, pipeline
@@ -138,9 +139,10 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return computed
 
 
-def test_a_cluster_that_cannot_be_joined_gets_words(monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize("refusal", [RuntimeError, AuthenticationError])
+def test_a_cluster_that_cannot_be_joined_gets_words(monkeypatch: pytest.MonkeyPatch, refusal: type[Exception]):
     def init(**_: Any) -> None:
-        raise RuntimeError("Version mismatch: The cluster was started with Python 3.12")
+        raise refusal("Version mismatch: The cluster was started with Python 3.12")
 
     monkeypatch.setattr("ray.is_initialized", lambda: False)
     monkeypatch.setattr("ray.init", init)

@@ -156,7 +156,8 @@ def run_stage(
     began = time.monotonic()
     summary = compute(recipe, stage, directory, resume_anyway, callbacks)
     (directory.location / "recipe.json").write_json(recipe.model_dump(mode="json"))
-    directory.mark_done({**summary, "seconds": round(time.monotonic() - began, 1)})
+    times = {"seconds": round(time.monotonic() - began, 1), "ended": round(time.time(), 1)}
+    directory.mark_done({**summary, **times})
     log.info("%s is done in %.0f s: %s", stage, time.monotonic() - began, directory.location)
     return directory
 
@@ -176,6 +177,7 @@ def connect_to_ray() -> None:
     Raises: UserError where that cluster cannot be joined, as one of another Python.
     """
     import ray
+    from ray.exceptions import AuthenticationError
 
     if ray.is_initialized():
         return
@@ -186,7 +188,8 @@ def connect_to_ray() -> None:
     workers_env = {"env_vars": {"PYTHONPATH": python_path}}
     try:
         ray.init(log_to_driver=True, logging_level=logging.WARNING, runtime_env=workers_env)
-    except (RuntimeError, ConnectionError, ValueError) as error:  # Ray 2.60: another Python, nothing there, no address
+    # Ray 2.60: another Python, nothing there, no address, no token
+    except (RuntimeError, ConnectionError, ValueError, AuthenticationError) as error:
         where = os.environ.get("RAY_ADDRESS", "the cluster that runs here")
         raise UserError(
             f"Ray cannot be joined (RAY_ADDRESS: {where}): {error}\nSet RAY_ADDRESS to another cluster; "

@@ -55,6 +55,15 @@ def test_heatmap_paints_each_cell_with_its_score() -> None:
     assert cells["512 tokens, depth 0 %: 100 %"].findtext(f"{SVG}text") == "100"
 
 
+def test_the_caption_of_a_narrow_grid_is_not_cut_off() -> None:
+    root = _parse(heatmap(_grid([[1.0]]), _passkey([512], [50.0], 512)))
+    caption = next(
+        text for text in root.iter(f"{SVG}text") if text.get("class") == "axis-label" and text.text != "depth"
+    )
+    width = float(root.get("viewBox", "").split(" ")[2])
+    assert 7 * len(caption.text or "") <= float(caption.get("x", "")) <= width
+
+
 def test_a_missing_cell_has_no_score_and_no_colour() -> None:
     cells = _titles(_parse(heatmap(_grid([[None]]), _passkey([512], [0.0], 512))))
     group = cells["512 tokens, depth 0 %: missing"]

@@ -175,6 +175,6 @@ def test_further_variants_and_seeds_keep_the_folder(tiny_recipe: Callable[..., R
 def test_the_ablations_of_the_reproduction_are_trials() -> None:
     recipe = load_recipe(str(ABLATIONS))
     planned = plan_trials(recipe)
-    assert len({trial.name for trial in planned}) == len(planned) == 57
+    assert len({trial.name for trial in planned}) == len(planned) == 63
     assert {trial.variant for trial in planned if trial.outcome == "final"} == {"sft_short", "sft_with_long"}
     assert [len(trial.steps) for trial in planned if trial.variant == "two_steps"] == [2, 2, 2]

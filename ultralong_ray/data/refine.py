@@ -98,7 +98,7 @@ def refine(recipe: Recipe) -> StageDirectory:
     refuses, a spent budget, and requests that stay without an answer. Answers are kept in all cases.
     """
     if recipe.refine is None:
-        raise UserError("the recipe has no [refine] section; see config/refine.py for its fields")
+        raise UserError("the recipe has no [refine] section; its fields: ultralong_ray/config/refine.py")
     directory = stage_directory(recipe, "refine")
     if directory.done:
         log.info("refine is done already: %s", directory.location)

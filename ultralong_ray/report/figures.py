@@ -21,6 +21,7 @@ from ultralong_ray.report.words import UNIT, percent, short_tokens, tokens
 COLOUR_STOPS = ((0.0, (0xF0, 0x49, 0x6E)), (0.5, (0xEB, 0xB8, 0x39)), (1.0, (0x0C, 0xD7, 0x9F)))
 PRINTED_VALUE_PIXELS = 26  # narrower cells have no room for "100"
 PASSKEY = "Passkey retrieval"
+CAPTION_PIXELS = 156.0  # about, of "context length, tokens"
 EDGE_LABEL_PIXELS = 8.0  # about, of a letter of the label of the base window
 MAX_POINTS = 600  # per drawn line; report.json keeps every step
 
@@ -83,7 +84,7 @@ def heatmap(
             "text",
             text="context length, tokens",
             class_="axis-label",
-            x=right,
+            x=max(right, CAPTION_PIXELS),
             y=bottom + label_depth + 14,
             text_anchor="end",
         ),
@@ -96,8 +97,8 @@ def heatmap(
         f"base window {percent(grid['mean_within_base_window'])}, beyond it {percent(grid['mean_beyond_base_window'])}."
     )
     identity = f"heatmap-{grid['model']}" + ("" if what == PASSKEY else f"-{what.replace(' ', '-')}")
-    # the label of the edge may reach beyond a grid of few columns
-    width = max(right + 12, _edge_label_end(passkey["base_window_tokens"], lengths, left, cell_width))
+    # the caption and the label of the edge may reach beyond a grid of few columns
+    width = max(right + 12, CAPTION_PIXELS, _edge_label_end(passkey["base_window_tokens"], lengths, left, cell_width))
     return figure(identity, title, description, width, bottom + label_depth + 22, parts)
 
 
@@ -225,7 +226,7 @@ def line_chart(
     across = _scale(x, [p[0] for p in points], left + beside, right - beside, padded=False)
     bounds = [bound for line in lines for pair in line.bounds for bound in pair]
     up = _scale(y, [*(p[1] for p in points), *bounds], bottom, top, padded=True)
-    parts = _frame(across, up, x, y, ticks_up=max(2, round((bottom - top) / 30)))
+    parts = _frame(across, up, x, y, (left, right), ticks_up=max(2, round((bottom - top) / 30)))
     if edge is not None and across.low <= edge <= across.high:
         at = across(edge)
         anchor, aside = ("end", -5) if at > right - EDGE_LABEL_PIXELS * len(_edge_label(edge)) else ("start", 5)
@@ -254,9 +255,9 @@ def _scale(axis: Axis, values: list[float], start: float, end: float, *, padded:
     return Scale(axis.kind, low, high, start, end)
 
 
-def _frame(across: Scale, up: Scale, x: Axis, y: Axis, ticks_up: int) -> list[str]:
-    """Grid lines, tick labels and axis captions."""
-    left, right, bottom, top = across.start, across.end, up.start, up.end
+def _frame(across: Scale, up: Scale, x: Axis, y: Axis, ends: tuple[float, float], ticks_up: int) -> list[str]:
+    """Grid lines, tick labels and axis captions. ends: pixels on the left and on the right, points aside included."""
+    (left, right), bottom, top = ends, up.start, up.end
     parts = []
     for tick in up.ticks(ticks_up):
         at = up(tick)

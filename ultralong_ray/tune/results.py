@@ -1,14 +1,16 @@
 """What trials left behind to one record for each, and to one table. No Ray.
 
 `trials/<name>.json` in the folder of the search says that a trial is over: {"status": "done" | "stopped" | "failed",
-"cause", "changes", and all numbers of `measured`}. It needs nothing beside it: a machine that is given these files
-runs none of these trials again. A record whose `changes` are not those of the trial is of another trial, and ignored.
+"cause", "changes", "ended", and all numbers of `measured`}. It needs nothing beside it: a machine that is given these
+files runs none of these trials again. A record whose `changes` are not those of the trial is of another trial, and
+ignored.
 """
 
 from __future__ import annotations
 
 import json
 import math
+import time
 from collections import defaultdict
 from typing import Any
 
@@ -24,7 +26,7 @@ FINAL = ("done", "stopped")  # a failed trial is tried again by the next submiss
 
 def write_record(trial: Trial, folder: Location, status: str, cause: str | None = None) -> None:
     said = {"trial": trial.name, "status": status, "cause": cause, "changes": trial.changes}
-    trial.record(folder).write_json({**said, "values": trial.values, **measured(trial)})
+    trial.record(folder).write_json({**said, "ended": time.time(), "values": trial.values, **measured(trial)})
 
 
 def record_of(trial: Trial, folder: Location) -> dict[str, Any] | None:
@@ -42,7 +44,7 @@ def is_over(trial: Trial, folder: Location) -> bool:
 def measured(trial: Trial) -> dict[str, Any]:
     """All that a comparison needs, of as much as there is.
 
-    steps, num_steps, tokens, loss and curve are of the last pretraining, `seconds` are those in its steps; training
+    steps, num_steps, tokens, loss, curve and gpus are of the last pretraining, `seconds` those in its steps; training
     and stage_seconds have one entry for each of the trial's steps; scores are means by "model/task/tokens", 0 to 1.
     """
     records = read_metrics(stage_directory(trial.recipe, "pretrain").location)
@@ -55,6 +57,7 @@ def measured(trial: Trial) -> dict[str, Any]:
         "tokens": records[-1].tokens if records else 0,
         "loss": records[-1].loss if records else None,
         "seconds": sum(record.step_seconds for record in records),
+        "gpus": trial.recipe.cluster.num_workers * trial.recipe.cluster.gpus_per_worker,
         "curve": {"step": [record.step for record in records], "loss": [record.loss for record in records]},
         "passkey_within_base_window": passkey.get("mean_within_base_window"),
         "passkey_beyond_base_window": passkey.get("mean_beyond_base_window"),

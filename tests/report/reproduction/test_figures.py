@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import tomllib
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
 import pytest
 
+from tests.report.made_run import write_json
 from tests.report.reproduction.made_reproduction import trial_record, write_extension, write_trials
 from ultralong_ray.report.reproduction.command import figures_command
 from ultralong_ray.report.reproduction.dots import Mark, Panel, Row, dot_chart
 from ultralong_ray.report.reproduction.figures import FIGURES
 from ultralong_ray.report.reproduction.sheet import Placed, sheet
+from ultralong_ray.report.reproduction.variants import grouped
+from ultralong_ray.stages import stage_directory
 
+ROOT = Path(__file__).resolve().parents[3]
 SVG = "{http://www.w3.org/2000/svg}"
 TASKS = {
     "ruler/vt": [1024, 4096, 8192],
@@ -108,6 +113,60 @@ def test_costs_are_shown_by_task_with_three_models_a_panel(results: Path, tmp_pa
     assert len(of_base) == 1 + 3 * 2  # the legend, and three rows in two panels
 
 
+def test_models_of_one_window_share_a_chart_with_the_base(tmp_path: Path) -> None:
+    for part, models in (("extend_1m", ("base", "pretrained", "final")), ("extend_1m_long_sft", ("final",))):
+        write_extension(tmp_path / "runs" / part, 1048576, [4096, 1048576], [0.0], TASKS, models)
+    figures_command(["gather", str(tmp_path / "runs"), "--out", str(tmp_path / "reproduction.json")])
+    drawn = _drawn(tmp_path, tmp_path / "svg")
+    texts = _texts(drawn["perplexity.svg"])
+    assert "To 1M" in texts and not any(text.startswith("To 1M,") for text in texts)
+    of_long = [
+        p for p in drawn["perplexity.svg"].iter(f"{SVG}path") if p.get("class") == "line extend_1m_long_sft final"
+    ]
+    assert len(of_long) == 2, "in the legend, and in the only chart"
+    texts = _texts(drawn["paid.svg"])
+    assert texts.count("extended to 1M") == 2 and "extended to 1M, long SFT" not in texts
+    assert "1M, long SFT, final" in texts and "1M, long SFT, before SFT" not in texts, "nobody asked that model"
+
+
+def test_no_point_lies_on_the_numbers_of_an_axis(results: Path, tmp_path: Path) -> None:
+    root = _drawn(results, tmp_path)["ruler.svg"]
+    of_y = [
+        float(t.get("x", ""))
+        for t in root.iter(f"{SVG}text")
+        if t.get("class") == "tick" and t.get("text-anchor") == "end"
+    ]
+    points = [float(c.get("cx", "")) for c in root.iter(f"{SVG}circle") if c.find(f"{SVG}title") is not None]
+    assert of_y and max(of_y) < min(points)
+
+
+def test_failed_cells_are_said(tmp_path: Path) -> None:
+    recipe = write_extension(tmp_path / "runs/extend_128k", 131072, [4096, 131072], [0.0], {}, ("final",))
+    stage = stage_directory(recipe, "evaluate")
+    place = {"model": "final", "task": "passkey", "context_length_tokens": 131072, "depth_percent": 0.0}
+    cell = {**place, "section": -1, "shard": 0, "num_samples": 5, "file": "cells/final/131072-0.json"}
+    write_json(stage, "plan.json", {"cells": [cell]})
+    write_json(stage, "failed.json", {"cells/final/131072-0.json": "out of memory"})
+    figures_command(["gather", str(tmp_path / "runs"), "--out", str(tmp_path / "reproduction.json")])
+    texts = _texts(_drawn(tmp_path, tmp_path / "svg")["niah.svg"])
+    assert "Extended to 128K: 1 of 2 cells all right, mean 50 %; 1 failed, counted as wrong" in texts
+
+
+def test_a_grid_of_one_cell_asked_for_perplexity_does_not_stand_for_the_base(tmp_path: Path) -> None:
+    write_extension(tmp_path / "runs/extend_1m", 1048576, [4096], [50.0], {}, ("base",))
+    write_extension(tmp_path / "runs/base_4k", 4096, [1024, 4096, 8192], [0.0, 100.0], {}, ("final",))
+    figures_command(["gather", str(tmp_path / "runs"), "--out", str(tmp_path / "reproduction.json")])
+    root = _drawn(tmp_path, tmp_path / "svg")["niah.svg"]
+    assert any(text.startswith("The base model: 6 of 6 cells") for text in _texts(root))
+
+
+def test_every_variant_of_the_recipe_has_its_place() -> None:
+    recipe = tomllib.loads((ROOT / "jobs/recipes/reproduction/ablations.toml").read_text())
+    groups = grouped(recipe["tune"]["variants"])
+    assert "Other" not in groups
+    assert sum(map(len, groups.values())) == len(recipe["tune"]["variants"]) - 1, "all but the recipe itself"
+
+
 def test_a_part_that_is_not_there_is_skipped_and_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_trials(tmp_path / "runs/ablations", [trial_record("recipe", 1, 0.5)])
     figures_command(["gather", str(tmp_path / "runs"), "--out", str(tmp_path / "reproduction.json")])
@@ -131,6 +190,15 @@ def test_marks_stand_at_their_values_and_intervals_stay_in_the_panel() -> None:
     interval = next(p.get("d", "") for p in root.iter(f"{SVG}path") if p.get("class") == "interval muted")
     assert interval.startswith(f"M{left:.1f} ") and interval.endswith(f"H{left + 0.75 * (right - left):.1f}")
     assert {"group", "a <b>"} <= set(_texts(root))
+
+
+@pytest.mark.parametrize("limits", [(3.62, 4.45), (0.1, 0.9), (1.01, 1.19)])
+def test_an_axis_has_more_than_one_number(limits: tuple[float, float]) -> None:
+    panel = Panel("perplexity", str, limits=limits)
+    root = ElementTree.fromstring(
+        dot_chart("d", "t", "d", [Row("a", ((Mark(limits[0], None, None, "", ""),),))], [panel])
+    )
+    assert len([p for p in root.iter(f"{SVG}path") if p.get("class") == "grid"]) > 1
 
 
 def test_an_interval_below_zero_ends_at_the_edge_of_a_logarithmic_panel() -> None:

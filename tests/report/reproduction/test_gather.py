@@ -9,10 +9,13 @@ from typing import Any
 
 import pytest
 
+from tests.report.made_run import write_json
 from tests.report.reproduction.made_reproduction import trial_record, write_extension, write_trials
+from ultralong_ray.report.reading import StageReader
 from ultralong_ray.report.reproduction.command import figures_command
 from ultralong_ray.report.reproduction.gather import gather, read_results
 from ultralong_ray.report.words import ABSENT
+from ultralong_ray.stages import stage_directory
 from ultralong_ray.types import UserError
 
 LENGTHS = [4096, 8192]
@@ -48,6 +51,38 @@ def test_trials_of_several_machines_join(tmp_path: Path) -> None:
     found = gather(tmp_path / "b", out, ["ablations.gpus_per_trial=2"])["ablations"]
     assert found["variants"]["recipe"]["seeds"] == [1, 2, 3] and len(found["trials"]) == 4
     assert found["gpu_seconds"] == 2 * 4 * 60
+
+
+def test_trials_of_several_recipes_are_told_apart_aloud(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "results.json"
+    write_trials(tmp_path / "a/ablations", [trial_record("recipe", seed, 0.5) for seed in (1, 2)])
+    gather(tmp_path / "a", out, [])
+    assert "different recipes" not in capsys.readouterr().out
+    write_trials(tmp_path / "b/ablations", [trial_record("rope_ntk", 1, 0.8)], "tune-ba9876543210")
+    gather(tmp_path / "b", out, [])
+    said = capsys.readouterr().out
+    assert "2 of tune-0123456789ab" in said and "1 of tune-ba9876543210" in said
+
+
+def test_numbers_that_a_part_had_and_has_no_more_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "results.json"
+    first = gather(_runs(tmp_path / "a", "extend_128k"), out, [])["parts"]["extend_128k"]
+    gather(tmp_path / "a", out, [])
+    assert "note:" not in capsys.readouterr().out
+    gather(_runs(tmp_path / "b", "extend_128k", models=("base",)), out, [])
+    (evaluation,) = (name for name in first["folders"] if name.startswith("evaluate-"))
+    assert f"extend_128k: without {evaluation}, " in capsys.readouterr().out
+
+
+def test_a_long_sft_of_another_pretraining_than_the_short_one_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "results.json"
+    gather(_runs(tmp_path / "a", "extend_128k"), out, [])
+    gather(_runs(tmp_path / "b", "extend_128k_long_sft", models=("final",)), out, [])
+    assert "note:" not in capsys.readouterr().out
+    gather(_runs(tmp_path / "c", "extend_128k_long_sft", models=("final",), learning_rate=1e-3), out, [])
+    assert "extend_128k_long_sft is of another pretraining than extend_128k" in capsys.readouterr().out
 
 
 def test_gathering_again_gives_the_same_bytes(tmp_path: Path) -> None:
@@ -132,13 +167,50 @@ def test_the_ablation_table_tells_which_side_the_paper_has(tmp_path: Path, beyon
     assert "`<s>`" in table
 
 
+def test_the_ablation_table_has_the_price_within_the_window_beside_the_gain_beyond(tmp_path: Path) -> None:
+    trials = [trial_record("recipe", seed, 0.5) for seed in (1, 2)]
+    for trial in trials:
+        trial["scores"] |= {"pretrained/ruler/vt/4096": 0.7, "pretrained/ruler/vt/65536": 0.3}
+    write_trials(tmp_path / "ablations", trials)
+    table = gather(tmp_path, tmp_path / "results.json", [])["tables"]["ablations"]
+    heads = [cell.strip() for cell in table.splitlines()[0].strip("|").split("|")][1:]
+    row = dict(zip(heads, _row(table, "the recipe"), strict=True))
+    assert row["RULER 4K"] == "70.0 [70.0, 70.0]" and row["RULER 64K"] == "30.0 [30.0, 30.0]"
+    assert row["RULER"] == "50.0 [50.0, 50.0]"
+
+
+def test_what_failed_or_is_missing_stands_below_the_tables(tmp_path: Path) -> None:
+    recipe = write_extension(tmp_path / "runs/extend_128k", 131072, [4096, 131072], [0.0], TASKS, ("final",))
+    stage = stage_directory(recipe, "evaluate")
+    plan = StageReader(stage).read_json("plan.json") or {}
+    place = {"model": "final", "task": "passkey", "context_length_tokens": 131072, "depth_percent": 0.0}
+    passkey = {**place, "section": -1, "shard": 0, "num_samples": 5, "file": "cells/final/131072-0.json"}
+    vt = next(cell for cell in plan["cells"] if cell["task"] == "ruler/vt" and cell["context_length_tokens"] == 8192)
+    write_json(stage, "plan.json", {"cells": [*plan["cells"], passkey]})
+    write_json(stage, "failed.json", {cell["file"]: "out of memory" for cell in (passkey, vt)})
+    (Path(stage.location.path) / "cells/final/4096-0.json").unlink()
+    tables = gather(tmp_path / "runs", tmp_path / "results.json", [])["tables"]
+    assert tables["passkey"].endswith("128K, final: 1 of its cells failed, counted as wrong; 1 of its cells missing.")
+    assert tables["ruler_by_length"].endswith("128K, final: 1 of its cells failed, counted as wrong.")
+
+
 def test_gpu_time_is_stated_by_part_and_in_sum(tmp_path: Path) -> None:
     runs = _runs(tmp_path, "extend_128k")
     write_trials(runs / "ablations", [trial_record("recipe", 1, 0.5)])
     _runs(tmp_path, "extend_128k_long_sft", models=("final",))  # trainings of the same fingerprints: the same runs
     notes = ["128k.seconds_of_the_whole_command=900", '128k.gpus=["a", "a"]']
+    notes += ["1m.seconds_of_the_whole_command=360", "1m.gpus=1"]
     table = gather(runs, tmp_path / "results.json", notes)["tables"]["gpu_time"]
     assert _row(table, "extend_128k")[0] == "600" and _row(table, "ablations")[0] == "60"
     assert _row(table, "extend_128k_long_sft")[0] == "200", "its own evaluation"
     assert _row(table, "all") == ["860", "0.24"]
     assert "The whole command of 128k: 900 s on 2 GPUs, 0.50 GPU-hours." in table
+    assert "The whole command of 1m: 360 s on 1 GPU, 0.10 GPU-hours." in table
+
+
+def test_an_evaluation_of_the_base_alone_is_counted_in_each_part_that_ran_it(tmp_path: Path) -> None:
+    """It is the same evaluation by its fingerprint, yet nothing copies it from part to part."""
+    for part in ("extend_128k", "extend_128k_long_sft"):
+        _runs(tmp_path, part, models=("base",))
+    table = gather(tmp_path, tmp_path / "results.json", [])["tables"]["gpu_time"]
+    assert _row(table, "extend_128k")[0] == "600" and _row(table, "extend_128k_long_sft")[0] == "200"

@@ -123,6 +123,38 @@ def test_an_evaluation_of_another_training_is_not_mixed_in(tmp_path: Path) -> No
     assert stage_directory(other, "pretrain").location.name in part["folders"]
 
 
+def test_what_is_of_another_training_is_named(tmp_path: Path) -> None:
+    older = write_extension(tmp_path, 131072, LENGTHS, DEPTHS, TASKS)
+    newer = write_extension(tmp_path, 131072, LENGTHS, DEPTHS, TASKS, learning_rate=1e-3)
+    _as_if_later(stage_directory(newer, "evaluate"), 60)
+    (note,) = _part(tmp_path)["notes"]
+    of_older, of_newer = ([stage_directory(r, s).location.name for s in ("pretrain", "sft")] for r in (older, newer))
+    assert all(name in note for name in of_older) and not any(name in note for name in of_newer)
+    assert f"pretrained and final of {stage_directory(older, 'evaluate').location.name}" in note
+
+
+def test_the_newest_evaluation_is_the_one_that_says_so_wherever_it_was_copied(tmp_path: Path) -> None:
+    older = write_extension(tmp_path, 131072, LENGTHS, DEPTHS, TASKS)
+    newer = write_extension(tmp_path, 131072, LENGTHS, DEPTHS, TASKS, learning_rate=1e-3)
+    for recipe, ended in ((older, 1_000.0), (newer, 2_000.0)):
+        stage_directory(recipe, "evaluate").mark_done({"seconds": 1.0, "ended": ended})
+    _as_if_later(stage_directory(older, "evaluate"), 60)  # as a copy has it
+    assert stage_directory(newer, "pretrain").location.name in _part(tmp_path)["folders"]
+
+
+def test_evaluations_on_other_numbers_of_gpus_each_count_their_own(tmp_path: Path) -> None:
+    recipe = write_extension(tmp_path, 131072, LENGTHS, DEPTHS, {})
+    assert recipe.evaluate is not None
+    asked = {"evaluate": recipe.evaluate.model_copy(update={"models": ("base",)})}
+    alone = recipe.model_copy(update={**asked, "cluster": recipe.cluster.model_copy(update={"num_workers": 1})})
+    stage = stage_directory(alone, "evaluate")
+    write_evaluation(stage, 131072, LENGTHS, DEPTHS, {}, ("base",))
+    write_json(stage, "recipe.json", alone.model_dump(mode="json"))
+    stage.mark_done({"seconds": 10.0})
+    _as_if_later(stage, 60)
+    assert _part(tmp_path)["gpu_seconds"] == 3 * 100 * 2 + 10
+
+
 def test_a_folder_without_a_finished_training_is_no_part(tmp_path: Path) -> None:
     recipe = write_extension(tmp_path, 131072, LENGTHS, DEPTHS, {})
     for success in tmp_path.glob("*/_SUCCESS.json"):

@@ -99,6 +99,33 @@ def test_only_trials_that_are_done_count_and_the_newer_of_two(tmp_path: Path) ->
     assert list(trials) == ["recipe-1"] and trials["recipe-1"][BEYOND] == 0.8
 
 
+def test_trials_that_do_not_count_are_named_with_their_cause(tmp_path: Path) -> None:
+    failed = {**trial_record("rope_ntk", 1, 0.5), "status": "failed", "cause": "out of memory"}
+    stopped = {**trial_record("rope_ntk", 2, 0.5), "status": "stopped"}
+    write_trials(tmp_path, [trial_record("recipe", 1, 0.5), failed, stopped])
+    notes: list[str] = []
+    assert list(read_trials(tmp_path, notes)) == ["recipe-1"]
+    (note,) = notes
+    assert "rope_ntk-1 failed: out of memory" in note and "rope_ntk-2 stopped" in note and "recipe" not in note
+
+
+def test_the_later_of_two_is_told_by_when_it_ended(tmp_path: Path) -> None:
+    write_trials(tmp_path, [{**trial_record("recipe", 1, 0.1), "ended": 1_000.0}])
+    write_trials(tmp_path, [{**trial_record("recipe", 1, 0.8), "ended": 2_000.0}], "tune-ba9876543210")
+    copied = tmp_path / "tune-0123456789ab/trials/recipe-1.json"
+    later = copied.stat().st_mtime + 60
+    os.utime(copied, (later, later))
+    assert read_trials(tmp_path, [])["recipe-1"][BEYOND] == 0.8
+
+
+def test_gpu_seconds_are_of_the_share_of_a_gpu_that_a_trial_had(tmp_path: Path) -> None:
+    trials = [{**trial_record(name, 1, 0.5), "gpus": 0.5} for name in ("recipe", "rope_ntk")]
+    write_trials(tmp_path, trials)
+    read = read_trials(tmp_path, [])
+    assert ablations(read)["gpu_seconds"] == 0.5 * 2 * (50 + 10)
+    assert ablations(read, 2)["gpu_seconds"] == 2 * 2 * (50 + 10), "a note knows better"
+
+
 def test_the_table_of_a_search_will_do_and_damage_is_named(tmp_path: Path) -> None:
     (tmp_path / "tune-1/trials").mkdir(parents=True)
     waiting = {**trial_record("rope_ntk", 1, 0.5), "status": "waiting"}

@@ -91,7 +91,7 @@ def _frame(panel: Panel, scale: Scale, bottom: float) -> list[str]:
     """Caption, grid lines with their values below, and the line of the reference."""
     caption = {"x": (scale.start + scale.end) / 2, "y": 14.0, "text_anchor": "middle"}
     parts = [element("text", text=panel.title, class_="panel-label", **caption)]
-    for tick in scale.ticks(4 if panel.kind == "linear" else 2):
+    for tick in _ticks(scale):
         at = scale(tick)
         parts.append(element("path", d=f"M{at:.1f} {TOP - 8:g}V{bottom + 6:g}", class_="grid"))
         label = {"x": at, "y": bottom + 22, "text_anchor": "middle"}
@@ -100,6 +100,12 @@ def _frame(panel: Panel, scale: Scale, bottom: float) -> list[str]:
         at = scale(panel.reference)
         parts.append(element("path", d=f"M{at:.1f} {TOP - 12:g}V{bottom + 6:g}", class_="reference"))
     return parts
+
+
+def _ticks(scale: Scale) -> list[float]:
+    """At least two where there are any: one number does not tell how far apart values are."""
+    few = scale.ticks(4 if scale.kind == "linear" else 2)
+    return few if len(few) > 1 else scale.ticks(8)
 
 
 def _marks(panel: Panel, scale: Scale, marks: Sequence[Mark], middle: float) -> list[str]:

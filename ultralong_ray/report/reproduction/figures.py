@@ -29,15 +29,16 @@ from ultralong_ray.report.reproduction.subjects import (
     FINAL,
     PRETRAINED,
     SUBJECTS,
+    WINDOWS,
     Subject,
     base_window,
     curve_of,
     grid_of,
     means_of,
     num_tasks,
+    of_window,
     paid,
     paid_rows,
-    parts_of,
 )
 from ultralong_ray.report.reproduction.trials import AT_END, BEYOND, RECIPE, RULER, WITHIN, exp_or_none
 from ultralong_ray.report.reproduction.variants import RECIPE_LABEL, grouped, label
@@ -75,7 +76,8 @@ def niah(results: dict[str, Any]) -> str | None:
         if grid is None or window is None:
             continue
         right = f"{grid['num_cells_all_right']} of {grid['num_cells']} cells all right"
-        heading = f"{name}: {right}, mean {percent(grid['mean'])}"
+        failed = f"; {grid['num_failed']} failed, counted as wrong" if grid["num_failed"] else ""
+        heading = f"{name}: {right}, mean {percent(grid['mean'])}{failed}"
         chart = heatmap(*_heatmap_input(grid, subject, window), "Passkey", near_tokens)
         charts.append(Placed(chart, heading))
     if not charts:
@@ -128,15 +130,13 @@ def _lines(text: str, characters: int = 118) -> list[str]:
 
 
 def perplexity(results: dict[str, Any]) -> str | None:
-    """One chart for each extension: its models, and the base model on the same books."""
+    """One chart for each window: the models extended to it, and the base model on the same books."""
     charts, legend = [], {}
-    window = base_window(results)
-    for part, reached in EXTENSIONS.items():
-        if part not in results["parts"]:
-            continue
+    edge = base_window(results)
+    for window in WINDOWS:
         lines = []
-        for name, subject in (("base", BASE), ("pretrained", PRETRAINED[part]), ("final", FINAL[part])):
-            curve = curve_of(results["parts"][part], name)
+        for subject in of_window(window):
+            curve = curve_of(results, subject, window)
             if curve is not None:
                 ends = [float(end) for end in curve["bucket_end_tokens"]]
                 lines.append(Line(subject.label, subject.style, ends, [exp_or_none(loss) for loss in curve["loss"]]))
@@ -145,10 +145,10 @@ def perplexity(results: dict[str, Any]) -> str | None:
         wide = bool(values) and max(values) > WIDE * min(values)
         x = Axis("position in the book, tokens", "log2", lambda end: short_tokens(round(end)))
         y = Axis("perplexity", "log10" if wide else "linear", words.tick)
-        title = f"Perplexity by position to {reached}"
-        chart = line_chart(f"perplexity-{part}", title, lines, x, y, height=300, edge=window)
+        title = f"Perplexity by position to {window}"
+        chart = line_chart(f"perplexity-{window}", title, lines, x, y, height=300, edge=edge)
         if chart:
-            charts.append(Placed(chart, f"To {reached}"))
+            charts.append(Placed(chart, f"To {window}"))
     if not charts:
         return None
     title = "Perplexity by position"
@@ -233,46 +233,49 @@ def _variant(name: str, measures: dict[str, Any], keys: list[str], style: str) -
 
 
 def paid_and_restored(results: dict[str, Any]) -> str | None:
-    """Base, after continued pretraining, after SFT: a panel for each extension; loss on text has a scale of its own."""
-    shown = [part for part in EXTENSIONS if any(parts_of(results, s) for s in (PRETRAINED[part], FINAL[part]))]
-    asked = paid_rows(results)
+    """Base, after continued pretraining, after SFT: a panel for each window; loss on text has a scale of its own."""
+    asked = {row: paid(results, *row) for row in paid_rows(results)}
+    measured = {label for means in asked.values() for label in means}
+    shown = {window: [s for s in of_window(window) if s.label in measured] for window in WINDOWS}
+    panels = {window: subjects for window, subjects in shown.items() if set(subjects) - {BASE}}
     halves = ([row for row in asked if row[0] != TEXT], [row for row in asked if row[0] == TEXT])
     charts = [
-        Placed(_paid_chart(results, half, shown, f"paid-{number}"), scale=1.2)
+        Placed(_paid_chart(results, {row: asked[row] for row in half}, panels, f"paid-{number}"), scale=1.2)
         for number, half in enumerate(halves)
         if half
     ]
     if not charts:
         return None
-    window = short_tokens(base_window(results) or 0)
-    subtitle = f"per cent over lengths to {window}, with 95 % intervals"
-    subjects = [BASE, *(subject for part in shown for subject in (PRETRAINED[part], FINAL[part]))]
-    legend = [(subject.style, subject.label) for subject in subjects]
-    return sheet("What extension costs within the base model's window", subtitle, charts, legend=legend)
+    subtitle = f"per cent over lengths to {short_tokens(base_window(results) or 0)}, with 95 % intervals"
+    legend = {subject.style: subject.label for subjects in panels.values() for subject in subjects}
+    return sheet("What extension costs within the base model's window", subtitle, charts, legend=list(legend.items()))
 
 
-def _paid_chart(results: dict[str, Any], asked: list[tuple[str, str | None]], shown: list[str], name: str) -> Markup:
-    """asked: rows of (suite, task). Both panels have the same limits: those of all marks, to the next ten."""
+def _paid_chart(
+    results: dict[str, Any],
+    asked: dict[tuple[str, str | None], dict[str, dict[str, Any]]],
+    panels: dict[str, list[Subject]],
+    name: str,
+) -> Markup:
+    """asked: (suite, task) -> mean by label. All panels have the same limits: those of all marks, to the next ten."""
     rows: list[Row] = []
-    for suite, task in asked:
-        means = paid(results, suite, task)
+    for (suite, task), means in asked.items():
         label = f"mean of {num_tasks(results, suite)} tasks" if task is None else task.split("/", 1)[1]
         if (heading := SUITES.get(suite, suite.replace("_", " "))) not in [row.label for row in rows]:
             rows.append(Row(heading))
-        rows.append(Row(label.replace("_", " "), tuple(_three(part, means) for part in shown)))
+        rows.append(Row(label.replace("_", " "), tuple(_marks(subjects, means) for subjects in panels.values())))
     marks = [mark for row in rows for panel in row.marks for mark in panel]
     ends = [end for mark in marks for end in (mark.value, mark.low, mark.high) if end is not None]
     limits = (10.0 * math.floor(min(ends) / 10), 10.0 * math.ceil(max(ends) / 10))
-    panels = [Panel(f"extended to {EXTENSIONS[part]}", words.tick, limits=limits) for part in shown]
-    return dot_chart(name, "Paid and restored", "Base, before SFT, final", rows, panels)
+    columns = [Panel(f"extended to {window}", words.tick, limits=limits) for window in panels]
+    return dot_chart(name, "Paid and restored", "Base, before SFT, final", rows, columns)
 
 
-def _three(part: str, means: dict[str, dict[str, Any]]) -> tuple[Mark, ...]:
-    found = [(subject, means.get(subject.label)) for subject in (BASE, PRETRAINED[part], FINAL[part])]
+def _marks(subjects: list[Subject], means: dict[str, dict[str, Any]]) -> tuple[Mark, ...]:
+    found = [(subject, means[subject.label]) for subject in subjects if subject.label in means]
     return tuple(
         Mark(mean["percent"], mean["low"], mean["high"], subject.style, f"{subject.label}: {mean['percent']:.1f} %")
         for subject, mean in found
-        if mean is not None
     )
 
 

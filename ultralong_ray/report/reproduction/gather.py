@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 from ultralong_ray.report.reading import json_safe
 from ultralong_ray.report.reproduction.runs import read_part
-from ultralong_ray.report.reproduction.subjects import BASE_PART, EXTENSIONS
+from ultralong_ray.report.reproduction.subjects import BASE_PART, EXTENSIONS, WINDOWS
 from ultralong_ray.report.reproduction.tables import tables
 from ultralong_ray.report.reproduction.trials import ablations, read_trials
 from ultralong_ray.storage import Location
@@ -47,7 +48,11 @@ def gather(runs: Path, out: Path, notes: list[str]) -> dict[str, Any]:
             f"gather {runs}: no finished run there; it is a folder with runs in it, such as runs/reproduction with "
             "base_4k, extend_128k, and ablations/tune-*/trials/*.json"
         )
-    for problem in [*problems, *(f"{name}: {note}" for name, part in parts.items() for note in part["notes"])]:
+    for name, part in parts.items():
+        problems += [f"{name}: {note}" for note in [*part["notes"], *_lost(results, name, part)]]
+    problems += _unlike({**results["parts"], **parts})
+    problems += _searches({**_trials_of(results), **trials})
+    for problem in problems:
         print(f"note: {problem}")
     print(f"gathered: {', '.join([*parts, *([f'{len(trials)} trials'] if trials else [])])}")
     results = _merged(results, parts, trials)
@@ -59,12 +64,42 @@ def _merged(results: dict[str, Any], parts: dict[str, Any], trials: dict[str, An
     """What is new in place of what was there under its name, and the tables of all."""
     there = {**results["parts"], **parts}
     merged: dict[str, Any] = {"parts": {name: there[name] for name in sorted(there, key=_order)}}
-    known = {**results.get("ablations", {}).get("trials", {}), **trials}
+    known = {**_trials_of(results), **trials}
     if known:
-        gpus = results["notes"].get("ablations", {}).get("gpus_per_trial", 1)
+        gpus = results["notes"].get("ablations", {}).get("gpus_per_trial")
         merged["ablations"] = ablations(dict(sorted(known.items())), gpus)
     merged = _rounded(json_safe({**merged, "notes": results["notes"]}))
     return {**merged, "tables": tables(merged)}
+
+
+def _trials_of(results: dict[str, Any]) -> dict[str, Any]:
+    return results.get("ablations", {}).get("trials", {})
+
+
+def _lost(results: dict[str, Any], name: str, part: dict[str, Any]) -> list[str]:
+    """A note of what a part was gathered from before and is not now: its numbers are gone from the JSON."""
+    before = results["parts"].get(name, {"folders": []})["folders"]
+    lost = [folder for folder in before if folder not in part["folders"]]
+    return [f"without {', '.join(lost)}, of which it had numbers before."] if lost else []
+
+
+def _unlike(parts: dict[str, Any]) -> list[str]:
+    """Notes of parts that are shown as two SFTs of one model and are not."""
+    trained = {
+        name: [folder for folder in part["folders"] if folder.startswith("pretrain-")] for name, part in parts.items()
+    }
+    return [
+        f"{long} is of another pretraining than {plain}, beside which figures show it."
+        for plain, long in WINDOWS.values()
+        if plain in trained and long in trained and trained[plain] != trained[long]
+    ]
+
+
+def _searches(trials: dict[str, Any]) -> list[str]:
+    """A note where trials are changes of several recipes, and held against each other all the same."""
+    counts = Counter(trial["search"] for trial in trials.values())
+    named = ", ".join(f"{count} of {search}" for search, count in counts.items())
+    return [f"ablations of different recipes are compared: trials {named}."] if len(counts) > 1 else []
 
 
 def _order(name: str) -> tuple[int, str]:

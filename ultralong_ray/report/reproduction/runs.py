@@ -1,8 +1,8 @@
 """One part of the reproduction, a recipe's working directory, to one JSON-ready dict without prompts and answers.
 
 A working directory may hold several trainings and several evaluations. The newest evaluation says which training is
-meant; other evaluations count for those of their models that are the same. Where two of them asked the same, the newer
-one counts. Newer is the one whose `_SUCCESS.json` was written later.
+meant; other evaluations count for those of their models that are the same, and what is left out is named. Where two of
+them asked the same, the newer one counts. Newer is the one that ended later, as its `_SUCCESS.json` says.
 """
 
 from __future__ import annotations
@@ -40,6 +40,10 @@ class Finished:
     def stage(self) -> str:
         return self.directory.stage
 
+    @property
+    def name(self) -> str:
+        return self.directory.location.name
+
 
 def read_part(folder: Path) -> dict[str, Any] | None:
     """Trainings, scores, seconds and GPUs of the run in `folder`; None where no training is finished there."""
@@ -56,7 +60,8 @@ def read_part(folder: Path) -> dict[str, Any] | None:
     window, target = model.base_context_length, model.target_context_length
     readers = [(found, StageReader(found.directory, notes), models) for found, models in asked]
     trainings = {name: _training(StageReader(chosen[name].directory, notes)) for name in TRAININGS if name in chosen}
-    times = _times([*chosen.values(), *(found for found, _ in asked)])
+    counted = [*chosen.values(), *(found for found, _ in asked)]
+    notes += _left_out(finished, counted, asked, lead)
     return {
         "recipe": lead.recipe.name,
         "base_window_tokens": window,
@@ -65,12 +70,12 @@ def read_part(folder: Path) -> dict[str, Any] | None:
         "num_parameters": chosen["extend"].directory.summary().get("num_parameters") if "extend" in chosen else None,
         "machine": _machine(folder, chosen),
         "training": {name: training for name, training in trainings.items() if training},
-        "stages": times,
-        "gpu_seconds": sum(time["seconds"] * time["gpus"] for time in times.values()),
+        "stages": _times(counted),
+        "gpu_seconds": sum(_seconds(found) * _gpus(found) for found in counted),
         "passkey": _passkey(readers),
         "benchmarks": _benchmarks(readers, sorted({window, target})),
         "perplexity": _perplexity(readers),
-        "folders": sorted(found.directory.location.name for found in [*chosen.values(), *(f for f, _ in asked)]),
+        "folders": sorted(found.name for found in counted),
         "notes": notes,
     }
 
@@ -85,7 +90,9 @@ def _finished(folder: Path, notes: list[str]) -> Iterable[Finished]:
         if written is None:
             continue
         try:
-            yield Finished(directory, Recipe.model_validate(written), success.stat().st_mtime)
+            # a copied file may be as old as its copy
+            ended = directory.summary().get("ended") or success.stat().st_mtime
+            yield Finished(directory, Recipe.model_validate(written), ended)
         except ValueError as error:  # pydantic's complaint is one
             where = f"{success.parent.name}/recipe.json"
             notes.append(f"{where} is no recipe of this version, its stage is left out ({str(error).splitlines()[0]}).")
@@ -126,22 +133,42 @@ def _training(reader: StageReader) -> dict[str, Any] | None:
     }
 
 
-def _times(finished: Iterable[Finished]) -> dict[str, dict[str, Any]]:
-    """Seconds of each stage, start included, and the GPUs that it had. Several evaluations are added up.
+def _left_out(
+    finished: list[Finished], counted: list[Finished], asked: list[tuple[Finished, list[str]]], lead: Finished
+) -> list[str]:
+    """One note of the trainings, and of the evaluated models, that are others than the newest evaluation's."""
+    names = [found.name for found in finished if found.stage in TRAININGS and found not in counted]
+    same = {found.name: models for found, models in asked}
+    for found in finished:
+        if found.stage == "evaluate" and found.recipe.evaluate is not None:
+            others = [name for name in found.recipe.evaluate.models if name not in same.get(found.name, [])]
+            names += [f"{' and '.join(others)} of {found.name}"] if others else []
+    return [f"left out, since {lead.name} is newer and of another training: {', '.join(names)}."] if names else []
 
-    A training that was resumed says how long its last submission took; the steps before that are added.
-    """
+
+def _times(finished: Iterable[Finished]) -> dict[str, dict[str, Any]]:
+    """Seconds of each stage, start included, and the GPUs that it had. Several evaluations are added up; of their GPUs
+    it is the most that one had."""
     times: dict[str, dict[str, Any]] = {}
     for found in finished:
-        summary, cluster = found.directory.summary(), found.recipe.cluster
-        workers = cluster.num_workers
-        if found.stage == "evaluate":
-            workers = cluster.evaluation_workers or workers
-        gpus = workers * cluster.gpus_per_worker if found.stage in ON_GPUS else 0
-        seconds = (summary.get("seconds") or 0.0) + _seconds_before(found, summary.get("resumed_from_step") or 0)
-        before = times.get(found.stage, {"seconds": 0.0})["seconds"]
-        times[found.stage] = {"seconds": round(before + seconds, 1), "gpus": int(gpus)}
+        before = times.get(found.stage, {"seconds": 0.0, "gpus": 0})
+        seconds, gpus = before["seconds"] + _seconds(found), max(before["gpus"], _gpus(found))
+        times[found.stage] = {"seconds": round(seconds, 1), "gpus": gpus}
     return times
+
+
+def _gpus(found: Finished) -> int:
+    cluster = found.recipe.cluster
+    workers = cluster.num_workers
+    if found.stage == "evaluate":
+        workers = cluster.evaluation_workers or workers
+    return int(workers * cluster.gpus_per_worker) if found.stage in ON_GPUS else 0
+
+
+def _seconds(found: Finished) -> float:
+    """A training that was resumed says how long its last submission took; the steps before that are added."""
+    summary = found.directory.summary()
+    return (summary.get("seconds") or 0.0) + _seconds_before(found, summary.get("resumed_from_step") or 0)
 
 
 def _seconds_before(found: Finished, step: int) -> float:

@@ -17,6 +17,8 @@ EXTENSIONS = {
     "extend_1m": "1M",
     "extend_1m_long_sft": "1M, long SFT",
 }
+# window -> run folders that extend to it, in one chart
+WINDOWS = {"128K": ("extend_128k", "extend_128k_long_sft"), "1M": ("extend_1m", "extend_1m_long_sft")}
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,11 @@ def parts_of(results: dict[str, Any], subject: Subject) -> list[tuple[dict[str, 
     return [(results["parts"][part], model) for part, model in subject.sources if part in results["parts"]]
 
 
+def of_window(window: str) -> tuple[Subject, ...]:
+    """The base model, and the models that were extended to `window`."""
+    return (BASE, *(subject for part in WINDOWS[window] for subject in (PRETRAINED[part], FINAL[part])))
+
+
 def base_window(results: dict[str, Any]) -> int | None:
     """Tokens that the base model reads: what the extensions start from."""
     extended = [results["parts"][part]["base_window_tokens"] for part in EXTENSIONS if part in results["parts"]]
@@ -50,17 +57,19 @@ def base_window(results: dict[str, Any]) -> int | None:
 
 
 def grid_of(results: dict[str, Any], subject: Subject) -> dict[str, Any] | None:
-    """The passkey grid with the most cells, of the first source that has any."""
-    for part, model in parts_of(results, subject):
-        grids = [grid for grid in part["passkey"] if grid["model"] == model]
-        if grids:
-            return max(grids, key=lambda grid: grid["num_cells"])
-    return None
+    """The passkey grid with the most cells, and of those the first source's."""
+    grids = [grid for part, model in parts_of(results, subject) for grid in part["passkey"] if grid["model"] == model]
+    return max(grids, key=lambda grid: grid["num_cells"], default=None)
 
 
-def curve_of(part: dict[str, Any], model: str) -> dict[str, Any] | None:
-    """The perplexity curve that reaches farthest, and of those the finest."""
-    curves = [curve for curve in part["perplexity"] if curve["model"] == model]
+def curve_of(results: dict[str, Any], subject: Subject, window: str) -> dict[str, Any] | None:
+    """The perplexity curve that reaches farthest, and of those the finest, on the books of that window."""
+    asked = [
+        (results["parts"][part], model)
+        for part, model in subject.sources
+        if part in WINDOWS[window] and part in results["parts"]
+    ]
+    curves = [curve for part, name in asked for curve in part["perplexity"] if curve["model"] == name]
     reach = [(curve["bucket_end_tokens"][-1], len(curve["bucket_end_tokens"])) for curve in curves]
     return curves[reach.index(max(reach))] if curves else None
 

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from ultralong_ray.report.published import ABLATION_COLUMN, ABLATIONS_SOURCE
 from ultralong_ray.report.reproduction.subjects import (
     SUBJECTS,
+    Subject,
     base_window,
     grid_of,
     means_of,
     num_tasks,
     paid,
     paid_rows,
+    parts_of,
 )
 from ultralong_ray.report.reproduction.trials import AT_END, BEYOND, RECIPE, RULER, SKILLS, WITHIN
 from ultralong_ray.report.reproduction.variants import RECIPE_LABEL, grouped, label
@@ -43,7 +46,7 @@ def _table(heads: Iterable[str], rows: Iterable[Iterable[str]], below: str = "")
 
 
 def _passkey(results: dict[str, Any]) -> str:
-    rows = []
+    rows, lacking = [], []
     for subject in SUBJECTS:
         grid = grid_of(results, subject)
         if grid is not None:
@@ -53,9 +56,17 @@ def _passkey(results: dict[str, Any]) -> str:
             # the recipe of the base has a smaller window of its own, so means are taken here
             within, beyond = _within_and_beyond(grid, base_window(results) or 0)
             rows.append([subject.label, size, counted, percent(within), percent(beyond), percent(grid["mean"])])
+            lacking.append(_lacking(subject, grid["num_failed"], grid["num_missing"], "cells"))
     window = short_tokens(base_window(results) or 0)
     heads = ["passkey", "lengths x depths", "cells all right", f"within {window}", f"beyond {window}", "all"]
-    return _table(heads, rows) if rows else ""
+    return _table(heads, rows, " ".join(filter(None, lacking))) if rows else ""
+
+
+def _lacking(subject: Subject, failed: int, missing: int, missed: str) -> str:
+    """What of a model's answers is not there; empty where all are."""
+    said = [f"{failed} of its cells failed, counted as wrong"] if failed else []
+    said += [f"{missing} of its {missed} missing"] if missing else []
+    return f"{subject.label}: {'; '.join(said)}." if said else ""
 
 
 def _within_and_beyond(grid: dict[str, Any], window: int) -> list[float | None]:
@@ -71,8 +82,21 @@ def _ruler(results: dict[str, Any]) -> str:
         return ""
     tasks = num_tasks(results, "ruler")
     rows = [[name, *(_with_half(means.get(length)) for length in lengths)] for name, means in found.items() if means]
-    below = f"Mean of {tasks} tasks, per cent, ± half of the 95 % interval."
-    return _table([f"RULER, {tasks} tasks", *map(short_tokens, lengths)], rows, below)
+    below = [f"Mean of {tasks} tasks, per cent, ± half of the 95 % interval.", *_lacking_of_ruler(results)]
+    return _table([f"RULER, {tasks} tasks", *map(short_tokens, lengths)], rows, " ".join(below))
+
+
+def _lacking_of_ruler(results: dict[str, Any]) -> Iterator[str]:
+    for subject in SUBJECTS:
+        asked = [
+            score
+            for part, model in parts_of(results, subject)
+            for score in part["benchmarks"]["scores"]
+            if score["model"] == model and score["task"].startswith("ruler/")
+        ]
+        failed, missing = (sum(score[key] for score in asked) for key in ("num_failed_cells", "num_missing_samples"))
+        if said := _lacking(subject, failed, missing, "samples"):
+            yield said
 
 
 def _with_half(mean: dict[str, Any] | None) -> str:
@@ -110,7 +134,8 @@ def _ablations(results: dict[str, Any]) -> str:
     compared = RULER if any(RULER in found["measures"] for found in variants.values()) else BEYOND
     what = {RULER: "RULER", BEYOND: "passkey beyond"}[compared]
     heads = ["variant", "seeds", "passkey within", "passkey beyond"]
-    heads += ["RULER"] if compared == RULER else []
+    lengths = _ruler_lengths(variants)
+    heads += ["RULER", *(f"RULER {short_tokens(length)}" for length in lengths.values())] if lengths else []
     heads += [
         f"{what}, less the recipe's",
         "short skills",
@@ -120,7 +145,13 @@ def _ablations(results: dict[str, Any]) -> str:
         "side of the recipe",
     ]
     paper = variants.get(RECIPE, {}).get("paper_percent")
-    rows = [[*_ablation(name, variants[name], compared), *_paper(variants[name], compared, paper)] for name in names]
+    rows = [
+        [
+            *_ablation(name, variants[name], compared, [RULER, *lengths] if lengths else []),
+            *_paper(variants[name], compared, paper),
+        ]
+        for name in names
+    ]
     below = (
         "Mean and 95 % interval over seeds (Student's t, cut at 0 and 100; differences over pairs of equal seeds). "
         f"Within and beyond the base model's window. Paper: {ABLATIONS_SOURCE}."
@@ -128,14 +159,21 @@ def _ablations(results: dict[str, Any]) -> str:
     return _table(heads, rows, below)
 
 
-def _ablation(name: str, found: dict[str, Any], compared: str) -> list[str]:
+def _ruler_lengths(variants: dict[str, Any]) -> dict[str, int]:
+    """Measure -> its tokens: RULER is the price within the window, and the gain beyond it."""
+    keys = {key for found in variants.values() for key in found["measures"]}
+    lengths = {key: int(key.removeprefix("ruler/")) for key in keys if re.fullmatch(r"ruler/\d+", key)}
+    return dict(sorted(lengths.items(), key=lambda item: item[1]))
+
+
+def _ablation(name: str, found: dict[str, Any], compared: str, of_ruler: Iterable[str]) -> list[str]:
     measures, against = found["measures"], found.get("against_recipe", {})
     return [
         RECIPE_LABEL if name == RECIPE else label(name).replace("<s>", "`<s>`"),  # Markdown would take it as a tag
         str(len(found["seeds"])),
         _share(measures.get(WITHIN)),
         _share(measures.get(BEYOND)),
-        *([_share(measures.get(RULER))] if compared == RULER else []),
+        *(_share(measures.get(key)) for key in of_ruler),
         _difference(against.get(compared), 100.0, ".1f"),
         _share(measures.get(SKILLS)),
         _perplexity(measures.get(AT_END)),
@@ -212,9 +250,11 @@ def _gpu_time(results: dict[str, Any]) -> str:
 
 
 def _gpu_seconds_of(part: dict[str, Any], folders: set[str]) -> float:
-    """Of those of its stages that ran once for this part and for another: their folders are among `folders`."""
+    """Of those of its trainings that ran once for this part and for another: their folders are among `folders`."""
     shared = {folder.rpartition("-")[0] for folder in folders.intersection(part["folders"])}
-    return sum(time["seconds"] * time["gpus"] for stage, time in part["stages"].items() if stage in shared)
+    return sum(
+        time["seconds"] * time["gpus"] for stage, time in part["stages"].items() if stage in shared - {"evaluate"}
+    )
 
 
 def _whole_command(name: str, note: Any) -> str:
@@ -223,7 +263,8 @@ def _whole_command(name: str, note: Any) -> str:
         return ""
     seconds = note[WHOLE_COMMAND]
     gpus = len(note["gpus"]) if isinstance(note["gpus"], list) else note["gpus"]
-    return f"The whole command of {name}: {seconds:,} s on {gpus} GPUs, {_hours(seconds * gpus)} GPU-hours."
+    plural = "" if gpus == 1 else "s"
+    return f"The whole command of {name}: {seconds:,} s on {gpus} GPU{plural}, {_hours(seconds * gpus)} GPU-hours."
 
 
 def _hours(seconds: float) -> str:

@@ -23,23 +23,37 @@ COMPARED = (WITHIN, BEYOND, AT_END, RULER, SKILLS)
 
 
 def read_trials(folder: Path, notes: list[str]) -> dict[str, dict[str, Any]]:
-    """Name -> what is kept of each trial below `folder` that is done; of two with one name, the newer file's."""
-    files = sorted([*folder.glob("tune-*/tune.json"), *folder.glob("tune-*/trials/*.json")], key=_age)
+    """Name -> what is kept of each trial below `folder` that is done; of two with one name, the one that ended later.
+
+    notes gets what is damaged, and the trials that are not done.
+    """
     trials: dict[str, dict[str, Any]] = {}
-    for file in files:
-        where = f"{file.parent.name}/{file.name}"
-        try:
-            value = json.loads(file.read_text(encoding="utf-8"))
-            for record in value["trials"] if file.name == "tune.json" else [value]:
-                if record["status"] == "done" and record["values"].get("variant"):
-                    trials[record["trial"]] = _kept(record)
-        except (ValueError, KeyError, TypeError) as error:
-            notes.append(f"{where} holds no trial ({type(error).__name__}: {error}).")
+    undone: dict[str, str] = {}
+    for record, kept in _records(folder, notes):
+        if kept is not None:
+            trials[record["trial"]] = kept
+        elif record["status"] != "waiting":
+            undone[record["trial"]] = f"{record['trial']} {record['status']}: {record['cause']}"
+    if left := [said for name, said in undone.items() if name not in trials]:
+        notes.append(f"not done, so these trials do not count: {'; '.join(left)}.")
     return dict(sorted(trials.items()))
 
 
-def _age(file: Path) -> tuple[float, str]:
-    return file.stat().st_mtime, str(file)
+def _records(folder: Path, notes: list[str]) -> list[tuple[dict[str, Any], dict[str, Any] | None]]:
+    """Trials with a variant, and what is kept of those that are done; those that ended later come later."""
+    found: list[tuple[float, str, dict[str, Any], dict[str, Any] | None]] = []
+    for file in [*folder.glob("tune-*/tune.json"), *folder.glob("tune-*/trials/*.json")]:
+        search = file.relative_to(folder).parts[0]
+        try:
+            value = json.loads(file.read_text(encoding="utf-8"))
+            for record in value["trials"] if file.name == "tune.json" else [value]:
+                ended = record.get("ended") or file.stat().st_mtime  # a copied file may be as old as its copy
+                kept = {"search": search, **_kept(record)} if record["status"] == "done" else None
+                if record["values"].get("variant"):
+                    found.append((ended, str(file), record, kept))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            notes.append(f"{file.parent.name}/{file.name} holds no trial ({type(error).__name__}: {error}).")
+    return [(record, kept) for _, _, record, kept in sorted(found, key=lambda one: one[:2])]
 
 
 def _kept(record: dict[str, Any]) -> dict[str, Any]:
@@ -48,7 +62,7 @@ def _kept(record: dict[str, Any]) -> dict[str, Any]:
     outcome = "final" if any(key.startswith("final/") for key in scores) else "pretrained"
     curve = next((curve for curve in record["perplexity"] if curve["model"] == outcome), None)
     return {
-        "variant": record["values"]["variant"],
+        "variant": record["values"].get("variant"),
         "seed": record["values"].get("seed"),
         "model": outcome,
         "scores": {key.removeprefix(f"{outcome}/"): s for key, s in scores.items() if key.startswith(f"{outcome}/")},
@@ -58,6 +72,7 @@ def _kept(record: dict[str, Any]) -> dict[str, Any]:
         "steps": record["steps"],
         "tokens": record["tokens"],
         "last_loss": record["loss"],
+        "gpus": record.get("gpus", 1),
         "on_gpus": _on_gpus(record),
     }
 
@@ -71,12 +86,19 @@ def _on_gpus(record: dict[str, Any]) -> dict[str, float]:
     return {**seconds, f"evaluation of {record['trial']}": evaluation}
 
 
-def ablations(trials: dict[str, dict[str, Any]], gpus_per_trial: float) -> dict[str, Any]:
-    """The part of the JSON: the trials, and for each variant means over seeds with Student's 95 % intervals."""
+def ablations(trials: dict[str, dict[str, Any]], gpus_per_trial: float | None = None) -> dict[str, Any]:
+    """The part of the JSON: the trials, and for each variant means over seeds with Student's 95 % intervals.
+
+    gpus_per_trial: default what each trial's record says.
+    """
     by_variant: dict[str, dict[Any, dict[str, float]]] = defaultdict(dict)
     for trial in trials.values():
         by_variant[trial["variant"]][trial["seed"]] = _measures(trial)
-    seconds = {name: value for trial in trials.values() for name, value in trial["on_gpus"].items()}
+    gpu_seconds = {
+        name: seconds * (gpus_per_trial or trial["gpus"])
+        for trial in trials.values()
+        for name, seconds in trial["on_gpus"].items()
+    }
     variants = {variant: _over_seeds(seeds) for variant, seeds in by_variant.items()}
     for variant, seeds in by_variant.items():
         if variant != RECIPE and RECIPE in by_variant:
@@ -84,8 +106,7 @@ def ablations(trials: dict[str, dict[str, Any]], gpus_per_trial: float) -> dict[
         variants[variant]["paper_percent"] = ABLATIONS.get(variant)
     return {
         "intervals_are": "95 %, Student's t over seeds; differences over pairs of equal seeds",
-        "gpus_per_trial": gpus_per_trial,
-        "gpu_seconds": gpus_per_trial * math.fsum(seconds.values()),
+        "gpu_seconds": math.fsum(gpu_seconds.values()),
         "variants": variants,
         "trials": trials,
     }

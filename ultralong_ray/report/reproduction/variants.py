@@ -30,6 +30,10 @@ GROUPS = {
         "tokens_8m": "8M tokens",
         "tokens_16m": "16M tokens",
     },
+    "Step size": {
+        "learning_rate_4e-4": "4e-4, not 2e-4",
+        "learning_rate_8e-4": "8e-4",
+    },
     "SFT": {
         "sft_short": "SFT on short samples",
         "sft_with_long": "SFT, long ones among them",
