@@ -39,6 +39,7 @@ def test_ctrl_c_ends_the_command_and_not_the_wave_alone(
     monkeypatch.setattr(ray_tune, "Tuner", Tuner)
     monkeypatch.delenv("TUNE_DISABLE_SIGINT_HANDLER", raising=False)
     recipe = tiny_recipe(tune={"search": {"pretrain.learning_rate": [1e-4, 1e-3]}, "trials_at_once": 1})
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
     try:
         with pytest.raises(KeyboardInterrupt):
             run._run(recipe, plan_trials(recipe), stage_directory(recipe, "tune").location, "recipe.toml")
