@@ -12,7 +12,7 @@ from tests.report.made_run import write_json
 from tests.report.reproduction.made_reproduction import trial_record, write_extension, write_trials
 from ultralong_ray.report.reproduction.command import figures_command
 from ultralong_ray.report.reproduction.dots import Mark, Panel, Row, dot_chart
-from ultralong_ray.report.reproduction.figures import FIGURES
+from ultralong_ray.report.reproduction.figures import FIGURES, spread
 from ultralong_ray.report.reproduction.sheet import Placed, sheet
 from ultralong_ray.report.reproduction.variants import grouped
 from ultralong_ray.stages import stage_directory
@@ -127,6 +127,14 @@ def test_models_of_one_window_share_a_chart_with_the_base(tmp_path: Path) -> Non
     texts = _texts(drawn["paid.svg"])
     assert texts.count("extended to 1M") == 2 and "extended to 1M, long SFT" not in texts
     assert "1M, long SFT, final" in texts and "1M, long SFT, before SFT" not in texts, "nobody asked that model"
+
+
+def test_a_curve_of_many_buckets_has_eight_points_for_a_doubling() -> None:
+    ends = [4096 * number for number in range(1, 257)]
+    far, means = spread(ends, [float(number) for number in range(1, 256)] + [None])
+    assert far[:3] == [4096, 8192, 12288] and far[-9::8] == [524288, 1048576] and len(far) == len(means) < 60
+    assert means[:3] == [1.0, 2.0, 3.0] and means[-2] == sum(range(216, 235)) / 19, "of 235 = 256 / 2^(1/8) buckets"
+    assert spread([4096, 8192], [None, 2.0]) == ([4096.0, 8192.0], [None, 2.0])
 
 
 def test_no_point_lies_on_the_numbers_of_an_axis(results: Path, tmp_path: Path) -> None:

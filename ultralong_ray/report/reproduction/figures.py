@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +49,7 @@ BESIDE = 7.0  # pixels between the points of two models at one length: equal poi
 TEXT = "perplexity"  # a suite whose scores are 1 / perplexity
 SUITES = TITLES | {TEXT: "Text, 100 / perplexity"}
 FAR = 2.5  # times the median
+POINTS_PER_DOUBLING = 8  # of a curve by position
 WIDE = 10.0  # values that span more have a logarithmic axis
 
 
@@ -138,8 +139,8 @@ def perplexity(results: dict[str, Any]) -> str | None:
         for subject in of_window(window):
             curve = curve_of(results, subject, window)
             if curve is not None:
-                ends = [float(end) for end in curve["bucket_end_tokens"]]
-                lines.append(Line(subject.label, subject.style, ends, [exp_or_none(loss) for loss in curve["loss"]]))
+                ends, losses = spread(curve["bucket_end_tokens"], curve["loss"])
+                lines.append(Line(subject.label, subject.style, ends, [exp_or_none(loss) for loss in losses]))
                 legend[subject.style] = subject.label
         values = [value for line in lines for value in line.ys if value is not None]
         wide = bool(values) and max(values) > WIDE * min(values)
@@ -154,6 +155,18 @@ def perplexity(results: dict[str, Any]) -> str | None:
     title = "Perplexity by position"
     subtitle = "held-out books; each point is the mean loss of the tokens up to its position, since the point before"
     return sheet(title, subtitle, charts, legend=list(legend.items()), side_by_side=True)
+
+
+def spread(ends: Sequence[int], losses: Sequence[float | None]) -> tuple[list[float], list[float | None]]:
+    """Buckets of one size taken together where a logarithmic axis crowds them: their last end and their mean loss."""
+    together: dict[int, list[int]] = {}
+    for number, end in enumerate(ends):
+        together.setdefault(math.ceil(POINTS_PER_DOUBLING * math.log2(end / ends[0])), []).append(number)
+    means = []
+    for numbers in together.values():
+        known = [loss for loss in (losses[number] for number in numbers) if loss is not None]
+        means.append(statistics.fmean(known) if known else None)
+    return [float(ends[numbers[-1]]) for numbers in together.values()], means
 
 
 def ablations(results: dict[str, Any]) -> str | None:
