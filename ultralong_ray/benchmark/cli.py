@@ -1,4 +1,4 @@
-"""`python jobs/benchmark.py train|prefill|prefix|parity|checkpoint|data ...`: words to a measurement and a status."""
+"""`python jobs/benchmark.py train|prefill|prefix|parity|checkpoint|kernels|data`: words to a measurement, a status."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 
 from ultralong_ray.benchmark.checkpoint import Checkpoints
 from ultralong_ray.benchmark.checkpoint_record import checkpoint_table, run_checkpoints
+from ultralong_ray.benchmark.kernels import add_kernels, kernels_table, run_kernels
 from ultralong_ray.benchmark.launch import RunFailed
 from ultralong_ray.benchmark.parity import add_parity, parity_table, run_parity
 from ultralong_ray.benchmark.prefill import Prefill
@@ -61,6 +62,9 @@ def _measured(options: argparse.Namespace, command: list[str]) -> tuple[str, boo
     if options.verb == "checkpoint":
         result = run_checkpoints(checkpoints_of(options), command, out)
         return checkpoint_table(result), result["status"] == "ok"
+    if options.verb == "kernels":
+        result = run_kernels(options, command)
+        return kernels_table(result), all(row["status"] == "ok" for row in result["rows"])
     result = run_benchmark(benchmark_of(options), command, out)
     return table(result), all(run["status"] == "ok" for run in result["runs"] if run["contestant"] == "ours")
 
@@ -92,6 +96,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_prefill(prefill.add_argument)
     add_prefix(verbs.add_parser("prefix", help="a passkey grid with and without reuse of prompts").add_argument)
     add_parity(verbs.add_parser("parity", help="answers of the in-process and the sharded engine").add_argument)
+    add_kernels(verbs.add_parser("kernels", help="attention kernels alone, TFLOP/s by length").add_argument)
     checkpoint = verbs.add_parser("checkpoint", help="what checkpoints cost a training loop", allow_abbrev=False)
     _add_checkpoint(checkpoint.add_argument)
     return parser
