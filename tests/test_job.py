@@ -146,8 +146,20 @@ def test_a_cluster_that_cannot_be_joined_gets_words(monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr("ray.is_initialized", lambda: False)
     monkeypatch.setattr("ray.init", init)
+    monkeypatch.setattr("ultralong_ray.nodes.silent_head", lambda: None)
     monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
     with pytest.raises(UserError, match=r"(?s)10\.0\.0\.1:6379.*Version mismatch.*RAY_ADDRESS=local starts one"):
+        job.connect_to_ray()
+
+
+def test_a_head_that_died_gets_words_at_once(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("ray.is_initialized", lambda: False)
+    monkeypatch.setattr("ray.init", lambda **_: pytest.fail("Ray would try for minutes"))
+    monkeypatch.setattr("ultralong_ray.nodes.silent_head", lambda: "10.0.0.1:6379")
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    with pytest.raises(
+        UserError, match=r"(?s)the cluster that runs here.*nothing listens at 10\.0\.0\.1:6379.*ray stop"
+    ):
         job.connect_to_ray()
 
 

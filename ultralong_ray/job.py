@@ -179,6 +179,8 @@ def connect_to_ray() -> None:
     import ray
     from ray.exceptions import AuthenticationError
 
+    from ultralong_ray.nodes import silent_head
+
     if ray.is_initialized():
         return
     # The workers import this package from the submitted working directory or from site-packages; when a script is
@@ -187,6 +189,8 @@ def connect_to_ray() -> None:
     python_path = os.pathsep.join(filter(None, [package_root, os.environ.get("PYTHONPATH")]))
     workers_env = {"env_vars": {"PYTHONPATH": python_path}}
     try:
+        if head := silent_head():
+            raise ConnectionError(f"nothing listens at {head}; `ray stop` forgets a cluster of this machine that died")
         ray.init(log_to_driver=True, logging_level=logging.WARNING, runtime_env=workers_env)
     # Ray 2.60: another Python, nothing there, no address, no token
     except (RuntimeError, ConnectionError, ValueError, AuthenticationError) as error:

@@ -1,4 +1,4 @@
-"""Waits until the Ray cluster has the nodes that a stage asks for, and says what it waits for.
+"""Whether the head of a Ray cluster answers; and the wait until a cluster has the nodes that a stage asks for.
 
 Flows in: a recipe and a stage. Flows out: nothing, once the nodes are there; a UserError after cluster.wait_minutes, or
 within a minute where no waiting can help. While it waits a placement group stands in for the stage, so that an
@@ -11,6 +11,8 @@ that was put together by hand (or by ray.init) has an autoscaler too, one that o
 from __future__ import annotations
 
 import logging
+import os
+import socket
 import time
 from collections import Counter
 from collections.abc import Mapping
@@ -18,6 +20,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray
+from ray._private.services import canonicalize_bootstrap_address
 from ray._raylet import GcsClient  # pyright: ignore[reportAttributeAccessIssue]
 from ray.core.generated import autoscaler_pb2
 from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table, remove_placement_group
@@ -33,6 +36,30 @@ QUIET_SECONDS = 2.0  # a wait shorter than this is not worth a line
 REPEAT_SECONDS = 60.0  # the same line again, as a sign of life
 POLL_SECONDS = 0.5
 SHOWN = ("CPU", "GPU")
+HEAD_SECONDS = 10.0  # for a head that starts again; ray.init alone would try for minutes before it says a word
+
+
+def silent_head() -> str | None:
+    """host:port of the cluster that ray.init would join, where nothing listens at it; else None.
+
+    A head that was killed leaves its address behind on its machine, where only `ray stop` removes it. Raises what Ray
+    does for an address that is none.
+    """
+    if "://" in os.environ.get("RAY_ADDRESS", ""):  # Ray Client, which asks a server of its own
+        return None
+    address = canonicalize_bootstrap_address(None)  # pyright: ignore[reportArgumentType]  # as ray.init calls it
+    if address is None:  # ray.init starts a cluster of its own
+        return None
+    host, _, port = address.rpartition(":")
+    began = time.monotonic()
+    while True:
+        try:
+            with socket.create_connection((host.strip("[]"), int(port)), timeout=HEAD_SECONDS):
+                return None
+        except OSError:
+            if time.monotonic() - began >= HEAD_SECONDS:
+                return address
+            time.sleep(POLL_SECONDS)
 
 
 @dataclass(frozen=True, slots=True)

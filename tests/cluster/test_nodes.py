@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Callable
 
 import pytest
 
+from ultralong_ray import nodes
 from ultralong_ray.config import Recipe
-from ultralong_ray.nodes import Demand, Node, View, demand_of, why_never
+from ultralong_ray.nodes import Demand, Node, View, demand_of, silent_head, why_never
 
 TRAIN = {"ultralong-group": "train"}
 DEMAND = Demand("pretrain", 4, {"CPU": 1, "GPU": 1}, TRAIN)
@@ -84,3 +86,19 @@ def test_without_an_autoscaler_what_is_there_is_all() -> None:
 )
 def test_words(shown: str, words: str) -> None:
     assert shown == words
+
+
+def test_a_head_that_answers_and_one_that_died(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nodes, "HEAD_SECONDS", 0.6)
+    with socket.create_server(("", 0)) as listening:
+        port = listening.getsockname()[1]
+        monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{port}")
+        assert silent_head() is None
+    silent = silent_head()
+    assert silent is not None and silent.endswith(f":{port}")
+
+
+@pytest.mark.parametrize("address", ["local", "ray://127.0.0.1:1"])
+def test_no_head_is_looked_for_where_ray_does_not_join_one(monkeypatch: pytest.MonkeyPatch, address: str) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    assert silent_head() is None
