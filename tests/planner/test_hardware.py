@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
+from tests.planner.shapes import ROOT
 from ultralong_ray.planner.hardware import GPUS, H100_ATTENTION, cluster_of, find_gpu, parse_cluster, peak_flops
 from ultralong_ray.types import UserError
 
@@ -73,3 +76,16 @@ def test_rates_are_the_measured_ones_and_between_them() -> None:
 def test_an_unmeasured_gpu_reaches_the_same_share_of_its_peak() -> None:
     forward, _ = GPUS["A100"].attention_tflops("flash_attn_2", 131_072)
     assert forward / 312.0 == pytest.approx(699 / 989.5)
+
+
+def test_narrow_heads_reach_the_measured_share() -> None:
+    """Of each pass at 128K and 512K, both sizes of heads on one machine."""
+    measured = json.loads((ROOT / "jobs" / "results" / "attention_kernels_1xh200.json").read_text())
+    rates = {(row["head_dim"], row["length_tokens"]): row for row in measured["rows"]}
+    for gpu in (GPUS["H100"], GPUS["B200"]):
+        for length in (131_072, 524_288):
+            wide, narrow = (gpu.attention_tflops("flash_attn_4", length, head_dim) for head_dim in (128, 64))
+            for index, name in enumerate(("forward_tflops", "backward_tflops")):
+                found = rates[64, length][name] / rates[128, length][name]
+                assert narrow[index] / wide[index] == pytest.approx(found, rel=0.01)
+    assert GPUS["H100"].attention_tflops("cudnn", 131_072, 64) == GPUS["H100"].attention_tflops("cudnn", 131_072)

@@ -31,6 +31,9 @@ H100_ATTENTION: dict[str, tuple[tuple[int, float, float], ...]] = {
     "flash_attn_2": ((32_768, 362, 326), (131_072, 334, 325), (1_048_576, 309, 326)),
     "sdpa_flash": ((32_768, 362, 326), (131_072, 334, 325), (1_048_576, 309, 326)),
 }
+# kernel -> shares of these rates, (forward, backward), that heads of 64 reach: both sizes at 128K and 512K are in
+# jobs/results/attention_kernels_1xh200.json. flash-attn-3 has the same schedule; others were not measured so.
+HEAD_DIM_64_SHARES = {"flash_attn_4": (0.826, 0.875), "flash_attn_3": (0.826, 0.875)}
 H100_PEAK_TFLOPS = 989.5
 
 
@@ -48,13 +51,13 @@ class Gpu:
     best_kernel: str
     measured: bool
 
-    def attention_tflops(self, kernel: str, sequence_length: int) -> tuple[float, float]:
+    def attention_tflops(self, kernel: str, sequence_length: int, head_dim: int = 128) -> tuple[float, float]:
         """(forward, backward) TFLOP/s at a sequence length; between measured lengths linear in its logarithm."""
-        if self.measured:
-            return _interpolate(H100_ATTENTION[kernel], sequence_length)
-        forward, backward = _interpolate(H100_ATTENTION["flash_attn_4"], sequence_length)
-        ratio = self.peak_tflops / H100_PEAK_TFLOPS
-        return forward * ratio, backward * ratio
+        known = kernel if self.measured else "flash_attn_4"
+        forward, backward = _interpolate(H100_ATTENTION[known], sequence_length)
+        ratio = 1.0 if self.measured else self.peak_tflops / H100_PEAK_TFLOPS
+        shares = HEAD_DIM_64_SHARES.get(kernel, (1.0, 1.0)) if head_dim <= 64 else (1.0, 1.0)
+        return forward * ratio * shares[0], backward * ratio * shares[1]
 
 
 def _interpolate(rows: tuple[tuple[int, float, float], ...], sequence_length: int) -> tuple[float, float]:

@@ -65,7 +65,7 @@ def _layer(work: Workload) -> LayerTime:
     shape, plan, gpu = work.shape, work.plan, work.hardware.gpu
     share = work.costs.sustained_share * (work.costs.ring_share if plan.ring_degree > 1 else 1.0)
     forward_rate, backward_rate = (
-        share * rate * TERA for rate in gpu.attention_tflops(work.kernel, work.sequence_length)
+        share * rate * TERA for rate in gpu.attention_tflops(work.kernel, work.sequence_length, shape.head_dim)
     )
     causal = 2.0 * shape.attention_width * float(work.sequence_length) ** 2 * work.micro_batch_sequences / plan.degree
     again = sum(
