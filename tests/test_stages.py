@@ -73,7 +73,10 @@ def test_an_evaluation_needs_prepared_data_only_for_what_is_held_out(tmp_path: P
     place = ("--workdir", str(tmp_path), "--evaluate.models", '["base"]')
     with pytest.raises(MissingInput, match=r"prepare\.py"):
         require_inputs(recipe_with(*place), "evaluate", "r.toml")
-    require_inputs(recipe_with(*place, "--prepare.holdout_sequences", "0"), "evaluate", "r.toml")
+    none = (*place, "--prepare.holdout_sequences", "0")
+    require_inputs(recipe_with(*none), "evaluate", "r.toml")
+    with pytest.raises(MissingInput, match=r"prepare\.py"):
+        require_inputs(recipe_with(*none, "--prepare.holdout_ids", '["a book"]'), "evaluate", "r.toml")
 
 
 def test_a_half_written_stage_is_not_done(tmp_path: Path):

@@ -151,4 +151,4 @@ def require_inputs(recipe: Recipe, stage: str, recipe_path: str) -> None:
 
 def _holds_nothing_for(recipe: Recipe, stage: str, source: str) -> bool:
     """An evaluation reads of `prepare` the held-out sequences alone."""
-    return stage == "evaluate" and source == "prepare" and not recipe.prepare.holdout_sequences
+    return stage == "evaluate" and source == "prepare" and not recipe.prepare.holds_out

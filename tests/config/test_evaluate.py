@@ -74,8 +74,14 @@ def test_mistakes_are_said(tasks: list[dict[str, Any]], words: str) -> None:
 
 
 def test_nothing_to_measure_and_lengths_beyond_the_target_are_refused(tiny_recipe: Make) -> None:
-    with pytest.raises(ValidationError, match=r"evaluate.passkey is false and there is no"):
+    with pytest.raises(ValidationError, match=r"evaluate.passkey is false and .* position alone takes"):
         tiny_recipe(evaluate={"passkey": False})
+    with pytest.raises(ValidationError, match=r"nothing would be measured"):
+        served = {"kind": "openai", "served": {"base": "b"}}
+        only_base = {"models": ["base"], "passkey": False, "engine": served}
+        tiny_recipe(prepare={"holdout_ids": ["a"]}, evaluate=only_base)
+    for held_out in ({"holdout_ids": ["a"]}, {"holdout_sequences": 1}):
+        assert tiny_recipe(prepare=held_out, evaluate={"passkey": False}).evaluate is not None, "perplexity by position"
     with pytest.raises(ValidationError, match=r"evaluate.tasks.0.context_lengths 513 is beyond .* 512; no model"):
         tiny_recipe(evaluate={"tasks": [{**RULER, "context_lengths": [64, 513]}]})
 

@@ -24,7 +24,7 @@ class EvaluateConfig(Section):
     models: Annotated[tuple[ModelName, ...], Field(min_length=1)] = ("base", "pretrained", "final")
     """base: as given. extended: RoPE changed, not trained. pretrained: after CPT. final: the exported model."""
     passkey: bool = True
-    """False: no passkey grid."""
+    """False: no passkey grid, so tasks alone, and the perplexity curve where prepare holds documents out."""
     context_lengths: tuple[Positive, ...] = ()
     """Of the passkey grid, in tokens, question and template included. Default: 40 even steps up to
     model.target_context_length."""
@@ -50,6 +50,11 @@ class EvaluateConfig(Section):
     gpus_per_task: Annotated[float, Field(ge=0.0)] = operational(0.0)
     cpus_per_task: Annotated[float, Field(ge=0.0)] = operational(1.0)
 
+    @property
+    def gives_losses(self) -> bool:
+        """Whether the engine gives the loss of every token, which perplexity takes."""
+        return isinstance(self.engine, InProcessEngine | ShardedEngine)
+
     @model_validator(mode="after")
     def _engine_has_the_models(self) -> EvaluateConfig:
         if isinstance(self.engine, EndpointEngine):
@@ -63,9 +68,7 @@ class EvaluateConfig(Section):
 
     @model_validator(mode="after")
     def _engine_gives_losses(self) -> EvaluateConfig:
-        if any(isinstance(section, PerplexityTask) for section in self.tasks) and not isinstance(
-            self.engine, InProcessEngine | ShardedEngine
-        ):
+        if any(isinstance(section, PerplexityTask) for section in self.tasks) and not self.gives_losses:
             raise ValueError(
                 f"evaluate.tasks of kind perplexity need the loss of every token, which an engine of kind "
                 f"{self.engine.kind} does not give; set evaluate.engine.kind to in_process or sharded, or remove them"
@@ -73,9 +76,7 @@ class EvaluateConfig(Section):
         return self
 
     @model_validator(mode="after")
-    def _asks_for_something_once(self) -> EvaluateConfig:
-        if not self.passkey and not self.tasks:
-            raise ValueError("evaluate.passkey is false and there is no [[evaluate.tasks]]: nothing would be measured")
+    def _asks_for_nothing_twice(self) -> EvaluateConfig:
         counts = Counter(work for section in self.tasks for work in section.works())
         twice = next((work for work, count in counts.items() if count > 1), None)
         if twice is not None:

@@ -54,8 +54,14 @@ class Recipe(Section):
         return self
 
     @model_validator(mode="after")
-    def _passkey_grid_has_lengths(self) -> Recipe:
+    def _evaluation_asks_for_something(self) -> Recipe:
         evaluate = self.evaluate
+        curve = evaluate is not None and evaluate.gives_losses and self.prepare.holds_out
+        if evaluate is not None and not (evaluate.passkey or evaluate.tasks or curve):
+            raise ValueError(
+                "evaluate.passkey is false and there is no [[evaluate.tasks]]: nothing would be measured; perplexity "
+                "by position alone takes prepare.holdout_sequences or holdout_ids and an engine in_process or sharded"
+            )
         if evaluate is None or not evaluate.passkey or evaluate.context_lengths:
             return self
         lengths = even_lengths(self.model.target_context_length)

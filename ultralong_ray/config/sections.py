@@ -151,6 +151,11 @@ class PrepareConfig(Section):
     keep_tokens: bool = operational(False)
     """Keep the token shards below <workdir>/tokens when the stage is done, for other recipes over the same corpus."""
 
+    @property
+    def holds_out(self) -> bool:
+        """Whether documents are kept for the perplexity-by-position curve."""
+        return bool(self.holdout_sequences or self.holdout_ids)
+
     @model_validator(mode="after")
     def _thresholds_are_ordered(self) -> PrepareConfig:
         if self.short_below_tokens > self.long_above_tokens:

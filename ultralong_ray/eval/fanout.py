@@ -128,7 +128,7 @@ def evaluate(
     """
     config = recipe.evaluate
     assert config is not None
-    if isinstance(config.engine, EndpointEngine | VllmEngine) and holdout is not None:
+    if holdout is not None and not config.gives_losses:
         logger.info("evaluate: an engine of kind %s gives no losses: no perplexity by position", config.engine.kind)
         holdout = None
     started = time.monotonic()
