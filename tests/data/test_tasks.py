@@ -17,12 +17,14 @@ from ultralong_ray.config import SftConfig, SourceConfig
 from ultralong_ray.data.passes import tokenize_items, tokenize_part
 from ultralong_ray.data.task_kinds import (
     BODIES,
+    UNITS_PER_ROUND,
     arithmetic,
     common_words,
     copying,
     frequent_words,
     needles,
     questions,
+    rounds,
     variables,
 )
 from ultralong_ray.data.tasks import task_documents
@@ -123,9 +125,36 @@ def test_a_conversation_learns_from_its_answer_alone() -> None:
         assert set(np.unique(document.loss_weight)) <= {0, 1}
         if text.endswith(tokenizer().eos_token):  # not cut at the budget
             targets = tokenizer().decode(document.input_ids[document.loss_weight > 0])
-            assert text.split(header)[-1] == targets
+            answers = [turn.split(tokenizer().eos_token)[0] + tokenizer().eos_token for turn in text.split(header)[1:]]
+            assert "".join(answers) == targets
             whole += 1
     assert whole > 20
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_rounds_ask_for_every_key_once_and_the_text_gives_each_value_once(seed: int) -> None:
+    context, question, segments = rounds(random.Random(seed), 400)
+    asked = [question, *(text for text, weight in segments if weight == 0)]
+    values = [text.strip() for text, weight in segments if weight > 1]
+    assert len(asked) == len(values) == 400 // UNITS_PER_ROUND
+    assert len(set(asked)) == len(asked)
+    for words, value in zip(asked, values, strict=True):
+        key = words.rstrip("?").rsplit(" ", 1)[1]
+        assert len(re.findall(rf"\b{re.escape(key)} (?:is|has the [a-z ]+) {value}\.", context)) == 1
+    assert asked != sorted(asked, key=lambda words: context.index(words.rstrip("?").rsplit(" ", 1)[1])), "any order"
+
+
+def test_rounds_are_turns_of_the_chat_template_and_fill_their_window() -> None:
+    lengths = []
+    for document in task_documents(tokenizer(), 0, 7, 12000, 1, {"rounds": 1.0}, conversations=True):
+        text = tokenizer().decode(document.input_ids)
+        turns = re.findall(r"<\|start_header_id\|>(\w+)<\|end_header_id\|>\n\n(.*?)<\|eot_id\|>", text, re.DOTALL)
+        assert [role for role, _ in turns] == ["user", "assistant"] * (len(turns) // 2) and len(turns) > 8
+        messages = [{"role": role, "content": words} for role, words in turns]
+        again = tokenizer().apply_chat_template(messages, tokenize=False)
+        assert again == re.sub(r"(assistant<\|end_header_id\|>\n\n) ", r"\1", text)  # a space may stand before answers
+        lengths.append(len(document.input_ids))
+    assert max(lengths) <= 12000 and np.median(lengths) > 11000
 
 
 def test_two_sources_of_tasks_make_different_documents(tmp_path: Path) -> None:

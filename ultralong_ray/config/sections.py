@@ -38,6 +38,7 @@ TaskKind = Literal[
     "key_value",
     "repetition",
     "needles",
+    "rounds",
     "variables",
     "common_words",
     "frequent_words",

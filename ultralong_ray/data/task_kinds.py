@@ -1,7 +1,8 @@
 """Wordings of synthetic tasks for a base model trained from nothing: one function per kind, all pure.
 
 Flows in: a random generator and a length in units of about a dozen tokens. Flows out: a context, a question and an
-answer, the last in segments with the weight of their tokens as targets.
+answer, the last in segments with the weight of their tokens as targets. A segment of weight 0 is a further question
+about the same context, whose answer is what follows.
 
 The kinds ask for what RULER asks for (arXiv 2404.06654: needles, variable tracking, common and frequent words,
 questions about documents), and for copying and arithmetic. Names, words and numbers are drawn anew for every document,
@@ -16,6 +17,7 @@ from collections.abc import Callable
 from functools import lru_cache
 
 ANSWER_WEIGHT = 8
+MOST_ROUNDS, UNITS_PER_ROUND = 256, 40  # questions about one context: one for about 500 tokens
 NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
 
 Segments = list[tuple[str, int]]  # (text, weight of its tokens as targets)
@@ -132,6 +134,27 @@ def needles(rng: random.Random, units: int) -> Task:
     )
     joint = "\n" if haystack != "text" or rng.random() < 0.3 else " "
     return f"{intro}\n{joint.join(lines)}", question, [(prefix, 1), (f" {_joined(values)}", ANSWER_WEIGHT), (".", 1)]
+
+
+def rounds(rng: random.Random, units: int) -> Task:
+    """Many keys hidden in noise or text, asked for one after another: one reading of a long context, many answers."""
+    noun = rng.choice(("pass key", "code", "number", "password", "price", "value"))
+    keys = _keys(rng, rng.choice(("word", "pair")), max(2, min(MOST_ROUNDS, units // UNITS_PER_ROUND)))
+    values = {key: digits(rng, 4, 7) for key in keys}
+    line = rng.choice(
+        (f"The {noun} of {{}} is {{}}. Remember it.", f"The {noun} of {{}} is {{}}.", f"{{}} has the {noun} {{}}.")
+    )
+    room = max(1, units - 5 * len(keys))  # two units a line, three a question with its answer
+    filler = [NOISE] * max(1, room // 2) if rng.random() < 0.5 else natural(rng, room)
+    lines = _scattered(rng, [line.format(*fact) for fact in values.items()], filler)
+    intro = rng.choice((f"Somewhere in this text there are {noun}s. I will ask for them.", "Read this text with care."))
+    ask = rng.choice((f"What is the {noun} of {{}}?", f"Which {noun} does the text give for {{}}?"))
+    rng.shuffle(keys)
+    answers: Segments = []
+    for key in keys:
+        further = [(ask.format(key), 0)] if answers else []
+        answers += [*further, (f"The {noun} of {key} is", 1), (f" {values[key]}", ANSWER_WEIGHT), (".", 1)]
+    return f"{intro}\n{' '.join(lines)}", ask.format(keys[0]), answers
 
 
 def _keys(rng: random.Random, kind: str, count: int) -> list[str]:
@@ -337,6 +360,7 @@ def _sum(rng: random.Random) -> tuple[str, int]:
 
 BODIES: dict[str, Body] = {
     "needles": needles,
+    "rounds": rounds,
     "variables": variables,
     "common_words": common_words,
     "frequent_words": frequent_words,

@@ -51,7 +51,9 @@ def task_documents(
         kind = rng.choices(tuple(shares), tuple(shares.values()))[0]
         # Half of the documents use the whole window, or positions near its end would hardly be trained.
         budget = max_tokens if rng.random() < 0.5 else rng.randint(min(MIN_TOKENS, max_tokens), max_tokens)
-        if kind in BODIES:
+        if kind == "rounds":
+            budget = max_tokens  # it asks at every distance
+        elif kind in BODIES:
             budget = min(max_tokens, max(budget, MIN_TOKENS_LONG))
         if kind == "repetition":
             ids, weights = _repetition(tokenizer, rng, budget)
@@ -76,7 +78,7 @@ def _question(
     """The longest instance of a kind that fits into `budget` tokens."""
     body: Body = _passkey if kind == "passkey" else _key_value if kind == "key_value" else BODIES[kind]
     state = rng.getstate()
-    units = max(1, budget // 12)
+    units = max(1, budget // (8 if kind == "rounds" else 12))  # too many, then fewer: it fills its window
     while True:
         rng.setstate(state)
         # What stands around the new kinds' answers is mostly drawn by chance and no target.
@@ -98,15 +100,20 @@ def _render(
 ) -> Segments:
     """Plain text, or a user turn and an assistant turn in the chat template."""
     if rng.random() < 0.3 and not conversation:
-        return [(f"{context}\n{question} ", context_weight), *answer]
+        turns = [(text, weight) if weight else (f"\n{text} ", 0) for text, weight in answer]
+        return [(f"{context}\n{question} ", context_weight), *turns]
     if not context_weight and answer[0][1] == 1 and rng.random() < 0.5:
         # Benchmarks put their answer prefix behind the template with a space before it.
         answer = [(f" {answer[0][0]}", 1), *answer[1:]]
     opening, closing = _chat_frame(tokenizer)
-    prompt = opening + f"{context}\n{question}".strip() + closing
-    if conversation:
-        return [(prompt, 0), *((text, 1) for text, _ in answer), (tokenizer.eos_token, 1)]
-    return [(prompt, context_weight), *answer, (tokenizer.eos_token, 1)]
+    prompt = (opening + f"{context}\n{question}".strip() + closing, 0 if conversation else context_weight)
+    turns: Segments = []
+    for text, weight in answer:
+        if weight:
+            turns.append((text, 1 if conversation else weight))
+        else:  # a further question
+            turns += [(tokenizer.eos_token, 1), (_between_turns(tokenizer) + text + closing, 0)]
+    return [prompt, *turns, (tokenizer.eos_token, 1)]
 
 
 @lru_cache(maxsize=4)
@@ -117,6 +124,14 @@ def _chat_frame(tokenizer: Any) -> tuple[str, str]:
     rendered = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
     opening, closing = rendered.split(blank)
     return opening, closing
+
+
+@lru_cache(maxsize=4)
+def _between_turns(tokenizer: Any) -> str:
+    """What the chat template puts between an answer and the next question, without the answer's end of turn."""
+    turns = [{"role": role, "content": f"\0{role}"} for role in ("user", "assistant", "user")]
+    rendered = tokenizer.apply_chat_template(turns, tokenize=False)
+    return rendered.split("\0assistant")[1].split("\0user")[0].removeprefix(tokenizer.eos_token)
 
 
 def _encode(tokenizer: Any, segments: Segments) -> tuple[np.ndarray, np.ndarray]:
