@@ -30,6 +30,7 @@ NOUNS = {
     "uuid": ("uuid", "id", "token", "key"),
     "word": ("word", "name", "password", "colour"),
 }
+THINGS = [f"{quality} {noun}" for quality in QUALITIES for noun in ("number", "code", "key", "word", "price", "date")]
 SYLLABLES = [consonant + vowel for consonant in "bcdfghjklmnprstvwz" for vowel in "aeiou"]
 TRADES = ["baker", "teacher", "pilot", "doctor", "painter", "farmer", "lawyer", "singer", "sailor", "writer", "builder"]
 
@@ -137,24 +138,31 @@ def needles(rng: random.Random, units: int) -> Task:
 
 
 def rounds(rng: random.Random, units: int) -> Task:
-    """Many keys hidden in noise or text, asked for one after another: one reading of a long context, many answers."""
-    noun = rng.choice(("pass key", "code", "number", "password", "price", "value"))
-    keys = _keys(rng, rng.choice(("word", "pair")), max(2, min(MOST_ROUNDS, units // UNITS_PER_ROUND)))
-    values = {key: digits(rng, 4, 7) for key in keys}
+    """Many facts hidden in noise or text, asked for one after another: one reading of a long context, many answers.
+
+    Of four facts one has no key ("The pass key is 12345."), as there is but one of its kind in the text.
+    """
+    asked = max(2, min(MOST_ROUNDS, units // UNITS_PER_ROUND))
+    noisy, noun = rng.random() < 0.5, rng.choice(("code", "number", "password", "price", "value"))
+    things = ["pass key", *rng.sample(THINGS, k=min(len(THINGS), asked // 4))][: max(1, asked // 4)]
+    keys = _keys(rng, rng.choice(("word", "pair")), asked - len(things))
+    names = [*things, *(f"{noun} of {key}" for key in keys)]
+    rng.shuffle(names)
+    values = {name: digits(rng, 4, 7) for name in names}
     line = rng.choice(
-        (f"The {noun} of {{}} is {{}}. Remember it.", f"The {noun} of {{}} is {{}}.", f"{{}} has the {noun} {{}}.")
+        ("The {0} is {1}. Remember it. {1} is the {0}.", "The {0} is {1}. Remember it.", "The {0} is {1}.")
     )
-    room = max(1, units - 5 * len(keys))  # two units a line, three a question with its answer
-    filler = [NOISE] * max(1, room // 2) if rng.random() < 0.5 else natural(rng, room)
+    room = max(1, units - 5 * asked)  # two units a line, three a question with its answer
+    filler = [NOISE] * max(1, room // 2) if noisy else natural(rng, room)
     lines = _scattered(rng, [line.format(*fact) for fact in values.items()], filler)
-    intro = rng.choice((f"Somewhere in this text there are {noun}s. I will ask for them.", "Read this text with care."))
-    ask = rng.choice((f"What is the {noun} of {{}}?", f"Which {noun} does the text give for {{}}?"))
-    rng.shuffle(keys)
+    intro = rng.choice(("Some facts are hidden in this text. I will ask for them.", "Read this text with care."))
+    ask = rng.choice(("What is the {}?", "Which is the {}?", "What does the text say is the {}?"))
+    rng.shuffle(names)
     answers: Segments = []
-    for key in keys:
-        further = [(ask.format(key), 0)] if answers else []
-        answers += [*further, (f"The {noun} of {key} is", 1), (f" {values[key]}", ANSWER_WEIGHT), (".", 1)]
-    return f"{intro}\n{' '.join(lines)}", ask.format(keys[0]), answers
+    for name in names:
+        further = [(ask.format(name), 0)] if answers else []
+        answers += [*further, (f"The {name} is", 1), (f" {values[name]}", ANSWER_WEIGHT), (".", 1)]
+    return f"{intro}\n{' '.join(lines)}", ask.format(names[0]), answers
 
 
 def _keys(rng: random.Random, kind: str, count: int) -> list[str]:
