@@ -143,9 +143,11 @@ def _recipe_lines(recipe: Recipe, config: dict[str, Any]) -> list[str]:
 
 def _train_line(title: str, train: TrainConfig, sequence_length: int) -> str:
     steps = f"{train.steps} steps" if train.steps else "one epoch"
+    count = train.global_batch_sequences
+    sequences = f"{count} sequence{'s' if count > 1 else ''} of {sequence_length:,} tokens"
     return (
-        f"- {title}: {steps} of {train.global_batch_sequences} sequences of {sequence_length:,} tokens, learning rate "
-        f"{train.learning_rate:g} ({train.schedule}, {train.warmup_steps} warm-up steps), AdamW, {train.precision}"
+        f"- {title}: {steps} of {sequences}, learning rate {train.learning_rate:g} ({train.schedule}, "
+        f"{train.warmup_steps} warm-up steps), AdamW, {train.precision}"
     )
 
 
