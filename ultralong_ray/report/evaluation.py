@@ -66,7 +66,7 @@ def passkey_facts(recipe: Recipe, reader: StageReader) -> dict[str, Any]:
     grids = []
     for model in models:
         rows = [[cells.get((model, length, depth)) for length in lengths] for depth in depths]
-        grids.append({"model": model, "label": LABELS.get(model, model), "cells": rows, **_means(rows, window)})
+        grids.append({"model": model, "label": LABELS.get(model, model), "cells": rows, **grid_means(rows, window)})
     return {
         "base_window_tokens": window,
         "context_lengths_tokens": lengths,
@@ -132,7 +132,7 @@ def _failed_cells(reader: StageReader) -> dict[tuple[str, int, float], Cell]:
     }
 
 
-def _means(rows: list[list[Cell | None]], window: int) -> dict[str, Any]:
+def grid_means(rows: list[list[Cell | None]], window: int) -> dict[str, Any]:
     """Means over all cells, within and beyond the base window, and the weakest cell."""
     asked = [cell for row in rows for cell in row]
     cells = [cell for cell in asked if cell is not None]

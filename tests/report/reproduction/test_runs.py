@@ -9,8 +9,14 @@ from typing import Any
 
 import pytest
 
-from tests.report.made_run import write_json
-from tests.report.reproduction.made_reproduction import WINDOW, write_evaluation, write_extension, write_task
+from tests.report.made_run import write_cell, write_json
+from tests.report.reproduction.made_reproduction import (
+    WINDOW,
+    passkey_cell,
+    write_evaluation,
+    write_extension,
+    write_task,
+)
 from ultralong_ray.report.intervals import wilson
 from ultralong_ray.report.reproduction.runs import read_part
 from ultralong_ray.stages import stage_directory
@@ -103,8 +109,27 @@ def test_a_newer_evaluation_of_the_same_model_counts_and_the_older_fills_in(tmp_
     part = _part(tmp_path)
     scores = {s["context_length_tokens"]: s for s in part["benchmarks"]["scores"]}
     assert scores[4096]["percent"] == 50.0 and scores[131072]["num_samples"] == 8
-    assert len(part["passkey"]) == 1  # the recipe asks both for the same grid
+    (grid,) = part["passkey"]  # the recipe asks both for the same lengths
+    assert grid["context_lengths_tokens"] == list(LENGTHS) and grid["num_missing"] == 0
     assert part["stages"]["evaluate"]["seconds"] == 110.0
+
+
+def test_lengths_asked_by_two_evaluations_are_one_grid(tmp_path: Path) -> None:
+    write_extension(tmp_path, 131072, LENGTHS[1:], DEPTHS, {}, models=("final",))
+    other = write_extension(tmp_path, 131072, LENGTHS[:2], DEPTHS, {}, models=("final",))
+    write_cell(stage_directory(other, "evaluate"), passkey_cell("final", LENGTHS[1], DEPTHS[0], 1))
+    _as_if_later(stage_directory(other, "evaluate"), 60)
+    (grid,) = _part(tmp_path)["passkey"]
+    assert grid["context_lengths_tokens"] == list(LENGTHS) and grid["num_cells"] == len(LENGTHS) * len(DEPTHS)
+    assert grid["scores"][0][1] == 0.2, "the newer one counts where both asked"
+    cells = [score for row in grid["scores"] for score in row]
+    assert grid["mean"] == pytest.approx(sum(cells) / len(cells))
+    inside = [score for row in grid["scores"] for score, n in zip(row, LENGTHS, strict=True) if n <= 4096]
+    assert grid["mean_within_base_window"] == pytest.approx(sum(inside) / len(inside))
+    # other depths are another grid
+    thinner = write_extension(tmp_path, 131072, LENGTHS[:1], DEPTHS[:1], {}, models=("final",))
+    _as_if_later(stage_directory(thinner, "evaluate"), 120)
+    assert [len(grid["depths_percent"]) for grid in _part(tmp_path)["passkey"]] == [len(DEPTHS), 1]
 
 
 def test_an_evaluation_of_another_training_is_not_mixed_in(tmp_path: Path) -> None:

@@ -8,13 +8,13 @@ them asked the same, the newer one counts. Newer is the one that ended later, as
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ultralong_ray.config import Recipe
-from ultralong_ray.report.evaluation import passkey_facts, perplexity_facts
+from ultralong_ray.report.evaluation import Cell, grid_means, passkey_facts, perplexity_facts
 from ultralong_ray.report.facts import training_facts
 from ultralong_ray.report.intervals import interval
 from ultralong_ray.report.reading import StageReader
@@ -72,7 +72,7 @@ def read_part(folder: Path) -> dict[str, Any] | None:
         "training": {name: training for name, training in trainings.items() if training},
         "stages": _times(counted),
         "gpu_seconds": sum(_seconds(found) * _gpus(found) for found in counted),
-        "passkey": _passkey(readers),
+        "passkey": _passkey(readers, window),
         "benchmarks": _benchmarks(readers, sorted({window, target})),
         "perplexity": _perplexity(readers),
         "folders": sorted(found.name for found in counted),
@@ -197,31 +197,44 @@ def _machine(folder: Path, chosen: dict[str, Finished]) -> dict[str, Any]:
 Readers = list[tuple[Finished, StageReader, list[str]]]
 
 
-def _passkey(readers: Readers) -> list[dict[str, Any]]:
-    """A grid for each model and each set of lengths and depths; `scores[row][column]` at depth row, length column."""
-    grids: dict[tuple[Any, ...], dict[str, Any]] = {}
+def _passkey(readers: Readers, window: int) -> list[dict[str, Any]]:
+    """A grid for each model, set of depths and samples a cell; `scores[row][column]` at depth row, length column.
+
+    Lengths may be of different evaluations. What a newer one did not compute, an older one fills in.
+    """
+    columns: dict[tuple[str, int, tuple[float, ...]], dict[int, list[Cell | None]]] = defaultdict(dict)
     for found, reader, models in readers:
         if not found.recipe.evaluate or not found.recipe.evaluate.passkey:
             continue
         passkey = passkey_facts(found.recipe, reader)
-        lengths, depths = passkey["context_lengths_tokens"], passkey["depths_percent"]
         for grid in passkey["models"]:
             if grid["model"] not in models or not grid["num_cells"]:
                 continue
-            scores = [[cell and cell["score"] for cell in row] for row in grid["cells"]]
-            there = [score for row in scores for score in row if score is not None]
-            grids[grid["model"], *lengths, *depths] = {
-                "model": grid["model"],
-                "samples_per_cell": passkey["samples_per_cell"],
-                "num_cells": len(there),
-                "num_cells_all_right": there.count(1.0),
-                **{key: grid[key] for key in ("mean", "mean_within_base_window", "mean_beyond_base_window")},
-                **{key: grid[key] for key in ("num_failed", "num_missing")},
-                "context_lengths_tokens": lengths,
-                "depths_percent": depths,
-                "scores": scores,
-            }
-    return list(grids.values())
+            known = columns[grid["model"], passkey["samples_per_cell"], tuple(passkey["depths_percent"])]
+            for column, length in enumerate(passkey["context_lengths_tokens"]):
+                newer = [row[column] for row in grid["cells"]]
+                known[length] = [new or old for new, old in zip(newer, known.get(length, newer), strict=True)]
+    return [_grid(*key, columns=known, window=window) for key, known in columns.items()]
+
+
+def _grid(
+    model: str, samples_per_cell: int, depths: Sequence[float], columns: dict[int, list[Cell | None]], window: int
+) -> dict[str, Any]:
+    lengths = sorted(columns)
+    rows = [[columns[length][row] for length in lengths] for row in range(len(depths))]
+    scores = [[cell and cell["score"] for cell in row] for row in rows]
+    means = grid_means(rows, window)
+    return {
+        "model": model,
+        "samples_per_cell": samples_per_cell,
+        "num_cells": means["num_cells"],
+        "num_cells_all_right": sum(row.count(1.0) for row in scores),
+        **{key: means[key] for key in ("mean", "mean_within_base_window", "mean_beyond_base_window")},
+        **{key: means[key] for key in ("num_failed", "num_missing")},
+        "context_lengths_tokens": lengths,
+        "depths_percent": list(depths),
+        "scores": scores,
+    }
 
 
 def _perplexity(readers: Readers) -> list[dict[str, Any]]:
