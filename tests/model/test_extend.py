@@ -123,6 +123,7 @@ def test_random_init_writes_a_config_that_builds_a_model(tiny_recipe: Make) -> N
         ({}, {"architecture": SHAPE | {"hidden_size": 64}}, "hidden_size: recipe 64, base 32"),
         ({}, {"architecture": SHAPE | {"rope_theta": 5e5}}, r"rope_theta: recipe 500000\.0, base 10000\.0"),
         ({"model_type": "mistral", "sliding_window": 32}, {}, "sliding_window 32"),
+        ({"attention_dropout": 0.1}, {}, "attention_dropout 0.1"),
         ({"model_type": "mistral"}, {}, "sliding_window 4096"),  # the default where config.json is silent
         (
             {"rope_parameters": {"rope_type": "linear", "factor": 16.0, "rope_theta": 1e4}},

@@ -92,7 +92,7 @@ def check_base(model: ModelConfig, folder: Path, raw: dict[str, Any]) -> tuple[r
     """Refuse a base that the recipe does not describe or that cannot be extended; else its RoPE and head dimension.
 
     Raises: UserError for another model family, quantised weights, a shape unlike `[model.architecture]`, sliding-window
-    attention, a RoPE measured from another original length, or one that is already stretched further.
+    attention, attention dropout, a RoPE measured from another original length, or one already stretched further.
     """
     from transformers import AutoConfig
 
@@ -107,7 +107,7 @@ def check_base(model: ModelConfig, folder: Path, raw: dict[str, Any]) -> tuple[r
             f"whole weights; give the model that this one was quantised from"
         )
     full = AutoConfig.from_pretrained(folder, trust_remote_code=False)  # fills in what config.json leaves to defaults
-    _check_sliding_window(folder, full)
+    _check_attention(folder, full)
     base = rope_schemes.from_hf({"rope_parameters": full.rope_parameters})
     if model.architecture is not None:
         _check_architecture(folder, model.architecture, full, base.theta)
@@ -115,12 +115,17 @@ def check_base(model: ModelConfig, folder: Path, raw: dict[str, Any]) -> tuple[r
     return base, _head_dim(full)
 
 
-def _check_sliding_window(folder: Path, full: Any) -> None:
+def _check_attention(folder: Path, full: Any) -> None:
     window = getattr(full, "sliding_window", None)
     if window is not None or "sliding_attention" in (getattr(full, "layer_types", None) or ()):
         raise UserError(
             f"{folder}/config.json: sliding_window {window} limits how far a token sees, so a longer RoPE would not "
             f"lengthen it; use a model with full attention (sliding_window null)"
+        )
+    if dropout := getattr(full, "attention_dropout", 0.0):
+        raise UserError(
+            f"{folder}/config.json: attention_dropout {dropout:g}: training here is without attention dropout; "
+            f"set it to 0 in that file"
         )
 
 
