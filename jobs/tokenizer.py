@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 
 from ultralong_ray.data.bpe import train_tokenizer
 from ultralong_ray.data.installed import installed_documents
-from ultralong_ray.data.task_kinds import NOISE
+from ultralong_ray.data.task_text import NOISE
 from ultralong_ray.data.tasks import INTRODUCTION
 from ultralong_ray.types import UserError
 

@@ -14,11 +14,11 @@ from __future__ import annotations
 import itertools
 import random
 from collections.abc import Callable
-from functools import lru_cache
+
+from ultralong_ray.data.task_text import NOISE, digits, drawn_words, natural, scattered, text_words
 
 ANSWER_WEIGHT = 8
 MOST_ROUNDS, UNITS_PER_ROUND = 256, 40  # questions about one context: one for about 500 tokens
-NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
 
 Segments = list[tuple[str, int]]  # (text, weight of its tokens as targets)
 Task = tuple[str, str, Segments]  # context, question, answer
@@ -31,52 +31,7 @@ NOUNS = {
     "word": ("word", "name", "password", "colour"),
 }
 THINGS = [f"{quality} {noun}" for quality in QUALITIES for noun in ("number", "code", "key", "word", "price", "date")]
-SYLLABLES = [consonant + vowel for consonant in "bcdfghjklmnprstvwz" for vowel in "aeiou"]
 TRADES = ["baker", "teacher", "pilot", "doctor", "painter", "farmer", "lawyer", "singer", "sailor", "writer", "builder"]
-
-
-def digits(rng: random.Random, low: int, high: int) -> str:
-    """A number of `low` to `high` digits, as text."""
-    return "".join(str(rng.randrange(10)) for _ in range(rng.randint(low, high)))
-
-
-@lru_cache(maxsize=1)
-def sentences() -> list[str]:
-    """Sentences of the Python language reference, which every machine has."""
-    from pydoc_data import topics
-
-    text = " ".join(" ".join(value.split()) for _, value in sorted(topics.topics.items()))
-    return [sentence.strip() + "." for sentence in text.split(". ") if 20 < len(sentence) < 200]
-
-
-@lru_cache(maxsize=1)
-def text_words() -> list[str]:
-    """Lower-case words of those sentences."""
-    words = {word for sentence in sentences() for word in sentence.split() if word.isalpha() and word.islower()}
-    return sorted(word for word in words if 3 <= len(word) <= 10)
-
-
-def natural(rng: random.Random, units: int) -> list[str]:
-    """Neighbouring sentences, about three units each."""
-    known = sentences()
-    start = rng.randrange(len(known))
-    return [known[(start + i) % len(known)] for i in range(max(1, units // 3))]
-
-
-def made_word(rng: random.Random) -> str:
-    """A word that need not exist."""
-    return "".join(rng.choice(SYLLABLES) for _ in range(rng.randint(2, 3)))
-
-
-def drawn_words(rng: random.Random, count: int) -> list[str]:
-    """Distinct words, real ones and made ones."""
-    real = rng.sample(text_words(), min(count // 2 + 1, len(text_words())))
-    words = dict.fromkeys(real)
-    while len(words) < count:
-        words[made_word(rng)] = None
-    drawn = list(words)[:count]
-    rng.shuffle(drawn)
-    return drawn
 
 
 def needles(rng: random.Random, units: int) -> Task:
@@ -106,7 +61,7 @@ def needles(rng: random.Random, units: int) -> Task:
     lines = [line.format(key, value) for key, value in placed]
     if haystack != "needles":
         room = max(1, units - 2 * len(lines))
-        lines = _scattered(rng, lines, [NOISE] * max(1, room // 2) if haystack == "noise" else natural(rng, room))
+        lines = scattered(rng, lines, [NOISE] * max(1, room // 2) if haystack == "noise" else natural(rng, room))
     one = least == 1
     names = _joined(keys[:asked])
     values = [value for key in keys[:asked] for k, value in placed if k == key]
@@ -154,7 +109,7 @@ def rounds(rng: random.Random, units: int) -> Task:
     )
     room = max(1, units - 5 * asked)  # two units a line, three a question with its answer
     filler = [NOISE] * max(1, room // 2) if noisy else natural(rng, room)
-    lines = _scattered(rng, [line.format(*fact) for fact in values.items()], filler)
+    lines = scattered(rng, [line.format(*fact) for fact in values.items()], filler)
     intro = rng.choice(("Some facts are hidden in this text. I will ask for them.", "Read this text with care."))
     ask = rng.choice(("What is the {}?", "Which is the {}?", "What does the text say is the {}?"))
     rng.shuffle(names)
@@ -189,15 +144,6 @@ def _joined(items: list[str]) -> str:
     return items[0] if len(items) == 1 else f"{', '.join(items[:-1])}, and {items[-1]}"
 
 
-def _scattered(rng: random.Random, lines: list[str], filler: list[str]) -> list[str]:
-    """The lines, in their order, at random places of the filler."""
-    places = sorted(rng.randint(0, len(filler)) for _ in lines)
-    mixed = list(filler)
-    for place, line in reversed(list(zip(places, lines, strict=True))):
-        mixed.insert(place, line)
-    return mixed
-
-
 def variables(rng: random.Random, units: int) -> Task:
     """Chains of assignments among noise: which variables have this value?"""
     form = rng.choice((("VAR {} = {}", "VAR {} = VAR {} "), ("{} = {}", "{} = {}"), ("let {} be {}.", "let {} be {}.")))
@@ -218,9 +164,9 @@ def _tracking(rng: random.Random, units: int, form: tuple[str, str], letters: in
     for chain, value in enumerate(values):
         own = names[chain * (hops + 1) : (chain + 1) * (hops + 1)]
         steps = [form[0].format(own[0], value), *(form[1].format(b, a) for a, b in itertools.pairwise(own))]
-        lines = _scattered(rng, steps, lines)
+        lines = scattered(rng, steps, lines)
     room = max(1, units - len(lines))
-    lines = _scattered(rng, lines, [NOISE] * max(1, room // 2) if rng.random() < 0.7 else natural(rng, room))
+    lines = scattered(rng, lines, [NOISE] * max(1, room // 2) if rng.random() < 0.7 else natural(rng, room))
     chain = rng.randrange(chains)
     own, value = names[chain * (hops + 1) : (chain + 1) * (hops + 1)], values[chain]
     intro = rng.choice(("Memorize the chains of assignments hidden in this text.", "Track who is assigned what."))

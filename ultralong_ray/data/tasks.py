@@ -18,7 +18,8 @@ from typing import Any
 
 import numpy as np
 
-from ultralong_ray.data.task_kinds import ANSWER_WEIGHT, BODIES, NOISE, Body, Segments, digits, natural, text_words
+from ultralong_ray.data.task_kinds import ANSWER_WEIGHT, BODIES, Body, Segments
+from ultralong_ray.data.task_text import NOISE, digits, natural, text_words
 from ultralong_ray.types import TokenizedDocument
 
 INTRODUCTION = (
