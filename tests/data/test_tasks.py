@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import re
 from collections import Counter
+from copy import deepcopy
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -157,6 +158,22 @@ def test_rounds_are_turns_of_the_chat_template_and_fill_their_window() -> None:
         assert again == re.sub(r"(assistant<\|end_header_id\|>\n\n) ", r"\1", text)  # a space may stand before answers
         lengths.append(len(document.input_ids))
     assert max(lengths) <= 12000 and np.median(lengths) > 11000
+
+
+def test_turns_end_as_the_template_ends_them_where_that_is_not_the_eos_token() -> None:
+    other = deepcopy(tokenizer())
+    other.add_tokens(["<|im_end|>"], special_tokens=True)
+    other.chat_template = (
+        "{% for m in messages %}{{ '<' + m['role'] + '>' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<assistant>' }}{% endif %}"
+    )
+    for document in task_documents(other, 0, 4, 2000, 1, {"rounds": 1.0, "passkey": 1.0}, conversations=True):
+        text = other.decode(document.input_ids)
+        turns = re.findall(r"<(user|assistant)>(.*?)<\|im_end\|>\n?", text, re.DOTALL)
+        messages = [{"role": role, "content": words} for role, words in turns]
+        assert text + "\n" == other.apply_chat_template(messages, tokenize=False)
+        targets = other.decode(document.input_ids[np.array(document.loss_weight) > 0])
+        assert targets == "".join(words + "<|im_end|>" for role, words in turns if role == "assistant")
 
 
 def test_two_sources_of_tasks_make_different_documents(tmp_path: Path) -> None:

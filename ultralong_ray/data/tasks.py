@@ -108,13 +108,14 @@ def _render(
         answer = [(f" {answer[0][0]}", 1), *answer[1:]]
     opening, closing = _chat_frame(tokenizer)
     prompt = (opening + f"{context}\n{question}".strip() + closing, 0 if conversation else context_weight)
+    end, between = _turn_frame(tokenizer)
     turns: Segments = []
     for text, weight in answer:
         if weight:
             turns.append((text, 1 if conversation else weight))
         else:  # a further question
-            turns += [(tokenizer.eos_token, 1), (_between_turns(tokenizer) + text + closing, 0)]
-    return [prompt, *turns, (tokenizer.eos_token, 1)]
+            turns += [(end, 1), (between + text + closing, 0)]
+    return [prompt, *turns, (end, 1)]
 
 
 @lru_cache(maxsize=4)
@@ -128,11 +129,15 @@ def _chat_frame(tokenizer: Any) -> tuple[str, str]:
 
 
 @lru_cache(maxsize=4)
-def _between_turns(tokenizer: Any) -> str:
-    """What the chat template puts between an answer and the next question, without the answer's end of turn."""
+def _turn_frame(tokenizer: Any) -> tuple[str, str]:
+    """The special token that ends an answer in the chat template, which need not be the eos token, and what the
+    template puts between it and the next question."""
     turns = [{"role": role, "content": f"\0{role}"} for role in ("user", "assistant", "user")]
     rendered = tokenizer.apply_chat_template(turns, tokenize=False)
-    return rendered.split("\0assistant")[1].split("\0user")[0].removeprefix(tokenizer.eos_token)
+    behind = rendered.split("\0assistant")[1].split("\0user")[0]
+    special = (token.content for token in tokenizer.added_tokens_decoder.values())
+    end = max(filter(behind.startswith, special), key=len, default=tokenizer.eos_token)
+    return end, behind.removeprefix(end)
 
 
 def _encode(tokenizer: Any, segments: Segments) -> tuple[np.ndarray, np.ndarray]:
