@@ -186,7 +186,9 @@ def test_two_sources_of_tasks_make_different_documents(tmp_path: Path) -> None:
     alone, _ = tokenize_items([(short, "text")], (name, None), folder, 384, 0)
     items, _ = tokenize_items([(short, "text"), (long, "text")], (name, None), folder, 384, 0)
     assert items[: len(alone)] == alone, "what stands behind a source changes nothing of it"
-    shards = [(item.name, tokenize_part(item)["weights"], item.source) for item in items]
+    counts = [tokenize_part(item) for item in items]
+    assert all(set(count["seconds"]) == {"make", "write"} for count in counts), "each phase by its own name"
+    shards = [(item.name, count["weights"], item.source) for item, count in zip(items, counts, strict=True)]
     table = read_document_table(folder, shards)
     assert len(table) == 6 and len(table.repeated()) == 0
     assert max(table.num_tokens[:3]) <= 192 < max(table.num_tokens[3:])

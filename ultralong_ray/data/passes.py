@@ -197,11 +197,12 @@ def _documents(
         from ultralong_ray.data.tasks import task_documents
 
         made = (item.first_task, item.num_tasks, item.max_tokens, item.seed, dict(item.task_mix))
-        return task_documents(tokenizer, *made, conversations=item.conversations)
+        return watch.iterate("make", task_documents(tokenizer, *made, conversations=item.conversations))
     assert item.part is not None and item.columns is not None and quarantine is not None
     if item.kind == "chat":
         screen = PartScreen(item.folder, item.name, item.screening, item.deduplicate)
-        return _tokenize_chats(tokenizer, item.part, item.columns, item.max_tokens, quarantine, screen)
+        samples = _tokenize_chats(tokenizer, item.part, item.columns, item.max_tokens, quarantine, screen)
+        return watch.iterate("read and tokenise", samples)
     if item.kind == "input_ids":
         return watch.iterate("read", read_tokenized(item.part, item.columns, len(tokenizer), quarantine))
     texts: Iterable[Document] = read_documents(item.part, item.columns, quarantine)
