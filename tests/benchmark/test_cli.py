@@ -44,6 +44,16 @@ def test_degrees_by_default_are_ulysses_as_far_as_heads_go() -> None:
     assert degrees("--gpus", "8", "--shape", "tiny") == (4, 2)
 
 
+def test_ranks_that_share_gpus_reach_degrees_beyond_them() -> None:
+    words = "train --gpus 2 --ranks-per-gpu 2 --compare-degrees 4x1,1x4,2x2"
+    benchmark = benchmark_of(parse([*words.split(), *OUT]))
+    benchmark.check()
+    assert (benchmark.num_gpus, benchmark.num_ranks) == (2, 4)
+    assert (
+        benchmark_of(parse(["train", *"--gpus 2 --ranks-per-gpu 2 --long 4096".split(), *OUT])).setups[0].ulysses == 4
+    )
+
+
 def test_more_setups() -> None:
     words = ["train", "--gpus", "4", "--also", "keep=host,rows=0.5", "--also", "degrees=1x4,length=65536"]
     first, second, third = benchmark_of(parse([*words, *OUT])).setups
@@ -100,6 +110,9 @@ def test_the_command_line_overrules_a_preset() -> None:
         ("--warmup-length 4096 --peers alst", "compared with no peer's"),
         ("--preset 64k", "--preset 64k: no such preset; there are 128k"),
         ("--gpus 4 --compare-degrees 4x1,1x2", "of one length, depth and total degree"),
+        ("--gpus 2 --ranks-per-gpu 2 --compare-degrees 3x1", "do not divide --gpus 2 x --ranks-per-gpu 2"),
+        ("--gpus 2 --ranks-per-gpu 2", "times of ranks that share a GPU mean nothing"),
+        ("--gpus 2 --ranks-per-gpu 2 --compare-degrees 4x1,2x2 --peers alst", "without --peers"),
     ],
 )
 def test_mistakes_get_words(words: str, message: str, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

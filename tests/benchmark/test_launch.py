@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.machine import PATIENCE_SECONDS
-from ultralong_ray.benchmark.launch import RunFailed, Unavailable, run_ranks
+from ultralong_ray.benchmark.launch import Place, RunFailed, Unavailable, run_ranks
 
 MODULE = "tests.benchmark.contestants"
 
@@ -34,6 +34,15 @@ def test_a_contestant_that_does_not_answer(
 ) -> None:
     with pytest.raises(kind, match=words):
         run_ranks(MODULE, num_ranks, "cpu", argument, seconds)
+
+
+def test_ranks_on_one_gpu_are_on_different_hosts_to_nccl() -> None:
+    places = [Place(rank, 4, 2) for rank in range(4)]
+    assert [place.gpu for place in places] == [0, 1, 0, 1]
+    hosts = [place.environment["NCCL_HOSTID"] for place in places]
+    assert hosts[0] == hosts[1] != hosts[2] == hosts[3]
+    assert [place.environment["LOCAL_RANK"] for place in places] == ["0", "1", "0", "1"]
+    assert "NCCL_HOSTID" not in Place(1, 2, 2).environment
 
 
 def test_a_machine_with_too_few_gpus_is_said() -> None:

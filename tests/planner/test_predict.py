@@ -119,6 +119,19 @@ def test_the_host_takes_what_the_gpu_gives_up() -> None:
     assert "host transfer not hidden" not in host.time  # at 512K a layer computes far longer than it copies
 
 
+def test_what_comes_back_from_the_host_comes_when_the_layers_kept_on_the_gpu_are_done() -> None:
+    def peak(device_layers: int) -> dict[str, float]:
+        keep = (LayerKeep("host", "host"),) * (32 - device_layers) + (LayerKeep(),) * device_layers
+        return predict(LLAMA_8B, 524_288, replace(layout(), keep=keep), H200_X4).memory.peak[1]
+
+    none, one, eight = peak(0), peak(1), peak(8)
+    layer = (made(524_288).memory.peak[1]["kept inputs"] + made(524_288).memory.peak[1]["kept attention"]) / 32
+    assert none["fetched from the host"] == pytest.approx(2 * layer) and "kept inputs" not in none
+    assert one == none  # the last layer's and the next one's, or two that were fetched: as much
+    assert eight["kept inputs"] + eight["kept attention"] == pytest.approx(8 * layer)
+    assert "fetched from the host" not in eight
+
+
 def test_a_link_slower_than_the_layer_is_waited_for() -> None:
     slow = replace(H200_X4, gpu=replace(H200_X4.gpu, pcie_gbytes_per_second=2.0))
     plan = layout(keep=LayerKeep("host", "host"))

@@ -158,7 +158,7 @@ def _config(work: Work) -> dict[str, Any]:
         "steps_per_print": 2**31,
     }
     if work.contestant != RING_NAME:
-        config["sequence_parallel_size"] = work.benchmark.num_gpus
+        config["sequence_parallel_size"] = work.benchmark.num_ranks
     return config
 
 

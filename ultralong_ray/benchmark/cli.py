@@ -108,8 +108,8 @@ def _add_common(add: Any) -> None:
     add("--length", type=at_least(1), default=131072, help="tokens of a sequence")
     add("--gpus", type=at_least(1), default=1, help="processes, one per GPU")
     add("--device", choices=("cuda", "cpu"), default="cuda")
-    add("--ulysses", type=at_least(1), help="default: as many GPUs as the heads can split")
-    add("--ring", type=at_least(1), help="default: the rest of the GPUs")
+    add("--ulysses", type=at_least(1), help="default: as many ranks as the heads can split")
+    add("--ring", type=at_least(1), help="default: the rest of the ranks")
     add("--attention", default="auto", help="kernel, as in the recipe")
     add("--mlp-tile", type=at_least(1), default=16384, help="rows of the MLP at a time")
     add("--seed", type=int, default=42)
@@ -163,6 +163,12 @@ def _add_train(add: Any) -> None:
     add("--peer-layers", type=at_least(1), help="depth of the peers' model where theirs would not fit or last too long")
     add("--peer-attention", default="auto", help="transformers' name of the attention under ALST")
     add("--profile", action="store_true", help="one traced step more: where the GPU's time went")
+    add(
+        "--ranks-per-gpu",
+        type=at_least(1),
+        default=1,
+        help="more than one: degrees beyond the GPUs at hand, with --compare-degrees or --long, for results alone",
+    )
     add("--compare-degrees", metavar="UxR,...", help="compare loss and gradients between degrees")
     add("--long", type=at_least(1), metavar="TOKENS", help="one layer of this length against a float32 reference")
     add("--check-rows", type=at_least(1), default=DEFAULT_CHECK_ROWS, help="with --long: rows that have targets")
@@ -246,6 +252,7 @@ def benchmark_of(options: argparse.Namespace) -> Benchmark:
         warmup=options.warmup,
         warmup_length=options.warmup_length,
         seed=options.seed,
+        ranks_per_gpu=options.ranks_per_gpu,
         profile=options.profile,
         compare_gradients=bool(options.compare_degrees),
         check_rows=options.check_rows if options.long else 0,
@@ -260,10 +267,11 @@ def _shape(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _degrees(options: argparse.Namespace) -> tuple[int, int]:
+    ranks = options.gpus * getattr(options, "ranks_per_gpu", 1)
     if options.ulysses or options.ring:
-        ulysses = options.ulysses or max(1, options.gpus // options.ring)
-        return ulysses, options.ring or max(1, options.gpus // ulysses)
+        ulysses = options.ulysses or max(1, ranks // options.ring)
+        return ulysses, options.ring or max(1, ranks // ulysses)
     heads = model_heads(_shape(options))
-    divisors = (degree for degree in range(options.gpus, 0, -1) if options.gpus % degree == 0)
+    divisors = (degree for degree in range(ranks, 0, -1) if ranks % degree == 0)
     ulysses = next(degree for degree in divisors if heads_can_split(*heads, degree))
-    return ulysses, options.gpus // ulysses
+    return ulysses, ranks // ulysses

@@ -14,6 +14,7 @@ import os
 import tempfile
 import time
 import traceback
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -39,9 +40,12 @@ class RunFailed(Exception):
     """A contestant's process failed; the message says what the first of its ranks said."""
 
 
-def run_ranks(module: str, num_ranks: int, device: str, argument: Any, seconds: float) -> list[Any]:
+def run_ranks(
+    module: str, num_ranks: int, device: str, argument: Any, seconds: float, ranks_per_gpu: int = 1
+) -> list[Any]:
     """`module.run(argument, torch device)` on every rank of a new process group; the JSON-ready answers by rank.
 
+    With more than one rank per GPU, rank r computes on GPU r % GPUs, and results are right while times mean nothing.
     Raises Unavailable when it said so, RunFailed for any other error or after `seconds`.
     """
     with tempfile.TemporaryDirectory(prefix="benchmark-") as folder:
@@ -50,8 +54,8 @@ def run_ranks(module: str, num_ranks: int, device: str, argument: Any, seconds: 
         # this process keeps the store in which the ranks meet, at a port that nobody else can have by now
         store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         processes = [
-            context.Process(target=_rank, args=(module, argument, device, rank, num_ranks, store.port, folder, seconds))
-            for rank in range(num_ranks)
+            context.Process(target=_rank, args=(module, argument, device, place, store.port, folder, seconds))
+            for place in (Place(rank, num_ranks, num_ranks // ranks_per_gpu) for rank in range(num_ranks))
         ]
         for process in processes:
             process.start()
@@ -97,17 +101,38 @@ def group_timeout(seconds: float) -> timedelta:
     return timedelta(seconds=max(seconds, LEAST_TIMEOUT_SECONDS))
 
 
-def _rank(
-    module: str, argument: Any, device_type: str, rank: int, num_ranks: int, port: int, folder: str, seconds: float
-) -> None:
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(num_ranks)}
-    os.environ |= {"LOCAL_WORLD_SIZE": str(num_ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a process stands among the others. Every `num_gpus` ranks are a host of their own to NCCL 2.28, which lets
+    no two ranks of one host share a GPU; such hosts speak over the loopback interface."""
+
+    rank: int
+    num_ranks: int
+    num_gpus: int
+
+    @property
+    def gpu(self) -> int:
+        return self.rank % self.num_gpus
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """What torch, DeepSpeed and NCCL read."""
+        found = {"RANK": str(self.rank), "WORLD_SIZE": str(self.num_ranks)}
+        found |= {"LOCAL_RANK": str(self.gpu), "LOCAL_WORLD_SIZE": str(self.num_gpus)}
+        if self.num_gpus < self.num_ranks:
+            found |= {"NCCL_HOSTID": f"share-{self.rank // self.num_gpus}", "NCCL_SOCKET_IFNAME": "lo"}
+        return found
+
+
+def _rank(module: str, argument: Any, device_type: str, place: Place, port: int, folder: str, seconds: float) -> None:
+    rank, num_ranks, gpu = place.rank, place.num_ranks, place.gpu
+    os.environ |= {**place.environment, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     try:
         device = torch.device("cpu")
         if device_type == "cuda":
-            if rank >= torch.cuda.device_count():
+            if gpu >= torch.cuda.device_count():
                 raise UserError(f"rank {rank} has no GPU, torch sees {torch.cuda.device_count()} here; --device cpu?")
-            device = torch.device("cuda", rank)
+            device = torch.device("cuda", gpu)
             torch.cuda.set_device(device)
             torch.set_num_threads(max(1, (os.cpu_count() or 1) // num_ranks))  # an optimizer on the host uses them
         else:

@@ -84,11 +84,11 @@ def entry(
     first = answers[0]
     by_step = [max(times) for times in zip(*(answer["step_seconds"] for answer in answers), strict=True)]
     median = statistics.median(by_step)
-    groups = benchmark.num_gpus // setup.plan.degree
+    groups = benchmark.num_ranks // setup.plan.degree
     is_ours = contestant == "ours"
     plan = setup.plan if is_ours else _peer_plan(setup)
     flops = ledger(ModelShape.from_config(benchmark.config(setup.layers)), setup.length, plan).times(groups)
-    peak = peak_flops(first["device"], None)
+    peak = peak_flops(first["device"], None) if benchmark.ranks_per_gpu == 1 else None
     memory = {key: [answer[key] for answer in answers] for key in first if key.startswith("peak_")}
     # Whatever a contestant answers beside times and memory is passed on as rank 0 has it: trace, gradients, check.
     extras = {key: value for key, value in first.items() if key not in memory and key != "step_seconds"}
@@ -126,6 +126,8 @@ def _peer_plan(setup: Setup) -> TrainPlan:
 
 def predicted(benchmark: Benchmark, setup: Setup, answer: dict[str, Any], host_gib: float) -> dict[str, Any]:
     """The planner's figures for a setup with the kernel and GPU that a rank reports, or why there are none."""
+    if benchmark.ranks_per_gpu > 1:
+        return {"reason": "ranks share GPUs, which the planner does not know"}
     gpu = find_gpu(answer["device"])
     if gpu is None:
         return {"reason": f"the planner does not know {answer['device']}"}

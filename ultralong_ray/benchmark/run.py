@@ -38,6 +38,7 @@ def run_benchmark(benchmark: Benchmark, command: list[str], out: Location) -> di
                 "command": command,
                 "shape": benchmark.shape,
                 "gpus": benchmark.num_gpus,
+                "ranks_per_gpu": benchmark.ranks_per_gpu,
                 "precision": benchmark.precision,
                 "seed": benchmark.seed,
                 "environment": found,
@@ -57,7 +58,7 @@ def _run_contestant(work: Work, found: dict[str, Any]) -> dict[str, Any]:
     try:
         checks = work.contestant == "ours" and benchmark.check_rows
         module = f"ultralong_ray.benchmark.{'long_check' if checks else MODULES[work.contestant]}"
-        answers = run_ranks(module, benchmark.num_gpus, benchmark.device, work, remaining)
+        answers = run_ranks(module, benchmark.num_ranks, benchmark.device, work, remaining, benchmark.ranks_per_gpu)
     except Unavailable as error:
         return _not_run(work, "unavailable", str(error))
     except RunFailed as error:

@@ -218,6 +218,7 @@ class Benchmark:
     warmup: int = 1
     warmup_length: int | None = None  # tokens of a warm-up step of ours; None: those of the setup
     seed: int = 42
+    ranks_per_gpu: int = 1  # more: degrees beyond the GPUs at hand, for their results; times mean nothing then
     profile: bool = False
     compare_gradients: bool = False
     check_rows: int = 0
@@ -227,6 +228,10 @@ class Benchmark:
     def precision(self) -> Literal["bfloat16", "float32"]:
         return "bfloat16" if self.device == "cuda" else "float32"
 
+    @property
+    def num_ranks(self) -> int:
+        return self.num_gpus * self.ranks_per_gpu
+
     def config(self, layers: int) -> dict[str, Any]:
         """The shape's config.json at a depth."""
         return {**SHAPES[self.shape], "num_hidden_layers": layers}
@@ -235,7 +240,7 @@ class Benchmark:
     def peer_setup(self) -> Setup:
         """What peers compute: the first setup's length, all GPUs on one sequence."""
         first = self.setups[0]
-        return dataclasses.replace(first, layers=self.peer_layers or first.layers, ulysses=self.num_gpus, ring=1)
+        return dataclasses.replace(first, layers=self.peer_layers or first.layers, ulysses=self.num_ranks, ring=1)
 
     def check(self) -> None:
         """Raise UserError for what cannot run, before any process is started."""
@@ -244,10 +249,16 @@ class Benchmark:
         unknown = set(self.peers) - set(PEERS)
         if unknown:
             raise UserError(f"--peers {', '.join(sorted(unknown))}: no such peer; there are {', '.join(PEERS)}")
+        shared = f" x --ranks-per-gpu {self.ranks_per_gpu}" if self.ranks_per_gpu > 1 else ""
+        if shared and (self.peers or not (self.compare_gradients or self.check_rows)):
+            raise UserError(
+                f"--ranks-per-gpu {self.ranks_per_gpu} is for --compare-degrees and --long without --peers: times of "
+                "ranks that share a GPU mean nothing"
+            )
         for setup in self.setups:
             degree = setup.ulysses * setup.ring
-            if self.num_gpus % degree:
-                raise UserError(f"degrees {setup.ulysses}x{setup.ring} do not divide --gpus {self.num_gpus}")
+            if self.num_ranks % degree:
+                raise UserError(f"degrees {setup.ulysses}x{setup.ring} do not divide --gpus {self.num_gpus}{shared}")
             refuse_heads(self.shape, setup.ulysses)
             for length in {setup.length, self.warmup_length or setup.length}:
                 if objection := length_objection(length, setup.ulysses, setup.ring):
@@ -256,7 +267,7 @@ class Benchmark:
                 raise UserError(f"--device-layers {setup.device_layers}: the model has {setup.layers} layers")
         if self.warmup_length and (self.peers or self.compare_gradients):
             raise UserError("--warmup-length is for runs whose first loss is compared with no peer's and no other's")
-        if self.check_rows and (self.setups[0].layers != 1 or self.setups[0].plan.degree != self.num_gpus):
+        if self.check_rows and (self.setups[0].layers != 1 or self.setups[0].plan.degree != self.num_ranks):
             raise UserError("--long compares one layer of one sequence over all GPUs: give --layers 1 and all degrees")
         if self.compare_gradients and len({(s.length, s.layers, s.plan.degree) for s in self.setups}) > 1:
             raise UserError("gradients can be compared between setups of one length, depth and total degree only")

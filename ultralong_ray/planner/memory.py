@@ -7,6 +7,7 @@ optimizer. Each is summed, and the largest is the peak.
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 from ultralong_ray.planner.workload import GIB, Workload
@@ -99,7 +100,11 @@ def _gathered(work: Workload) -> Parts:
 
 
 def _kept(work: Workload) -> Parts:
-    """What all layers together keep for the backward pass, and what is on its way from the host."""
+    """What all layers together keep for the backward pass, and what is on its way from the host.
+
+    A layer's replay frees what it kept and fetches what the layer before it left on the host, so the most is held
+    at one layer: at the last one, or where those that kept on the device are done and the host's turn comes.
+    """
     plan, shape = work.plan, work.shape
     if not plan.keep:
         # Autograd keeps, per layer: both norms' inputs and outputs, gathered q, k, v, attention's output before and
@@ -107,12 +112,15 @@ def _kept(work: Workload) -> Parts:
         attention = 3 * work.query_bytes + 2 * work.key_bytes
         layer = 4 * work.hidden_bytes + attention + 4 * work.intermediate_bytes
         return {"kept by autograd": shape.layers * layer}
-    inputs = sum(number * work.hidden_bytes for number, layer in work.kept if layer.inputs == "device")
-    kept = [(number, *work.kept_bytes(layer)) for number, layer in work.kept]
+    device, host = zip(*(work.kept_bytes(layer) for layer in plan.keep), strict=True)
+    held = list(itertools.accumulate(device))  # by layer: its own and those of the layers before it
+    fetched = [own + before for own, before in zip(host, (0.0, *host), strict=False)]
+    fullest = max(range(shape.layers), key=lambda layer: held[layer] + fetched[layer])
+    inputs = sum(work.hidden_bytes for layer in plan.keep[: fullest + 1] if layer.inputs == "device")
     return {
         "kept inputs": inputs,
-        "kept attention": sum(number * device for number, device, _ in kept) - inputs,
-        "fetched from the host": 2 * max(host for _, _, host in kept),
+        "kept attention": held[fullest] - inputs,
+        "fetched from the host": fetched[fullest],
     }
 
 
