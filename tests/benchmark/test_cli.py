@@ -96,7 +96,7 @@ def test_the_command_line_overrules_a_preset() -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("--shape gpt2", "--shape gpt2: no such shape; there are llama31_8b, quickstart, tiny"),
+        ("--shape gpt2", "--shape gpt2: no such shape; there are llama31_8b, llama32_1b, quickstart, tiny"),
         ("--peers alst,nemo", "--peers nemo: no such peer"),
         ("--gpus 4 --ulysses 3", "degrees 3x1 do not divide --gpus 4"),
         ("--gpus 64 --ulysses 64", "cannot split the 32 query and 8 key-value heads"),

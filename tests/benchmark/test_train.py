@@ -60,8 +60,10 @@ def test_degrees_policies_and_the_reference(tmp_path: Path) -> None:
     compared = Benchmark("tiny", 2, "cpu", setups, steps=1, warmup=0, compare_gradients=True, profile=True)
     one_layer = variant(layers=1, ulysses=1, ring=2, length=256)
     checked = Benchmark("tiny", 2, "cpu", (one_layer,), check_rows=40)
-    cases = [("shared", compared, setup) for setup in setups] + [("long", checked, one_layer)]
-    *runs, long = run_distributed(solve, 2, str(tmp_path), cases)[0]
+    tied = dataclasses.replace(checked, shape="quickstart")  # the head is the embedding
+    cases = [("shared", compared, setup) for setup in setups]
+    cases += [("long", checked, one_layer), ("tied", tied, one_layer)]
+    *runs, long, long_tied = run_distributed(solve, 2, str(tmp_path), cases)[0]
     assert runs[0]["gradients"]["is_reference"] and not runs[0]["gradients"]["tensors"]
     for run in runs[1:]:
         tensors = run["gradients"]["tensors"]
@@ -69,12 +71,12 @@ def test_degrees_policies_and_the_reference(tmp_path: Path) -> None:
         assert max(tensor["relative_error"] for tensor in tensors.values()) < 1e-5
         assert run["gradients"]["loss"] == pytest.approx(runs[0]["gradients"]["loss"], rel=1e-6)
     assert runs[0]["trace"] == {"reason": "no GPU, nothing to trace"}
-    check = long["check"]
-    assert check["target_rows"] == 40 and check["gradients_finite"]
-    assert check["loss"] == pytest.approx(check["reference_loss"], rel=1e-5)
-    assert check["output_rows_relative_error"]["max"] < 1e-5
-    assert len(check["gradients"]) == 12
-    assert max(tensor["relative_error"] for tensor in check["gradients"].values()) < 1e-5
+    for check, weights in ((long["check"], 12), (long_tied["check"], 11)):
+        assert check["target_rows"] == 40 and check["gradients_finite"]
+        assert check["loss"] == pytest.approx(check["reference_loss"], rel=1e-5)
+        assert check["output_rows_relative_error"]["max"] < 1e-5
+        assert len(check["gradients"]) == weights
+        assert max(tensor["relative_error"] for tensor in check["gradients"].values()) < 1e-5
 
 
 def test_a_short_warm_up_is_not_what_is_timed(tmp_path: Path) -> None:

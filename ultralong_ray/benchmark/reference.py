@@ -141,7 +141,8 @@ class ReferenceLayer:
         gate, up = (linear(normed, weights[f"{LAYER}mlp.{name}_proj.weight"]) for name in ("gate", "up"))
         output = hidden + linear(silu(gate) * up, weights[LAYER + "mlp.down_proj.weight"])
         final = rms_norm(output, output.shape[-1:], weights["model.norm.weight"], self.eps)
-        return cross_entropy(linear(final, weights["lm_head.weight"]), targets.labels), output
+        head = weights.get("lm_head.weight", weights["model.embed_tokens.weight"])  # absent: tied
+        return cross_entropy(linear(final, head), targets.labels), output
 
     def _attend_backward(
         self,

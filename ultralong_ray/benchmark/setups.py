@@ -24,7 +24,8 @@ _LLAMA3_ROPE = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8192,
 }
-# config.json of each shape; `--layers` replaces the depth. llama31_8b: meta-llama/Llama-3.1-8B.
+# config.json of each shape; `--layers` replaces the depth. llama31_8b: meta-llama/Llama-3.1-8B, llama32_1b:
+# meta-llama/Llama-3.2-1B.
 SHAPES: dict[str, dict[str, Any]] = {
     "llama31_8b": {
         "model_type": "llama",
@@ -38,6 +39,21 @@ SHAPES: dict[str, dict[str, Any]] = {
         "rms_norm_eps": 1e-5,
         "max_position_embeddings": 4194304,
         "tie_word_embeddings": False,
+        "rope_parameters": _LLAMA3_ROPE,
+        "rotary_angles": "exact",
+    },
+    "llama32_1b": {
+        "model_type": "llama",
+        "hidden_size": 2048,
+        "intermediate_size": 8192,
+        "num_hidden_layers": 16,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "head_dim": 64,
+        "vocab_size": 128256,
+        "rms_norm_eps": 1e-5,
+        "max_position_embeddings": 4194304,
+        "tie_word_embeddings": True,
         "rope_parameters": _LLAMA3_ROPE,
         "rotary_angles": "exact",
     },
