@@ -45,13 +45,11 @@ def test_degrees_by_default_are_ulysses_as_far_as_heads_go() -> None:
 
 
 def test_ranks_that_share_gpus_reach_degrees_beyond_them() -> None:
-    words = "train --gpus 2 --ranks-per-gpu 2 --compare-degrees 4x1,1x4,2x2"
-    benchmark = benchmark_of(parse([*words.split(), *OUT]))
+    shared = ["train", "--gpus", "2", "--ranks-per-gpu", "2"]
+    benchmark = benchmark_of(parse([*shared, "--compare-degrees", "4x1,1x4,2x2", *OUT]))
     benchmark.check()
     assert (benchmark.num_gpus, benchmark.num_ranks) == (2, 4)
-    assert (
-        benchmark_of(parse(["train", *"--gpus 2 --ranks-per-gpu 2 --long 4096".split(), *OUT])).setups[0].ulysses == 4
-    )
+    assert benchmark_of(parse([*shared, "--long", "4096", *OUT])).setups[0].ulysses == 4
 
 
 def test_more_setups() -> None:
