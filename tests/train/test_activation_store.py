@@ -41,6 +41,15 @@ def test_host_tensors_that_left_hold_no_device_memory(store: ActivationStore) ->
     assert [isinstance(one, HostTensor) and one._source is None for one in kept] == [True] * 2 + [False] * MAX_LEAVING
 
 
+def test_host_tensors_leave_also_when_the_layers_after_them_keep_on_the_device(store: ActivationStore) -> None:
+    kept = [store.keep(tensor, "host") for tensor in tensors(MAX_LEAVING)]
+    assert all(isinstance(one, HostTensor) and one._source is not None for one in kept)
+    others = [store.keep(tensor, "device") for tensor in tensors(MAX_LEAVING)]
+    assert all(isinstance(one, HostTensor) and one._source is None for one in kept)
+    assert all(torch.equal(one.take(), tensor) for one, tensor in zip(kept, tensors(MAX_LEAVING), strict=True))
+    del others
+
+
 def test_what_is_overwritten_after_leaving_does_not_change_what_was_kept(store: ActivationStore) -> None:
     source, expected = tensors(1)[0], tensors(1)[0]
     kept = store.keep(source, "host")

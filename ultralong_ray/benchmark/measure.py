@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from ultralong_ray.benchmark.gpu_state import GpuState
 from ultralong_ray.benchmark.setups import Benchmark, Setup
 
 
@@ -47,13 +48,16 @@ def measure(work: Work, device: torch.device, prepare: Callable[[int], Any], ste
     seconds, numbers = [], []
     reset_peak(device)
     total = work.benchmark.warmup + work.benchmark.steps
+    states = []
     for index in range(total):
         batch = prepare(index)
-        synchronize(device)
-        started = time.perf_counter()
-        numbers.append(step(batch))
-        synchronize(device)
-        seconds.append(time.perf_counter() - started)
+        with GpuState(device) as state:
+            synchronize(device)
+            started = time.perf_counter()
+            numbers.append(step(batch))
+            synchronize(device)
+            seconds.append(time.perf_counter() - started)
+        states.append(state.medians)
         kind = "warm-up step" if index < work.benchmark.warmup else "step"
         progress(work, f"{kind} {index + 1} of {total}: {seconds[-1]:.3f} s, loss {numbers[-1].loss:.5f}")
     return {
@@ -61,6 +65,7 @@ def measure(work: Work, device: torch.device, prepare: Callable[[int], Any], ste
         "step_seconds": seconds[work.benchmark.warmup :],
         "losses": [number.loss for number in numbers],
         "grad_norms": [number.grad_norm for number in numbers],
+        "gpu_while_timed": states[work.benchmark.warmup :],
         **peak_memory(device),
     }
 

@@ -134,7 +134,8 @@ def predicted(benchmark: Benchmark, setup: Setup, answer: dict[str, Any], host_g
     hardware = cluster_of(gpu.name, benchmark.num_gpus, host_memory_gib_per_node=host_gib)
     shape = ModelShape.from_config(benchmark.config(setup.layers))
     try:
-        prediction = predict(shape, setup.length, setup.plan, hardware, kernel=answer["kernel"])
+        first_step = bool(benchmark.check_rows) or benchmark.warmup + benchmark.steps == 1
+        prediction = predict(shape, setup.length, setup.plan, hardware, kernel=answer["kernel"], first_step=first_step)
     except UserError as error:
         return {"reason": str(error)}
     return {

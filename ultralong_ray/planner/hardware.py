@@ -33,6 +33,7 @@ H100_ATTENTION: dict[str, tuple[tuple[int, float, float], ...]] = {
 }
 # kernel -> shares of these rates, (forward, backward), that heads of 64 reach: both sizes at 128K and 512K are in
 # jobs/results/attention_kernels_1xh200.json. flash-attn-3 has the same schedule; others were not measured so.
+NARROW_HEAD_DIM = 64
 HEAD_DIM_64_SHARES = {"flash_attn_4": (0.826, 0.875), "flash_attn_3": (0.826, 0.875)}
 H100_PEAK_TFLOPS = 989.5
 
@@ -56,7 +57,7 @@ class Gpu:
         known = kernel if self.measured else "flash_attn_4"
         forward, backward = _interpolate(H100_ATTENTION[known], sequence_length)
         ratio = 1.0 if self.measured else self.peak_tflops / H100_PEAK_TFLOPS
-        shares = HEAD_DIM_64_SHARES.get(kernel, (1.0, 1.0)) if head_dim <= 64 else (1.0, 1.0)
+        shares = HEAD_DIM_64_SHARES.get(kernel, (1.0, 1.0)) if head_dim <= NARROW_HEAD_DIM else (1.0, 1.0)
         return forward * ratio * shares[0], backward * ratio * shares[1]
 
 

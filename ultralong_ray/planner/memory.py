@@ -158,7 +158,8 @@ def _mlp_backward(work: Workload) -> Parts:
 
 
 def _attention_backward(work: Workload) -> Parts:
-    """What the first norm left and the residual's gradient; the output's gradient; dq, dk and dv.
+    """What the first norm left, the residual's gradient and the incoming one, which its caller holds to the end; the
+    attention output's gradient; dq, dk and dv.
 
     The kernel sums dq in float32, and dk, dv too where query heads share them. A ring holds the next block of keys
     and values, float32 sums of all three gradients, and sends those of dk and dv along.
@@ -171,7 +172,7 @@ def _attention_backward(work: Workload) -> Parts:
         ring = floats * work.query_bytes + 2 * (2 + 2 * floats) * work.key_bytes
     return {
         **_replayed(work),
-        "layer's other tensors": (1 + work.costs.norm_tensors) * work.hidden_bytes,
+        "layer's other tensors": (2 + work.costs.norm_tensors) * work.hidden_bytes,
         "output gradient": work.query_bytes,
         "query, key, value gradients": gradients,
         "ring buffers": ring,

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ultralong_ray.flops import FLASH_BACKWARD_SHARE, replayed_attention, replayed_matrices
-from ultralong_ray.planner.hardware import GIGA, TERA
+from ultralong_ray.planner.hardware import GIGA, NARROW_HEAD_DIM, TERA
 from ultralong_ray.planner.workload import Workload
 
 Seconds = dict[str, float]
@@ -63,7 +63,9 @@ def predict_time(work: Workload) -> Seconds:
 
 def _layer(work: Workload) -> LayerTime:
     shape, plan, gpu = work.shape, work.plan, work.hardware.gpu
-    share = work.costs.sustained_share * (work.costs.ring_share if plan.ring_degree > 1 else 1.0)
+    share = work.costs.ring_share if plan.ring_degree > 1 else 1.0
+    if shape.head_dim > NARROW_HEAD_DIM:  # narrower ones wait for exponentials and leave the GPU below its power limit
+        share *= work.costs.sustained_share
     forward_rate, backward_rate = (
         share * rate * TERA for rate in gpu.attention_tflops(work.kernel, work.sequence_length, shape.head_dim)
     )

@@ -19,8 +19,9 @@ REMEDY = (
     'Lower keep_attention_rows, set keep_attention or keep_inputs to "device", or raise the memory limit of the worker '
     "(and its limit of locked memory, ulimit -l)"
 )
-# Tensors that may still be leaving. A layer makes three (input, attention output, log-sum-exp), so a tensor holds
-# device memory until the next layer makes its like, which leaves a whole layer's time for the copy.
+# Of how many tensors, the newest, those for the host may still be leaving. A layer makes three (input, attention
+# output, log-sum-exp), so a tensor holds device memory until the next layer makes its like, wherever that one waits,
+# which leaves a whole layer's time for the copy.
 MAX_LEAVING = 3
 
 
@@ -38,7 +39,7 @@ class ActivationStore:
         self.device_peak_bytes = 0
         self.streams: Any = torch.cuda if device.type == "cuda" else torch.cpu
         self._out, self._back = self.streams.Stream(), self.streams.Stream()
-        self._leaving: deque[HostTensor] = deque()
+        self._leaving: deque[HostTensor | None] = deque()  # None: one that waits on the device
         self._free: defaultdict[int, list[HostBuffer]] = defaultdict(list)  # by size in bytes
 
     def keep(self, tensor: torch.Tensor, place: Literal["device", "host"]) -> DeviceTensor | HostTensor:
@@ -46,24 +47,25 @@ class ActivationStore:
 
         Raises UserError when the host cannot give the memory.
         """
+        while len(self._leaving) >= MAX_LEAVING:
+            # The memory goes back to the current stream's pool: whoever gets it must come after the copy.
+            if (oldest := self._leaving.popleft()) is not None:
+                oldest.left()
+        if place == "device":
+            self._leaving.append(None)
+            return DeviceTensor(self, tensor.detach())
         # A copy of scattered rows would be staged somewhere on its way: they are brought together here instead.
-        return (
-            DeviceTensor(self, tensor.detach()) if place == "device" else HostTensor(self, tensor.detach().contiguous())
-        )
+        kept = HostTensor(self, tensor.detach().contiguous())
+        self._leaving.append(kept)
+        return kept
 
     def send_out(self, kept: HostTensor, source: torch.Tensor) -> Any:
         """Start the copy of `source` to the host and return the event of its end."""
-        current = self.streams.current_stream()
-        while len(self._leaving) >= MAX_LEAVING:
-            # The memory goes back to the current stream's pool: whoever gets it must come after the copy.
-            self._leaving.popleft().left()
-        self._out.wait_stream(current)
+        self._out.wait_stream(self.streams.current_stream())
         wait(self._out, kept.buffer.free)
         with self.streams.stream(self._out):
             kept.buffer.viewed(source).copy_(source, non_blocking=True)
-            event = self._out.record_event()
-        self._leaving.append(kept)
-        return event
+            return self._out.record_event()
 
     def bring_back(self, kept: HostTensor, target: torch.Tensor, out: Any) -> Any:
         """Start the copy to `target`, made on the current stream, and return the event of its end."""
