@@ -74,7 +74,8 @@ def run_stages(*names: str) -> None:
     if "prepare" in names:
         only = Only("--plan-only", "measure and plan, print the plan and stop", lambda recipe, *_: plan_prepare(recipe))
     elif trains:
-        only = Only("--preflight-only", "check the machine for this run and stop", each(preflight_stage))
+        check = each(preflight_stage)
+        only = Only("--preflight-only", "check the machine for this run and stop", lambda *given: check(*given[:3]))
     guarded(each(run_stage), only, RESUME_ANYWAY if trains else None)
 
 
@@ -92,7 +93,7 @@ def guarded(action: Action, only: Only | None = None, several: Several | None = 
     """Parse the command line, run `action(recipe, recipe_path, overrides)`, turn mistakes into messages.
 
     With `only` the script takes its flag as well, which runs its action instead. With `several` it takes that
-    flag, whose words `action` gets as a fourth argument: a tuple, empty where the flag is not given.
+    flag, whose words both actions get as a fourth argument: a tuple, empty where the flag is not given.
     """
     parser = argparse.ArgumentParser(
         description="Runs one part of a recipe. Any key of the recipe can be overridden: --pretrain.learning_rate 1e-5",
@@ -114,11 +115,10 @@ def guarded(action: Action, only: Only | None = None, several: Several | None = 
             check_base_model(recipe)
             if arguments.dry_run:
                 print(describe(recipe))
-            elif only is not None and arguments.only:
-                only.action(recipe, arguments.recipe, overrides)
             else:
+                chosen = only.action if only is not None and arguments.only else action
                 more = () if several is None else (tuple(arguments.several),)
-                action(recipe, arguments.recipe, overrides, *more)
+                chosen(recipe, arguments.recipe, overrides, *more)
     except UserError as error:
         _leave(2, f"error: {error}")
     except KeyboardInterrupt:

@@ -13,6 +13,7 @@ from ray.tune.tune import _setup_signal_catching
 from ultralong_ray.config import Recipe
 from ultralong_ray.stages import stage_directory
 from ultralong_ray.tune import run
+from ultralong_ray.tune.results import write_record
 from ultralong_ray.tune.trials import plan_trials
 from ultralong_ray.types import UserError
 
@@ -20,6 +21,24 @@ from ultralong_ray.types import UserError
 def test_a_recipe_without_the_section_is_told_where_its_fields_are(tiny_recipe: Callable[..., Recipe]) -> None:
     with pytest.raises(UserError, match=r"has no \[tune\] section.*config/tune.py"):
         run.tune(tiny_recipe(), "recipe.toml")
+
+
+def test_prepare_alone_packs_what_trials_that_are_not_over_read(
+    tiny_recipe: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    twice = {"prepare.separator": "none", "first": {"prepare.separator": "bos_eos"}}
+    recipe = tiny_recipe(
+        tune={"variants": {"plain": {}, "two_steps": twice, "none": {"prepare.separator": "none"}}, "evaluate": False}
+    )
+    plain, *_ = plan_trials(recipe)
+    write_record(plain, stage_directory(recipe, "tune").location, "stopped", "by hand")
+    ran: list[tuple[str, str]] = []
+    monkeypatch.setattr(run, "run_stage", lambda step, stage, _: ran.append((stage, step.prepare.separator)))
+    run.prepare(recipe, "recipe.toml")
+    assert ran == [("prepare", "bos_eos"), ("prepare", "none")]
+    ran.clear()
+    run.prepare(recipe, "recipe.toml", ("none",))
+    assert ran == [("prepare", "none")]
 
 
 def test_ctrl_c_ends_the_command_and_not_the_wave_alone(

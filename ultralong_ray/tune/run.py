@@ -41,8 +41,7 @@ def tune(recipe: Recipe, recipe_path: str, only: tuple[str, ...] = ()) -> None:
     planned = plan_trials(recipe)
     folder = stage_directory(recipe, "tune").location
     chosen = chosen_trials(planned, only)
-    todo = [trial for trial in chosen if not is_over(trial, folder)]
-    log.info("tune: %d trials, %d of them over; %s", len(chosen), len(chosen) - len(todo), folder)
+    todo = _not_over(chosen, folder)
     if todo:
         connect_to_ray()
         _make_inputs(todo, recipe_path)
@@ -59,6 +58,19 @@ def tune(recipe: Recipe, recipe_path: str, only: tuple[str, ...] = ()) -> None:
             f"tune: {len(failed)} of {len(chosen)} trials are not over; submit again to go on from their last "
             f"checkpoints:\n{causes}"
         )
+
+
+def prepare(recipe: Recipe, recipe_path: str, only: tuple[str, ...] = ()) -> None:
+    """Pack what the first trainings of the trials that are not over read, and no more. `only` as in `tune`."""
+    folder = stage_directory(recipe, "tune").location
+    for trial in _not_over(chosen_trials(plan_trials(recipe), only), folder):
+        run_stage(trial.steps[0], "prepare", recipe_path)
+
+
+def _not_over(chosen: list[Trial], folder: Location) -> list[Trial]:
+    todo = [trial for trial in chosen if not is_over(trial, folder)]
+    log.info("tune: %d trials, %d of them over; %s", len(chosen), len(chosen) - len(todo), folder)
+    return todo
 
 
 def _make_inputs(todo: list[Trial], recipe_path: str) -> None:
