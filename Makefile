@@ -5,6 +5,8 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 # Where CPU builds of torch live, asked only when the configured package index has none.
 TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
+# Two processes, a file of tests in one of them, in the order of tests/conftest.py: many tests wait more than they compute.
+IN_TWO := -n 2 --dist loadfile --no-loadscope-reorder
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .PHONY: help install quickstart test test-slow check format lock clean
@@ -30,7 +32,7 @@ quickstart: $(INSTALLED)
 	jobs/quickstart.sh
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(IN_TWO)
 
 test-slow: $(INSTALLED)
 	ULTRALONG_SLOW_TESTS=1 $(BIN)/python -m pytest

@@ -1,4 +1,4 @@
-"""The whole recipe through its scripts on a real local Ray cluster, with everything in object storage.
+"""The whole recipe as a Ray job on a real local Ray cluster, with everything in object storage.
 
 Small sizes, real parts: Ray Data, Ray Train, DeepSpeed ZeRO-3 at sequence-parallel degree 2 with gloo, the shipped base
 model and its tokenizer, the S3 protocol for the working directory.
@@ -7,18 +7,16 @@ model and its tokenizer, the S3 protocol for the working directory.
 from __future__ import annotations
 
 import json
-import os
 import subprocess
-import sys
 from pathlib import Path
 
+from tests.cluster.clusters import Head, head, tool
 from ultralong_ray.recipe import load_recipe
 from ultralong_ray.stages import stage_directory, stages
 from ultralong_ray.storage import Location, local_folder
 
 ROOT = Path(__file__).resolve().parents[1]
 QUICKSTART = "jobs/recipes/quickstart.toml"
-PYTHONPATH = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
 SMALL = [
     "prepare.sequence_length=1024",
     "prepare.token_budget=8192",
@@ -40,15 +38,16 @@ SMALL = [
 ]
 
 
-def submit(workdir: str) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "PYTHONPATH": PYTHONPATH, "RAY_DEDUP_LOGS": "0"}
-    command = [sys.executable, "jobs/pipeline.py", QUICKSTART, "--workdir", workdir, *SMALL]
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900)
+def submit(cluster: Head, workdir: str) -> subprocess.CompletedProcess[str]:
+    command = ["python", "jobs/pipeline.py", QUICKSTART, "--workdir", workdir, *SMALL]
+    submission = [tool("ray"), "job", "submit", "--address", cluster.dashboard, "--working-dir", str(ROOT)]
+    return cluster.run(*submission, "--", *command, timeout=900)
 
 
 def test_from_shards_to_report_in_object_storage(s3_uri: str, tmp_path: Path) -> None:
     workdir = f"{s3_uri}/whole"
-    done = submit(workdir)
+    with head(2) as cluster:
+        done, again = submit(cluster, workdir), submit(cluster, workdir)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     recipe = load_recipe(str(ROOT / QUICKSTART), ["--workdir", workdir, *SMALL])
     directories = {stage: stage_directory(recipe, stage) for stage in stages(recipe)}
@@ -72,7 +71,6 @@ def test_from_shards_to_report_in_object_storage(s3_uri: str, tmp_path: Path) ->
     answer = pipeline("text-generation", model=str(folder))("The pass key", max_new_tokens=4)
     assert answer[0]["generated_text"].startswith("The pass key")
 
-    again = submit(workdir)
     assert again.returncode == 0
     assert again.stdout.count("done already") == len(directories)
     assert Location.of(workdir).is_dir()

@@ -70,6 +70,7 @@ def told(place: Location, host: str) -> dict[str, Any]:
     return found[0]
 
 
+@pytest.mark.slow
 def test_a_node_is_removed_in_mid_step_and_a_new_one_joins(hosts: Hosts, tmp_path: Path) -> None:
     driver, place = started(hosts, tmp_path, "removed")
     hosts.kill(1)
