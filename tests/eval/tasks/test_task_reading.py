@@ -46,7 +46,7 @@ def test_texts_of_every_form(tmp_path: Path) -> None:
         ("t.json", {"x": 1}, r't.json: a JSON text must be of the form \{"text"'),
         ("t.jsonl", '{"text": "a"}\n{"tex": "b"}', r"t.jsonl:2: no field 'text' \(fields: tex\)"),
         ("t.txt.gz", b"no gzip", r"t.txt.gz: damaged gzip file"),
-        ("t.txt.gz", gzip.compress(b"text")[:10] + b"\xff" * 20, r"t.txt.gz: damaged gzip file \(Error -3"),
+        ("t.txt.gz", gzip.compress(b"text", mtime=0)[:10] + b"\xff" * 20, r"t.txt.gz: damaged gzip file \(Error -3"),
         ("t.jsonl", '{"text": "a"}\n{"text": ' + "1" * 5000 + "}", r"t.jsonl:2: JSON that Python does not read"),
         ("t.jsonl", '{"text": ' + "[" * 100_000, r"t.jsonl:1: JSON that Python does not read"),
         ("t.json", '{"text": ' + "1" * 5000 + "}", r"t.json: JSON that Python does not read"),
