@@ -35,8 +35,8 @@ S3_KEYS = {"AWS_ACCESS_KEY_ID": "ak", "AWS_SECRET_ACCESS_KEY": "sk", "AWS_REGION
 SLOW = "ULTRALONG_SLOW_TESTS"  # environment variable that switches on tests marked slow
 # Files of a minute and more. They begin first: two processes share the tests by file, and none is to end with one.
 LONG = (
-    *("test_whole_recipe.py", "test_kill_schedule.py", "test_live.py", "test_fanout.py", "test_sharded.py"),
-    *("test_trainer.py", "test_checkpoint.py", "test_numerics.py", "test_other_sizes.py", "test_beside.py"),
+    *("test_whole_recipe.py", "test_kill_schedule.py", "test_fanout.py", "test_sharded.py", "test_trainer.py"),
+    *("test_checkpoint.py", "test_numerics.py", "test_other_sizes.py", "test_beside.py"),
 )
 
 

@@ -20,7 +20,10 @@ from tests.machine import PATIENCE_SECONDS, wait_for
 from tests.watch.servers import ROOT, WATCHING, Prometheus, prometheus, ray_head, rules
 from ultralong_ray.watch.metrics import METRICS
 
-pytestmark = pytest.mark.skipif(shutil.which("prometheus") is None, reason="no prometheus (apt-get install prometheus)")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(shutil.which("prometheus") is None, reason="no prometheus (apt-get install prometheus)"),
+]
 
 # Not in a run on CPUs that goes well: the plan's memory is known on GPUs, a failure needs a fault.
 NOT_HERE = {"ray_ultralong_train_planned_memory_gib", "ray_ultralong_train_failures_total"}
@@ -119,14 +122,12 @@ def test_a_good_run_fires_nothing(cluster: Cluster) -> None:
     assert [series["metric"]["alertname"] for series in fired] == []
 
 
-@pytest.mark.slow
 def test_a_loss_that_is_not_finite_fires(cluster: Cluster) -> None:
     assert cluster.run("pretrain", "--pretrain.learning_rate", "1e30", "--cluster.max_failures", "0") == 1
     assert "is not finite" in cluster.log
     until(cluster, "UltralongNotFinite")
 
 
-@pytest.mark.slow
 def test_a_spike_and_then_no_progress_fire(cluster: Cluster) -> None:
     """The learning rate rises until the loss jumps; then one rank is frozen, and all wait for it."""
     rising = ["--pretrain.learning_rate", "10", "--pretrain.warmup_steps", "1000", "--pretrain.steps", "400"]
