@@ -19,8 +19,9 @@ from ultralong_ray.types import UserError
 
 
 def test_a_recipe_without_the_section_is_told_where_its_fields_are(tiny_recipe: Callable[..., Recipe]) -> None:
-    with pytest.raises(UserError, match=r"has no \[tune\] section.*config/tune.py"):
-        run.tune(tiny_recipe(), "recipe.toml")
+    for action in (run.tune, run.prepare):
+        with pytest.raises(UserError, match=r"has no \[tune\] section.*config/tune.py"):
+            action(tiny_recipe(), "recipe.toml")
 
 
 def test_prepare_alone_packs_what_trials_that_are_not_over_read(

@@ -61,9 +61,12 @@ def tune(recipe: Recipe, recipe_path: str, only: tuple[str, ...] = ()) -> None:
 
 
 def prepare(recipe: Recipe, recipe_path: str, only: tuple[str, ...] = ()) -> None:
-    """Pack what the first trainings of the trials that are not over read, and no more. `only` as in `tune`."""
-    folder = stage_directory(recipe, "tune").location
-    for trial in _not_over(chosen_trials(plan_trials(recipe), only), folder):
+    """Pack what the first trainings of the trials that are not over read, and no more.
+
+    `only` and UserError for a search that cannot be as in `tune`.
+    """
+    chosen = chosen_trials(plan_trials(recipe), only)
+    for trial in _not_over(chosen, stage_directory(recipe, "tune").location):
         run_stage(trial.steps[0], "prepare", recipe_path)
 
 
