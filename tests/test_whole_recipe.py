@@ -26,7 +26,6 @@ SMALL = [
     "pretrain.micro_batch_sequences=2",
     "pretrain.checkpoint_every_steps=1",
     "sft.num_samples=40",
-    "sft.sources.0.max_megabytes=2",
     "sft.steps=1",
     "sft.global_batch_sequences=2",
     "sft.micro_batch_sequences=2",
