@@ -5,7 +5,7 @@
 #   jobs/recipes/reproduction/run.sh base|128k|1m|128k_long_sft|1m_long_sft [overrides, as in --cluster.num_workers 1]
 #
 # base: base_512.toml, then base_4k.toml; the model lands in runs/reproduction/models/base. RECIPES: another folder.
-# EVALUATE: further overrides of what is evaluated, each without blanks.
+# EVALUATE: further overrides of what is evaluated, each without blanks; "none": the models alone.
 set -euo pipefail
 cd "$(dirname "$0")/../../.."
 recipes=${RECIPES:-jobs/recipes/reproduction}
@@ -14,6 +14,7 @@ part=${1:-}
 overrides=("${@:2}")
 job() { "${PYTHON:-python3}" "jobs/$1.py" "$recipes/$2.toml" "${overrides[@]}"; }
 evaluate() { # and the report of everything
+  [ "${EVALUATE:-}" != none ] || return 0
   local more
   read -r -a more <<<"${EVALUATE:-}"
   overrides+=("${more[@]}")
