@@ -169,7 +169,7 @@ import transformers
 model = "path/to/this/folder"  # {recipe.name}
 pipeline = transformers.pipeline("text-generation", model=model, dtype="auto")
 messages = [{{"role": "user", "content": "What is the pass key? ..."}}]
-print(pipeline(messages, max_new_tokens=64)[0]["generated_text"][-1])
+print(pipeline(messages, max_new_tokens=64, do_sample=False)[0]["generated_text"][-1])
 ```"""
 
 

@@ -185,7 +185,7 @@ class PasskeyPrompt:
     sample: int
     prompt: str
     expected: str
-    prompt_tokens: int
+    ids: list[int]  # of `prompt`, as the model reads them
     message: str = ""  # what the chat template rendered; empty without one
     answer_prefix: str = ""  # with which `prompt` ends
 

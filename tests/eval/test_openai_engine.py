@@ -18,7 +18,7 @@ from ultralong_ray.config.engines import EndpointEngine
 from ultralong_ray.eval.engine import Request
 from ultralong_ray.eval.generate import Engine
 from ultralong_ray.eval.openai_engine import OpenAIEngine
-from ultralong_ray.eval.passkey import build_prompt, encode_prompt
+from ultralong_ray.eval.passkey import build_prompt
 from ultralong_ray.types import UserError
 
 MODEL = Path(__file__).resolve().parents[2] / "jobs" / "models" / "tiny-512"
@@ -200,9 +200,8 @@ def test_fifty_answers_of_a_served_model_are_those_of_the_in_process_engine(tmp_
         for sample in range(2):
             values = {"context_length_tokens": length, "depth_percent": depth, "sample": sample, "seed": 3}
             made = build_prompt(plain.tokenizer, max_new_tokens=6, chat_template=True, **values)
-            ids = encode_prompt(plain.tokenizer, made.prompt, chat_template=True)
-            messages = (("user", made.message),)
-            requests.append(Request(made.prompt, ids, 6, ("\n",), messages=messages, answer_prefix=made.answer_prefix))
+            turns = {"messages": (("user", made.message),), "answer_prefix": made.answer_prefix}
+            requests.append(Request(made.prompt, made.ids, 6, ("\n",), **turns))
     expected = plain.answers(requests)
     torch.set_num_threads(threads)
     assert sum(answer.strip().isdigit() for answer in expected) > 30, "the model must have something to say"

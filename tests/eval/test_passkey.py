@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
+from ultralong_ray.eval import passkey
 from ultralong_ray.eval.passkey import (
     ANSWER_PREFIX,
     INTRODUCTION,
@@ -63,11 +64,11 @@ def test_budget_and_depth(tokenizer: Any, length: int, depth: float) -> None:
     prompt: PasskeyPrompt = build(tokenizer, length, depth)
     needle = NEEDLE.format(key=prompt.expected)
     assert prompt.prompt.count(needle) == 1 and prompt.prompt.count(prompt.expected) == 2
-    assert prompt.prompt_tokens == len(encode_prompt(tokenizer, prompt.prompt, chat_template=chat))
+    assert prompt.ids == encode_prompt(tokenizer, prompt.prompt, chat_template=chat)
     line_tokens = len(encode_prompt(tokenizer, f"{NOISE} " * 11, chat_template=chat)) - len(
         encode_prompt(tokenizer, f"{NOISE} " * 10, chat_template=chat)
     )
-    assert length - line_tokens < prompt.prompt_tokens + NEW_TOKENS <= length
+    assert length - line_tokens < len(prompt.ids) + NEW_TOKENS <= length
     before, after = (part.count(NOISE) for part in prompt.prompt.split(needle))
     assert before == int(depth / 100 * (before + after) + 0.5)
 
@@ -136,9 +137,24 @@ def test_too_short_a_context_names_the_shortest(tiny_llama: Path) -> None:
     with pytest.raises(UserError, match=r"60 tokens are too few .* the shortest is (\d+)") as error:
         build(tokenizer, 60, 0.0)
     shortest = int(str(error.value).rsplit(" ", 1)[1])
-    assert build(tokenizer, shortest, 0.0).prompt_tokens + NEW_TOKENS == shortest
+    assert len(build(tokenizer, shortest, 0.0).ids) + NEW_TOKENS == shortest
     with pytest.raises(UserError, match="too few"):
         build(tokenizer, shortest - 1, 0.0)
+
+
+def test_a_long_prompt_is_tokenised_once(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At a million tokens once takes seconds, and a grid has hundreds of prompts."""
+    tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
+    lengths: list[int] = []
+
+    def counted(*arguments: Any, **options: Any) -> list[int]:
+        ids = encode_prompt(*arguments, **options)
+        lengths.append(len(ids))
+        return ids
+
+    monkeypatch.setattr(passkey, "encode_prompt", counted)
+    prompt = build(tokenizer, 65_536, 50.0)
+    assert [length for length in lengths if length > 10_000] == [len(prompt.ids)]
 
 
 def test_chat_template_must_exist(tiny_llama: Path) -> None:

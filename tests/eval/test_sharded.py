@@ -16,7 +16,7 @@ from tests.parallel.spawn import run_distributed
 from ultralong_ray.eval import partial_attention
 from ultralong_ray.eval.generate import Engine
 from ultralong_ray.eval.partial_attention import attend_slice, decode_kernel, merge
-from ultralong_ray.eval.passkey import build_prompt, encode_prompt
+from ultralong_ray.eval.passkey import build_prompt
 from ultralong_ray.eval.sharded import GROUP_TIMEOUT, ShardedEngine, ShardedModel
 from ultralong_ray.eval.sharded_attention import SHARDED_ATTENTION, register_sharded_attention
 from ultralong_ray.parallel.kernels import math
@@ -35,7 +35,7 @@ SEQ = 41  # odd: padded for every degree
 def prompts(tokenizer: Any) -> list[list[int]]:
     """50 passkey prompts of 110 to 474 tokens; neighbours share their beginning."""
     cells = [(length, depth) for length in (150, 210, 290, 380, 480) for depth in (0, 20, 50, 80, 100)]
-    texts = [
+    return [
         build_prompt(
             tokenizer,
             context_length_tokens=length,
@@ -44,11 +44,10 @@ def prompts(tokenizer: Any) -> list[list[int]]:
             seed=3,
             max_new_tokens=NEW_TOKENS,
             chat_template=True,
-        ).prompt
+        ).ids
         for length, depth in cells
         for sample in range(2)
     ]
-    return [encode_prompt(tokenizer, text, chat_template=True) for text in texts]
 
 
 @pytest.fixture(scope="module")

@@ -22,7 +22,7 @@ from ultralong_ray.benchmark.setups import at_least, model_folder
 from ultralong_ray.config.degrees import heads_can_split, model_heads
 from ultralong_ray.eval.chunk_attention import CHUNK_ATTENTION, Attention
 from ultralong_ray.eval.generate import Engine
-from ultralong_ray.eval.passkey import build_prompt, encode_prompt
+from ultralong_ray.eval.passkey import build_prompt
 from ultralong_ray.eval.sharded import ShardedEngine
 from ultralong_ray.storage import Location
 
@@ -144,10 +144,9 @@ def run(asked: Parity, device: torch.device) -> dict[str, Any]:
             max_new_tokens=asked.new_tokens,
             chat_template=asked.chat,
         )
-        ids = encode_prompt(engine.tokenizer, made.prompt, chat_template=asked.chat)
-        top = engine.prefill(ids).float().topk(KEPT_LOGITS)
+        top = engine.prefill(made.ids).float().topk(KEPT_LOGITS)
         logits.append({str(int(token)): float(value) for token, value in zip(top.indices, top.values, strict=True)})
-        answers.append(engine.answer(ids, asked.new_tokens))
+        answers.append(engine.answer(made.ids, asked.new_tokens))
         expected.append(made.expected)
     return {
         "answers": answers,

@@ -18,7 +18,7 @@ from ultralong_ray.config.task_section import Work
 from ultralong_ray.config.tasks import Task
 from ultralong_ray.eval.engine import Request
 from ultralong_ray.eval.making import Maker
-from ultralong_ray.eval.passkey import build_prompt, encode_prompt, is_right
+from ultralong_ray.eval.passkey import build_prompt, is_right
 from ultralong_ray.eval.perplexity import document_rows, holdout_tokens
 from ultralong_ray.eval.tasks.prompt import Prompts
 from ultralong_ray.eval.tasks.sample import Sample
@@ -225,15 +225,14 @@ def _passkey_requests(engine: Any, config: EvaluateConfig, cell: Cell) -> Iterat
             chat_template=config.chat_template,
             digits=config.passkey_digits,
         )
-        ids = encode_prompt(engine.tokenizer, prompt.prompt, chat_template=config.chat_template)
         row = {
             "prompt_end": prompt.prompt[-PROMPT_END_CHARACTERS:],
-            "prompt_tokens": prompt.prompt_tokens,
+            "prompt_tokens": len(prompt.ids),
             "expected": prompt.expected,
         }
         turns = (("user", prompt.message),) if prompt.message else ()
         more = {"messages": turns, "answer_prefix": prompt.answer_prefix}
-        request = Request(prompt.prompt, ids, config.max_new_tokens, STOP_AT_NEWLINE, **more)
+        request = Request(prompt.prompt, prompt.ids, config.max_new_tokens, STOP_AT_NEWLINE, **more)
         yield request, row, lambda answer, key=prompt.expected: float(is_right(answer, key))
 
 

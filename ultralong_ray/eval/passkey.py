@@ -24,7 +24,7 @@ NEEDLE = "The pass key is {key}. Remember it. {key} is the pass key."
 QUESTION = "What is the pass key?"
 ANSWER_PREFIX = "The pass key is"
 
-UNITS_MEASURED = 64  # noise units whose token count gives the tokens of one
+UNITS_MEASURED = 64  # noise units whose token count gives the tokens of one; most depths then have noise on both sides
 
 
 def passkey_text(key: str, units_before: int, units_after: int) -> str:
@@ -73,35 +73,35 @@ def build_prompt(
         turns = [{"role": "user", "content": text}]
         return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True) + ANSWER_PREFIX
 
-    def count(units: int) -> int:
-        return len(encode_prompt(tokenizer, render(units), chat_template=chat_template))
+    def encoded(units: int) -> list[int]:
+        return encode_prompt(tokenizer, render(units), chat_template=chat_template)
 
-    units = _fill(count, context_length_tokens, max_new_tokens)
-    prompt = render(units)
-    tokens = len(encode_prompt(tokenizer, prompt, chat_template=chat_template))
+    units, ids = _fill(encoded, context_length_tokens, max_new_tokens)
     place = (context_length_tokens, depth_percent, sample)
-    return PasskeyPrompt(*place, prompt, key, tokens, message(units) if chat_template else "", ANSWER_PREFIX)
+    return PasskeyPrompt(*place, render(units), key, ids, message(units) if chat_template else "", ANSWER_PREFIX)
 
 
-def _fill(count: Any, context_length_tokens: int, max_new_tokens: int) -> int:
-    """Most noise units whose prompt still leaves `max_new_tokens` free.
+def _fill(encoded: Any, context_length_tokens: int, max_new_tokens: int) -> tuple[int, list[int]]:
+    """Most noise units whose prompt still leaves `max_new_tokens` free, and the token ids of that prompt.
 
-    Two short prompts give the tokens of a unit; then the estimate is corrected by counting, once where tokens add up.
+    Two short prompts give the tokens of a unit; then the estimate is corrected by counting, once where tokens add up:
+    a prompt of a million tokens takes seconds to tokenise.
     """
     budget = context_length_tokens - max_new_tokens
-    short, longer = count(1), count(1 + UNITS_MEASURED)
-    unit_tokens = (longer - short) / UNITS_MEASURED
-    if short > budget:
+    shortest = len(encoded(1))
+    if shortest > budget:
         raise UserError(
             f"evaluate.context_lengths: {context_length_tokens} tokens are too few for a passkey prompt; with this "
-            f"tokenizer and evaluate.max_new_tokens {max_new_tokens} the shortest is {short + max_new_tokens}"
+            f"tokenizer and evaluate.max_new_tokens {max_new_tokens} the shortest is {shortest + max_new_tokens}"
         )
-    units = 1 + math.floor((budget - short) / unit_tokens)
-    while (tokens := count(units)) > budget:
-        units -= math.ceil((tokens - budget) / unit_tokens)
-    while budget - tokens >= unit_tokens and (tokens := count(units + 1)) <= budget:
-        units += 1
-    return units
+    some, twice = len(encoded(UNITS_MEASURED)), len(encoded(2 * UNITS_MEASURED))
+    unit_tokens = (twice - some) / UNITS_MEASURED
+    units = max(1, UNITS_MEASURED + math.floor((budget - some) / unit_tokens))
+    while len(ids := encoded(units)) > budget:
+        units = max(1, units - math.ceil((len(ids) - budget) / unit_tokens))
+    while budget - len(ids) >= unit_tokens and len(more := encoded(units + 1)) <= budget:
+        units, ids = units + 1, more
+    return units, ids
 
 
 def first_number(answer: str) -> str | None:
