@@ -16,13 +16,16 @@ SCRIPT = "jobs/recipes/reproduction/run.sh"
 def checkout(tmp_path: Path) -> Path:
     (tmp_path / SCRIPT).parent.mkdir(parents=True)
     shutil.copy(Path(__file__).resolve().parents[1] / SCRIPT, tmp_path / SCRIPT)
+    shipped = tmp_path / "jobs/models/reproduction-base"
+    shipped.mkdir(parents=True)
+    (shipped / "model.safetensors").write_text("shipped")
     (tmp_path / "python").write_text('#!/bin/sh\necho "$@" >> calls\n')
     (tmp_path / "python").chmod(0o755)
     return tmp_path
 
 
-def run(checkout: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "PYTHON": str(checkout / "python")}
+def run(checkout: Path, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PYTHON": str(checkout / "python"), **variables}
     return subprocess.run([checkout / SCRIPT, *arguments], env=environment, capture_output=True, text=True, timeout=60)
 
 
@@ -44,6 +47,24 @@ def test_a_part_takes_over_the_finished_stages_of_the_plain_one_whole(checkout: 
     assert {tuple(call[1:]) for call in calls} == {
         ("jobs/recipes/reproduction/extend_128k_long_sft.toml", "--cluster.num_workers", "1")
     }
+
+
+def test_a_part_extends_the_shipped_base_where_none_was_trained(checkout: Path) -> None:
+    base = checkout / "runs/reproduction/models/base"
+    assert run(checkout, "1m").returncode == 0
+    assert (base / "model.safetensors").read_text() == "shipped"
+    (base / "model.safetensors").write_text("trained here")
+    assert run(checkout, "128k").returncode == 0
+    assert (base / "model.safetensors").read_text() == "trained here"
+
+
+def test_evaluation_may_be_left_for_later_and_narrowed(checkout: Path) -> None:
+    assert run(checkout, "1m", EVALUATE="none").returncode == 0
+    calls = (checkout / "calls").read_text().splitlines()
+    assert [call.split()[0] for call in calls][-2:] == ["jobs/sft.py", "jobs/export.py"]
+    assert run(checkout, "1m", EVALUATE="--evaluate.tasks []").returncode == 0
+    calls = (checkout / "calls").read_text().splitlines()
+    assert calls[-2].startswith("jobs/evaluate.py") and calls[-2].endswith("--evaluate.tasks []")
 
 
 def test_a_part_that_there_is_not_is_named(checkout: Path) -> None:

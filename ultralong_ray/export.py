@@ -157,7 +157,7 @@ def _recorded(provenance: dict[str, Any]) -> str:
         f"| {stage} | {name} | {value} |"
         for stage, summary in provenance.items()
         for name, value in summary.items()
-        if isinstance(value, str | int | float) and name != "stage"
+        if isinstance(value, str | int | float) and name not in ("stage", "ended")
     ]
     return "\n".join(["| stage | what | value |", "|---|---|---|", *rows])
 

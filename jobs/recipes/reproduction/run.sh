@@ -4,7 +4,8 @@
 #
 #   jobs/recipes/reproduction/run.sh base|128k|1m|128k_long_sft|1m_long_sft [overrides, as in --cluster.num_workers 1]
 #
-# base: base_512.toml, then base_4k.toml; the model lands in runs/reproduction/models/base. RECIPES: another folder.
+# base: base_512.toml, then base_4k.toml; the model lands in runs/reproduction/models/base. Without one there, the other
+# parts extend jobs/models/reproduction-base, which was trained so. RECIPES: another folder.
 # EVALUATE: further overrides of what is evaluated, each without blanks; "none": the models alone.
 set -euo pipefail
 cd "$(dirname "$0")/../../.."
@@ -45,6 +46,10 @@ base)
   evaluate base_4k
   ;;
 128k | 1m | 128k_long_sft | 1m_long_sft)
+  if [ ! -e "$models/base/model.safetensors" ]; then # none was trained here
+    mkdir -p "$models/base"
+    cp -r jobs/models/reproduction-base/. "$models/base"
+  fi
   plain=runs/reproduction/extend_${part%_long_sft}
   for made in "$plain"/{prepare,extend,pretrain}-*/_SUCCESS.json; do # all before SFT is the same
     stage=$(dirname "$made")
