@@ -67,6 +67,10 @@ def test_the_watchdog_waits_for_uploads_that_take_longer_than_a_step_may(tmp_pat
         assert words == "the checkpoint of step 3 could not be written by rank 1: ValueError('the cable is out')"
     events = read_events(Location.of(tmp_path / "slow"))
     assert [event["event"] for event in events] == ["start", "checkpoint", "checkpoint", "end"]
+    assert (
+        events[0]["start_seconds"].keys() == {"build", "preflight", "restore"}
+        and events[0]["start_seconds"]["build"] > 0
+    )
     assert all(event["uploaded_seconds"] > HANG_SECONDS for event in events[1:3])
     assert committed(Location.of(tmp_path / "broken") / CHECKPOINTS) == []
 

@@ -3,7 +3,8 @@
 Flows in: an event by name with its facts. Flows out: {"time" (seconds since 1970), "event", ...}. Events are
 
     submit      -                                         a driver began, or began again
-    start       layout, nodes, attempt                    training begins at step 0
+    start       layout, nodes, attempt, start_seconds     training begins at step 0; rank 0 took so long to build the
+                                                          engine, check the machine and read the checkpoint
     resume      the same; step, checkpoint, passed_over   it continues; damaged checkpoints were passed over
     checkpoint  step, checkpoint, seconds, ...            one was committed; the loop was blocked so long. Then
                                                           waited_seconds of that for the one before; from then on

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import itertools
 import logging
 import resource
 import time
@@ -109,15 +110,25 @@ class Trainer:
             "zero_stage": self.train.zero_stage,
         }
 
-    def restore(self) -> int:
-        """Continue from the newest whole checkpoint; the steps that it holds. Collective. `saver` is made here."""
+    def restore(self, seconds: dict[str, float]) -> int:
+        """Continue from the newest whole checkpoint; the steps that it holds. Collective. `saver` is made here.
+
+        seconds: what the start took before this, by its parts, for the event.
+        """
+        began = time.perf_counter()
         accepted = self.job.resume_anyway
         root = root_to_resume(self.job.stage, self.identity, accepted)
         restored = load_newest(self.engine, root, self.identity, accepted)
         everyone: list[Any] = [None] * self.topology.world_size
         dist.all_gather_object(everyone, (node_name(), uuid.uuid4().hex[:8]))
         nodes, self.attempt = [node for node, _ in everyone], everyone[0][1]
-        about: dict[str, Any] = {"layout": self.layout, "nodes": nodes, "attempt": self.attempt}
+        seconds = {**seconds, "restore": round(time.perf_counter() - began, 1)}
+        about: dict[str, Any] = {
+            "layout": self.layout,
+            "nodes": nodes,
+            "attempt": self.attempt,
+            "start_seconds": seconds,
+        }
         self.seen = folders(self.job.stage / CHECKPOINTS) if self.topology.rank == 0 else frozenset()
         if self.topology.rank == 0 and restored is None:
             record_event(self.job.stage, "start", **about)
@@ -241,13 +252,17 @@ def run(job: TrainJob, device: torch.device, report: Report, asked: Callable[[],
     `asked()` says at the end of every step whether to leave (train/notices.py): then the step is saved, and
     Interrupted raised.
     """
+    times = [time.perf_counter()]
     trainer = Trainer(job, device)
+    times.append(time.perf_counter())
     if job.preflight_only or device.type == "cuda":
         trainer.preflight()
+    times.append(time.perf_counter())
     if job.preflight_only:
         trainer.close()
         return 0
-    restored = trainer.restore()
+    build, check = (round(after - before, 1) for before, after in itertools.pairwise(times))
+    restored = trainer.restore({"build": build, "preflight": check})
     writer = MetricsWriter(job.stage, restored, job.section) if trainer.topology.rank == 0 else None
     if writer is not None:
         trainer.flush = writer.flush
