@@ -67,6 +67,37 @@ def test_evaluation_may_be_left_for_later_and_narrowed(checkout: Path) -> None:
     assert calls[-2].startswith("jobs/evaluate.py") and calls[-2].endswith("--evaluate.tasks []")
 
 
+def test_records_leave_out_what_is_large_and_restore_puts_the_models_in(checkout: Path) -> None:
+    for name in ("reproduction-1m", "reproduction-1m-pretrained"):
+        (checkout / "jobs/models" / name).mkdir()
+        (checkout / "jobs/models" / name / "model.safetensors").write_text(name)
+    (checkout / "jobs/results").mkdir()
+    runs = checkout / "runs/reproduction"
+    part = runs / "extend_1m_long_sft"
+    kept = {
+        "pretrain-a/metrics.jsonl": "{}",
+        "pretrain-a/_SUCCESS.json": "{}",
+        "sft-b/_SUCCESS.json": "{}",
+        "export-c/_SUCCESS.json": f'{{"model": "{part}/export-c/model"}}',
+        "evaluate-d/cells/final/4096-0.json": "{}",
+    }
+    left = ("pretrain-a/model/config.json", "pretrain-a/checkpoints/1/manifest.json", "corpus-e/_SUCCESS.json")
+    for name, text in {**kept, **dict.fromkeys(left, "{}"), "prepare-f/_SUCCESS.json": "{}"}.items():
+        (part / name).parent.mkdir(parents=True, exist_ok=True)
+        (part / name).write_text(text)
+    assert run(checkout, "records").returncode == 0
+    shutil.rmtree(runs)
+    done = run(checkout, "restore")
+    assert done.returncode == 0, done.stderr
+    found = {str(path.relative_to(part)) for path in part.rglob("*") if path.is_file()}
+    models = {f"{stage}/model/model.safetensors" for stage in ("pretrain-a", "sft-b", "export-c")}
+    assert found == {*kept, *models}
+    assert str(checkout) not in (part / "export-c/_SUCCESS.json").read_text()
+    assert (part / "pretrain-a/model/model.safetensors").read_text() == "reproduction-1m-pretrained"
+    assert (part / "export-c/model/model.safetensors").read_text() == "reproduction-1m"
+    assert (runs / "models/base/model.safetensors").read_text() == "shipped"
+
+
 def test_a_part_that_there_is_not_is_named(checkout: Path) -> None:
     for arguments, words in (((), "no part ''"), (("2m",), "no part '2m'; there are base, 128k")):
         done = run(checkout, *arguments)

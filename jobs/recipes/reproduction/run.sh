@@ -3,14 +3,18 @@
 # part that was cut short continues when it is called again.
 #
 #   jobs/recipes/reproduction/run.sh base|128k|1m|128k_long_sft|1m_long_sft [overrides, as in --cluster.num_workers 1]
+#   jobs/recipes/reproduction/run.sh records|restore
 #
 # base: base_512.toml, then base_4k.toml; the model lands in runs/reproduction/models/base. Without one there, the other
 # parts extend jobs/models/reproduction-base, which was trained so. RECIPES: another folder.
+# records: what the run folders hold beside packed text, models and checkpoints, to jobs/results/reproduction_runs.tar.gz.
+# restore: the run folders from there, with the models of jobs/models in them; what is evaluated next goes on from that.
 # EVALUATE: further overrides of what is evaluated, each without blanks; "none": the models alone.
 set -euo pipefail
 cd "$(dirname "$0")/../../.."
 recipes=${RECIPES:-jobs/recipes/reproduction}
 models=runs/reproduction/models
+records=jobs/results/reproduction_runs.tar.gz
 part=${1:-}
 overrides=("${@:2}")
 job() { "${PYTHON:-python3}" "jobs/$1.py" "$recipes/$2.toml" "${overrides[@]}"; }
@@ -63,8 +67,26 @@ base)
   for stage in prepare extend pretrain sft export; do job "$stage" "extend_$part"; done
   evaluate "extend_$part"
   ;;
+records)
+  sed -i "s#$PWD/##" runs/reproduction/*/export-*/_SUCCESS.json # where the model lies here is nobody else's matter
+  cd runs/reproduction
+  find . -name '*.json*' -type f -path './*/*-*/*' ! -path '*/corpus-*' ! -path '*/model/*' ! -path '*/checkpoints/*' \
+    ! -path '*/ray/*' | sort | tar czf ../../"$records" -T -
+  ;;
+restore)
+  mkdir -p "$models/base"
+  tar xzf "$records" -C runs/reproduction
+  rm -f runs/reproduction/*/prepare*/_SUCCESS.json # the text is not there, and is packed again where it is wanted
+  cp jobs/models/reproduction-base/* "$models/base"
+  for stage in pretrain:1m-pretrained sft:1m export:1m; do
+    for folder in runs/reproduction/extend_1m_long_sft/"${stage%:*}"-*/; do
+      mkdir -p "$folder/model"
+      cp jobs/models/reproduction-"${stage#*:}"/* "$folder/model"
+    done
+  done
+  ;;
 *)
-  echo "run.sh: no part '$part'; there are base, 128k, 1m, 128k_long_sft and 1m_long_sft" >&2
+  echo "run.sh: no part '$part'; there are base, 128k, 1m, 128k_long_sft, 1m_long_sft, records and restore" >&2
   exit 2
   ;;
 esac
