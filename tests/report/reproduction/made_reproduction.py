@@ -40,7 +40,7 @@ def extension_recipe(
     made["model"] |= {"target_context_length": target, "rope": {"scheme": "llama3", "factor": target / WINDOW}}
     made["prepare"] |= {"sequence_length": target, "token_budget": 10 * target}
     asked = {"context_lengths": list(lengths), "depths_percent": list(depths), "models": list(models)}
-    made["evaluate"] |= asked | {"samples_per_cell": 5}
+    made["evaluate"] |= asked | {"samples_per_cell": 5, "gpus_per_task": 0.5}
     made["pretrain"] |= {"global_batch_sequences": 2, "learning_rate": learning_rate}
     made["sft"] |= {"global_batch_sequences": 2}
     made["cluster"] = {"num_workers": 2, "gpus_per_worker": 1}

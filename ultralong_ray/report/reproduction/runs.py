@@ -161,6 +161,9 @@ def _gpus(found: Finished) -> int:
     cluster = found.recipe.cluster
     workers = cluster.num_workers
     if found.stage == "evaluate":
+        assert found.recipe.evaluate is not None
+        if found.recipe.evaluate.gpus_per_task == 0:
+            return 0
         workers = cluster.evaluation_workers or workers
     return int(workers * cluster.gpus_per_worker) if found.stage in ON_GPUS else 0
 
