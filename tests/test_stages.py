@@ -36,6 +36,7 @@ def test_a_change_reaches_its_stage_and_what_follows_and_nothing_else():
     assert changed("--model.rope.factor", "16") == {"extend", "pretrain"} | after_training
     assert changed("--model.rope.angles", "float32") == {"extend", "pretrain"} | after_training
     assert changed("--sft.max_sample_tokens", "512") == {"prepare_sft"} | after_training
+    assert changed("--sft.long_samples_first", "true") == {"prepare_sft"} | after_training
     assert changed("--evaluate.samples_per_cell", "2") == {"evaluate", "report"}
 
 

@@ -102,8 +102,10 @@ def _own_fields(recipe: Recipe, stage: str) -> dict[str, Any]:
         assert recipe.sft is not None
         names = ("sources", "sequence_length", "max_sample_tokens", "num_samples", "seed")
         names += ("domain_mix", "domain_samples", "deduplicate")
-        fields = recipe.sft.fingerprint_fields()
-        return {**tokenizer, **{name: fields[name] for name in names}, **_decontamination(recipe)}
+        fields = {name: recipe.sft.fingerprint_fields()[name] for name in names}
+        if recipe.sft.long_samples_first:
+            fields["long_samples_first"] = True
+        return {**tokenizer, **fields, **_decontamination(recipe)}
     if stage == "refine":
         assert recipe.refine is not None
         return recipe.refine.fingerprint_fields()

@@ -11,7 +11,16 @@ import pytest
 
 from tests.data.columns import copies_from, copies_of, place_rows, table_of
 from ultralong_ray.data.fill import FilePlan, fill
-from ultralong_ray.data.pack import PackPlan, Separators, copies_apart, plan_concatenated, plan_whole, shuffled, split
+from ultralong_ray.data.pack import (
+    PackPlan,
+    Separators,
+    copies_apart,
+    long_first,
+    plan_concatenated,
+    plan_whole,
+    shuffled,
+    split,
+)
 from ultralong_ray.data.sample import Copies
 from ultralong_ray.data.token_shards import TokenReader, write_token_shard
 from ultralong_ray.storage import Location
@@ -200,6 +209,20 @@ def test_reads_are_joined_and_a_short_shard_is_noticed(tokens: Location, tmp_pat
         (Location.of(tmp_path) / f"{name}.ids").write_bytes(b"1234")
     with pytest.raises(OSError, match=r"ends at byte"):
         fill(FilePlan.of(plan, Separators(), table), TokenReader(Location.of(tmp_path)), weights=False)
+
+
+def test_short_samples_fill_what_long_ones_leave_where_these_come_first() -> None:
+    copies = copies_of(2, 2, 2, 2, 5, 6, 4)
+
+    def lengths_by_sequence(copies: Copies) -> list[list[int]]:
+        plan = plan_whole(copies, Separators(), 8)
+        tokens = plan.documents.end - plan.documents.start
+        return [tokens[plan.documents.sequence == sequence].tolist() for sequence in range(plan.num_sequences)]
+
+    assert lengths_by_sequence(copies) == [[2, 2, 2, 2], [5], [6], [4]]
+    first = long_first(copies, 8)
+    assert first.row.tolist() == [4, 5, 0, 1, 2, 3, 6], "half a sequence is not long; their order stays"
+    assert lengths_by_sequence(first) == [[5, 2], [6, 2], [2, 2, 4]]
 
 
 def test_shuffling_moves_whole_sequences(tokens: Location) -> None:

@@ -279,6 +279,10 @@ class SftConfig(TrainConfig):
     """Number of samples per domain, instead of domain_mix and num_samples."""
     deduplicate: DeduplicateConfig | None = None
     """Default: samples may repeat each other."""
+    # no field of training: stages.py puts it into the fingerprint of prepare_sft where it is set
+    long_samples_first: bool = operational(False)
+    """Place samples of more than half a sequence first, so that the others fill what these leave of their sequences and
+    a step has both; else all go where they fit best in the order drawn, and early short ones fill sequences alone."""
     mask_documents: bool = True
 
     @model_validator(mode="after")

@@ -27,7 +27,7 @@ from ultralong_ray.config import PrepareConfig, Recipe, SourceConfig
 from ultralong_ray.data.fan_out import run_tasks
 from ultralong_ray.data.fill import FilePlan
 from ultralong_ray.data.glimpses import decoded_meetings, decoded_sample, write_holdout
-from ultralong_ray.data.pack import PackPlan, Separators, plan_concatenated, plan_whole, shuffled, split
+from ultralong_ray.data.pack import PackPlan, Separators, long_first, plan_concatenated, plan_whole, shuffled, split
 from ultralong_ray.data.passes import Kind, PackItem, TokenizeItem, pack_file, tokenize_items, tokenize_part
 from ultralong_ray.data.plan_file import plan_text
 from ultralong_ray.data.quarantine import write_quarantine
@@ -161,7 +161,8 @@ def prepare_sft(recipe: Recipe, stage: StageDirectory) -> dict[str, Any]:
         screening=screening,
     )
     selection = select_samples(config, measured.table)
-    plan = plan_whole(selection.copies, separators, config.sequence_length)
+    copies = long_first(selection.copies, config.sequence_length) if config.long_samples_first else selection.copies
+    plan = plan_whole(copies, separators, config.sequence_length)
     table, workers, where = measured.table, recipe.prepare.num_workers, recipe.cluster.node_label("data")
     results = _pack(plan, table, separators, folder, True, 0, len(tokenizer), workers, where)
     report = {
