@@ -98,6 +98,23 @@ def test_records_leave_out_what_is_large_and_restore_puts_the_models_in(checkout
     assert (runs / "models/base/model.safetensors").read_text() == "shipped"
 
 
+def test_neither_runs_nor_records_are_written_over(checkout: Path) -> None:
+    for name in ("reproduction-1m", "reproduction-1m-pretrained"):
+        shutil.copytree(checkout / "jobs/models/reproduction-base", checkout / "jobs/models" / name)
+    (checkout / "jobs/results").mkdir()
+    stage = checkout / "runs/reproduction/base_4k/pretrain-a"
+    stage.mkdir(parents=True)
+    (stage / "_SUCCESS.json").write_text("{}")
+    assert run(checkout, "records").returncode == 0
+    done = run(checkout, "restore")
+    assert done.returncode == 2 and "move it aside" in done.stderr
+    stage.parent.rename(checkout / "runs/reproduction/extend_128k")
+    before = (checkout / "jobs/results/reproduction_runs.tar.gz").read_bytes()
+    done = run(checkout, "records")
+    assert done.returncode == 2 and "lacks base_4k" in done.stderr
+    assert (checkout / "jobs/results/reproduction_runs.tar.gz").read_bytes() == before
+
+
 def test_a_part_that_there_is_not_is_named(checkout: Path) -> None:
     for arguments, words in (((), "no part ''"), (("2m",), "no part '2m'; there are base, 128k")):
         done = run(checkout, *arguments)

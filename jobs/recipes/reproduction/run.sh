@@ -17,6 +17,10 @@ models=runs/reproduction/models
 records=jobs/results/reproduction_runs.tar.gz
 part=${1:-}
 overrides=("${@:2}")
+refuse() {
+  echo "run.sh: $1" >&2
+  exit 2
+}
 job() { "${PYTHON:-python3}" "jobs/$1.py" "$recipes/$2.toml" "${overrides[@]}"; }
 evaluate() { # and the report of everything
   [ "${EVALUATE:-}" != none ] || return 0
@@ -68,12 +72,20 @@ base)
   evaluate "extend_$part"
   ;;
 records)
-  sed -i "s#$PWD/##" runs/reproduction/*/export-*/_SUCCESS.json # where the model lies here is nobody else's matter
+  root=$PWD
   cd runs/reproduction
+  if [ -e "$root/$records" ]; then
+    for known in $(tar tzf "$root/$records" | cut -d/ -f2 | sort -u); do
+      [ -e "$known" ] || refuse "records: runs/reproduction lacks $known, which $records has; restore it first"
+    done
+  fi
+  # where the model lies here is nobody else's matter
+  find . -path './*/export-*/_SUCCESS.json' -exec sed -i "s#$root/##" {} +
   find . -name '*.json*' -type f -path './*/*-*/*' ! -path '*/corpus-*' ! -path '*/model/*' ! -path '*/checkpoints/*' \
-    ! -path '*/ray/*' | sort | tar czf ../../"$records" -T -
+    ! -path '*/ray/*' | sort | tar czf "$root/$records" -T -
   ;;
 restore)
+  [ ! -e runs/reproduction ] || refuse "restore: runs/reproduction is there already; move it aside, it would be written over"
   mkdir -p "$models/base"
   tar xzf "$records" -C runs/reproduction
   rm -f runs/reproduction/*/prepare*/_SUCCESS.json # the text is not there, and is packed again where it is wanted
@@ -86,7 +98,6 @@ restore)
   done
   ;;
 *)
-  echo "run.sh: no part '$part'; there are base, 128k, 1m, 128k_long_sft, 1m_long_sft, records and restore" >&2
-  exit 2
+  refuse "no part '$part'; there are base, 128k, 1m, 128k_long_sft, 1m_long_sft, records and restore"
   ;;
 esac
