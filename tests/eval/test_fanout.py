@@ -277,8 +277,8 @@ def test_stopped_twice_it_ends_with_the_answers_of_an_undisturbed_run(
     finished, limits = Progress.finished, iter([2, 3, 99])
     counted = [0, 0]
 
-    def interrupted(self: Progress, cell: Cell) -> None:
-        finished(self, cell)
+    def interrupted(self: Progress, cell: Cell, answered: bool) -> None:
+        finished(self, cell, answered)
         counted[0] += 1
         if counted[0] == counted[1]:
             raise KeyboardInterrupt

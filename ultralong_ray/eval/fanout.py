@@ -25,7 +25,7 @@ from ultralong_ray.eval.making import Maker, check_sections
 from ultralong_ray.eval.open_engine import open_engine
 from ultralong_ray.eval.order import next_cell
 from ultralong_ray.eval.perplexity import run_perplexity
-from ultralong_ray.eval.progress import PROGRESS_SECONDS, Progress
+from ultralong_ray.eval.progress import PROGRESS_SECONDS, Progress, work_of
 from ultralong_ray.eval.summaries import summarise, summarise_tasks
 from ultralong_ray.eval.tasks.prompt import Prompts
 from ultralong_ray.model.folder import base_folder
@@ -242,36 +242,45 @@ class _Pool:
     _attempts: dict[Cell, int] = field(default_factory=dict)
     _workers: list[_Worker] = field(default_factory=list)
     _running: dict[Any, tuple[_Worker, Cell]] = field(default_factory=dict)
+    _progress: Progress = field(init=False)
 
     def run(self, num_workers: int) -> dict[Cell, list[float]]:
         """Sample scores of the cells that could be computed; the rest is in `failures`."""
         points: dict[Cell, list[float]] = {}
-        progress = Progress(sum(cell.tokens for cell in self.todo), len(self.todo), self.num_stored)
-        progress.show(0, num_workers)
+        progress = Progress(sum(map(work_of, self.todo)), len(self.todo), num_workers, self.num_stored)
+        self._progress = progress
+        progress.show(0)
         try:
-            workers = [self._new_worker() for _ in range(num_workers)]
-            self._check(workers[0])
-            for worker in workers:
+            first, *others = [self._new_worker() for _ in range(num_workers)]
+            checked = self._begin_check(first)
+            for worker in others:  # they need not wait for it: what they store is asked of a run that is not refused
                 self._assign(worker, None)
+            self._end_check(checked)
+            self._assign(first, None)
             while self._running:
                 ready, _ = ray.wait(list(self._running), timeout=PROGRESS_SECONDS)
                 for reference in ready:
                     worker, cell = self._running.pop(reference)
                     self._collect(reference, worker, cell, points)
                     if cell in points or cell in self.failures:
-                        progress.finished(cell)
-                progress.show(len(self.failures), len(self._running))
+                        progress.finished(cell, answered=cell in points)
+                progress.show(len(self.failures))
         finally:
             for worker in list(self._workers):
                 self._end(worker)
         return points
 
-    def _check(self, worker: _Worker) -> None:
-        """Refuse what no worker could do. Whatever else goes wrong here is met again, and reported, cell by cell."""
+    def _begin_check(self, worker: _Worker) -> Any:
+        """The check of what no worker could do, under way; None where there is nothing to check."""
         if not self.inputs.config.tasks and not isinstance(self.inputs.config.engine, EndpointEngine):
-            return
+            return None
+        return worker.actor.check.remote(self.todo[0].model)
+
+    def _end_check(self, checked: Any) -> None:
+        """Raises: UserError of the check. Whatever else goes wrong in it is met again, and reported, cell by cell."""
         try:
-            ray.get(worker.actor.check.remote(self.todo[0].model))
+            if checked is not None:
+                ray.get(checked)
         except RayTaskError as error:
             if isinstance(error.cause, UserError):
                 raise error.cause from None
@@ -309,6 +318,7 @@ class _Pool:
             return
         cell = next_cell(self.todo, last)
         self.todo.remove(cell)
+        self._progress.begun(cell, first=last is None)
         self._running[worker.actor.run.remote(cell)] = (worker, cell)
 
     def _new_worker(self) -> _Worker:

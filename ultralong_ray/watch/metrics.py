@@ -97,7 +97,7 @@ METRICS = (
     Metric("ultralong_eval_planned_cells", "cells", "Cells of the whole evaluation"),
     Metric("ultralong_eval_failed_cells", "cells", "Cells that failed"),
     Metric("ultralong_eval_workers", "workers", "Evaluation workers that compute"),
-    Metric("ultralong_eval_time_left_seconds", "s", "Judged by the tokens of the cells left"),
+    Metric("ultralong_eval_time_left_seconds", "s", "At the pace so far, judged by lengths and answers"),
 )
 BY_NAME = {metric.name: metric for metric in METRICS}
 REFRESH_SECONDS = 1.0
