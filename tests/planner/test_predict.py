@@ -6,6 +6,7 @@ import itertools
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -18,6 +19,7 @@ from ultralong_ray.planner.predict import Prediction, predict
 from ultralong_ray.types import LayerKeep, TrainPlan, UserError
 
 H200_X4 = parse_cluster("4xH200")
+SMALL = ModelShape(hidden=512, layers=8, heads=8, kv_heads=4, head_dim=64, intermediate=1408, vocab=4096)
 # The measured runs went through Hugging Face's own modules and DeepSpeed's default buckets, not through this package:
 # norms that keep float32 copies, an MLP under autograd, logits in float32.
 OTHER_CODE = Costs(
@@ -57,9 +59,8 @@ def test_measured_steps_of_the_8b_shape_on_four_h200(
 
 def test_a_measured_step_of_a_small_model_with_heads_of_64_at_1m_on_one_h200() -> None:
     """The 1M extension of jobs/recipes/reproduction: 59.7 s a step, 10 % less at the rates of heads of 128."""
-    shape = ModelShape(hidden=512, layers=8, heads=8, kv_heads=4, head_dim=64, intermediate=1408, vocab=4096)
     plan = TrainPlan(1, 1, (LayerKeep(),) * 8, 16_384, 32_768, False)
-    found = predict(shape, 1_048_576, plan, parse_cluster("1xH200"), zero_stage=1)
+    found = predict(SMALL, 1_048_576, plan, parse_cluster("1xH200"), zero_stage=1)
     assert found.step_seconds == pytest.approx(59.7, rel=0.03)
     assert found.memory.allocated_gib == pytest.approx(29.96, rel=0.08)
 
@@ -97,6 +98,23 @@ def test_measured_steps_of_this_code_on_two_h200(name: str) -> None:
         if name == "llama31_8b_1m_16layers":  # by arithmetic: a layer's copies, then held to the end (since mended)
             measured -= 8.06
         assert found.memory.allocated_gib == pytest.approx(measured, rel=0.08), setup
+
+
+SMALL_RUNS = json.loads((RESULTS / "planner_of_the_reproduction_2xh200.json").read_text())["runs"]
+
+
+@pytest.mark.parametrize("run", SMALL_RUNS, ids=lambda run: run["run"])
+def test_measured_trainings_of_a_small_model_on_two_h200(run: dict[str, Any]) -> None:
+    """Whole trainings by jobs/pretrain.py and jobs/sft.py, from steps of a tenth of a second to half a minute."""
+    setup = run["setup"]
+    keep = (LayerKeep(),) * 8 if setup["keeps_layer_inputs_and_attention"] else ()
+    plan = TrainPlan(setup["ulysses_degree"], 1, keep, 16_384, 32_768, False)
+    batch = {name: setup[name] for name in ("micro_batch_sequences", "global_batch_sequences")}
+    found = predict(
+        SMALL, setup["sequence_length"], plan, parse_cluster("2xH200"), kernel="flash_attn_4", zero_stage=1, **batch
+    )
+    assert found.step_seconds == pytest.approx(run["step_seconds_measured_median"], rel=0.1)
+    assert found.memory.allocated_gib == pytest.approx(run["peak_gib_measured"], rel=0.08)
 
 
 def test_states_and_kept_tensors_by_hand() -> None:

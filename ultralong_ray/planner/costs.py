@@ -40,6 +40,9 @@ class Costs:
     link_share: float = 0.8  # of NVLink, PCIe, network and memory that large transfers reach [assumed]
     ring_share: float = 0.97  # of attention's rate: Ulysses x ring over Ulysses alone in MagiAttention's benchmark
     host_adam_gbytes_per_second: float = 200.0  # of a node's memory, for Adam on its CPUs [assumed]
+    # Of a step: its batch, the engine's and metrics' own work. Fitted to three trainings of a model 512 wide with steps
+    # of a tenth of a second (jobs/results/planner_of_the_reproduction_2xh200.json).
+    around_model_seconds: float = 0.04
 
     # Memory outside torch's tensors.
     context_gib: float = 0.6  # CUDA context, kernels, cuBLAS workspace [assumed]

@@ -58,6 +58,7 @@ def predict_time(work: Workload) -> Seconds:
     }
     step = {name: passes * seconds for name, seconds in parts.items()}
     step["optimizer"] = _update(work)
+    step["around the model"] = work.costs.around_model_seconds
     return {name: seconds for name, seconds in step.items() if seconds}
 
 
