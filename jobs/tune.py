@@ -7,6 +7,7 @@ stops: that takes no GPU, and no more of the base model than its tokenizer.
 """
 
 from ultralong_ray.job import Only, Several, guarded
+from ultralong_ray.tune.describe import describe_trials
 from ultralong_ray.tune.run import prepare, tune
 
 PREPARE_ONLY = Only(
@@ -17,4 +18,4 @@ PREPARE_ONLY = Only(
 ONLY = Several("--only", "VARIANT", "run only these variants of [tune.variants]", "+")
 
 if __name__ == "__main__":
-    guarded(lambda recipe, path, _, only: tune(recipe, path, only), PREPARE_ONLY, ONLY)
+    guarded(lambda recipe, path, _, only: tune(recipe, path, only), PREPARE_ONLY, ONLY, describe_trials)

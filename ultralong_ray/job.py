@@ -89,11 +89,17 @@ def plan_prepare(recipe: Recipe) -> None:
     print(f"{plan_only(recipe, directory)}\nplan: {directory.location}/plan.json")
 
 
-def guarded(action: Action, only: Only | None = None, several: Several | None = None) -> None:
+def guarded(
+    action: Action,
+    only: Only | None = None,
+    several: Several | None = None,
+    describe_more: Callable[..., str] | None = None,
+) -> None:
     """Parse the command line, run `action(recipe, recipe_path, overrides)`, turn mistakes into messages.
 
     With `only` the script takes its flag as well, which runs its action instead. With `several` it takes that
-    flag, whose words both actions get as a fourth argument: a tuple, empty where the flag is not given.
+    flag, whose words both actions get as a fourth argument: a tuple, empty where the flag is not given. With
+    `describe_more` a dry run prints what that says of the recipe, and of these words, as well.
     """
     parser = argparse.ArgumentParser(
         description="Runs one part of a recipe. Any key of the recipe can be overridden: --pretrain.learning_rate 1e-5",
@@ -113,11 +119,13 @@ def guarded(action: Action, only: Only | None = None, several: Several | None = 
         with refusals_in_words():
             recipe = load_recipe(arguments.recipe, overrides)
             check_base_model(recipe)
+            more = () if several is None else (tuple(arguments.several),)
             if arguments.dry_run:
                 print(describe(recipe))
+                if describe_more is not None:
+                    print(f"\n{describe_more(recipe, *more)}")
             else:
                 chosen = only.action if only is not None and arguments.only else action
-                more = () if several is None else (tuple(arguments.several),)
                 chosen(recipe, arguments.recipe, overrides, *more)
     except UserError as error:
         _leave(2, f"error: {error}")

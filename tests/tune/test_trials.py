@@ -13,7 +13,7 @@ from ultralong_ray.config.tune import TuneConfig
 from ultralong_ray.recipe import load_recipe
 from ultralong_ray.stages import stage_directory, stage_fingerprint
 from ultralong_ray.storage import Location
-from ultralong_ray.tune.trials import chosen_trials, combinations, plan_trials, waves
+from ultralong_ray.tune.trials import chosen_trials, combinations, next_wave, plan_trials
 from ultralong_ray.types import UserError
 
 ABLATIONS = Path(__file__).resolve().parents[2] / "jobs/recipes/reproduction/ablations.toml"
@@ -96,7 +96,7 @@ def test_a_staged_trial_trains_on_what_its_former_step_made(tiny_recipe: Callabl
     assert last.prepare.sequence_length == 512
     assert last.model.base == (stage_directory(first, "pretrain").location / "model").uri
     # they share nothing, so all of them may run at once
-    assert [len(wave) for wave in waves([one, two, staged, other])] == [4]
+    assert len(next_wave([one, two, staged, other])) == 4
 
 
 def varied(tiny_recipe: Callable[..., Recipe], **more: Any) -> Recipe:
@@ -148,12 +148,21 @@ def test_sft_is_of_the_trials_that_evaluate_it(tiny_recipe: Callable[..., Recipe
     assert plain.outcome == "pretrained" and other.recipe.sft is not None and other.recipe.sft.steps == 4
 
 
-def test_trials_of_one_pretraining_run_one_after_the_other(tiny_recipe: Callable[..., Recipe]) -> None:
+def test_of_trials_of_one_pretraining_one_trains_and_the_others_find_it_done(
+    tiny_recipe: Callable[..., Recipe],
+) -> None:
     variants = {**VARIANTS, "tuned": {}, "longer": {"sft.steps": 3}}
-    names = [[trial.name for trial in wave] for wave in waves(plan_trials(varied(tiny_recipe, variants=variants)))]
-    assert names[1:] == [["tuned-1", "tuned-2"], ["longer-1", "longer-2"]]
-    assert names[0] == ["plain-1", "plain-2", "none-1", "none-2", "twice-1", "twice-2"]
-    assert waves([]) == []
+    todo = plan_trials(varied(tiny_recipe, variants=variants))
+    wave = next_wave(todo)
+    assert [trial.name for trial in wave] == ["plain-1", "plain-2", "none-1", "none-2", "twice-1", "twice-2"]
+    shared = todo[6:]
+    assert [trial.name for trial in shared] == ["tuned-1", "tuned-2", "longer-1", "longer-2"]
+    assert next_wave(shared) == shared[:2]  # plain's pretraining has failed, say
+    stage_directory(shared[0].recipe, "pretrain").mark_done({})
+    assert next_wave(shared) == [shared[0], shared[1], shared[2]]
+    stage_directory(shared[1].recipe, "pretrain").mark_done({})
+    assert next_wave(shared) == shared
+    assert next_wave([]) == []
 
 
 def test_a_first_training_of_two_variants_is_made_once(tiny_recipe: Callable[..., Recipe]) -> None:
@@ -161,7 +170,7 @@ def test_a_first_training_of_two_variants_is_made_once(tiny_recipe: Callable[...
     variants = {"short": {"pretrain.steps": 5, "first": first}, "long": {"pretrain.steps": 9, "first": first}}
     short, long = plan_trials(varied(tiny_recipe, variants=variants, seeds=[1]))
     assert stage_directory(short.steps[0], "pretrain") == stage_directory(long.steps[0], "pretrain")
-    assert waves([short, long]) == [[short], [long]]
+    assert next_wave([short, long]) == [short]
 
 
 def test_further_variants_and_seeds_keep_the_folder(tiny_recipe: Callable[..., Recipe]) -> None:

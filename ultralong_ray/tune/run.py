@@ -27,7 +27,7 @@ from ultralong_ray.stages import stage_directory, stages
 from ultralong_ray.storage import Location
 from ultralong_ray.train.metrics import read_metrics
 from ultralong_ray.tune.results import FINAL, TABLE_FILE, as_text, is_over, table, write_record
-from ultralong_ray.tune.trials import Trial, chosen_trials, plan_trials, section, waves
+from ultralong_ray.tune.trials import Trial, chosen_trials, next_wave, plan_trials, section
 from ultralong_ray.types import UserError
 
 log = logging.getLogger("ultralong_ray")
@@ -45,8 +45,11 @@ def tune(recipe: Recipe, recipe_path: str, only: tuple[str, ...] = ()) -> None:
     if todo:
         connect_to_ray()
         _make_inputs(todo, recipe_path)
-    for wave in waves(todo):
+    while todo:
+        wave = next_wave(todo)
         _run(recipe, wave, folder, recipe_path)
+        begun = {trial.name for trial in wave}
+        todo = [trial for trial in todo if trial.name not in begun]
     found = table(recipe, planned, folder)
     (folder / TABLE_FILE).write_json(found)
     print(f"{as_text(found)}\ntable: {folder / TABLE_FILE}", flush=True)

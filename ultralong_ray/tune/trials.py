@@ -15,7 +15,7 @@ from ultralong_ray.config import Recipe
 from ultralong_ray.config.tune import FIRST, STAGED, RangeConfig, TuneConfig
 from ultralong_ray.recipe import with_values
 from ultralong_ray.stages import stage_directory, stage_fingerprint
-from ultralong_ray.storage import Location
+from ultralong_ray.storage import Location, StageDirectory
 from ultralong_ray.types import UserError
 
 
@@ -116,19 +116,24 @@ def chosen_trials(planned: list[Trial], only: tuple[str, ...]) -> list[Trial]:
     return [trial for trial in planned if not only or trial.variant in only]
 
 
-def waves(trials: list[Trial]) -> list[list[Trial]]:
-    """Trials that may run at once. Two that share a pretraining, as before different SFTs, are in different waves:
-    the later one finds it done."""
-    found: list[tuple[list[Trial], set[str]]] = []
-    for trial in trials:
-        own = {stage_fingerprint(step, "pretrain") for step in trial.steps}
-        free = next((wave for wave in found if not wave[1] & own), None)
-        if free is None:
-            found.append(([trial], own))
-        else:
-            free[0].append(trial)
-            free[1].update(own)
-    return [members for members, _ in found]
+def next_wave(todo: list[Trial]) -> list[Trial]:
+    """Those of `todo` that may run at once.
+
+    Of trials that share a pretraining that is not done, as before different SFTs, the first alone: the others find it
+    done then.
+    """
+    wave: list[Trial] = []
+    training: set[str] = set()
+    for trial in todo:
+        own = {directory.fingerprint for step in trial.steps if not (directory := _pretraining(step)).done}
+        if not own & training:
+            wave.append(trial)
+            training |= own
+    return wave
+
+
+def _pretraining(recipe: Recipe) -> StageDirectory:
+    return stage_directory(recipe, "pretrain")
 
 
 def _trial(recipe: Recipe, variant: str | None, seed: int | None, number: int | None, found: dict[str, Any]) -> Trial:
@@ -168,7 +173,7 @@ def _is_of_sft(key: str) -> bool:
 def _starting_from(earlier: list[Recipe]) -> dict[str, Any]:
     if not earlier:
         return {}
-    made = stage_directory(earlier[-1], "pretrain").location / "model"
+    made = _pretraining(earlier[-1]).location / "model"
     return {"model.base": made.uri, "model.revision": None, "model.init": "pretrained"}
 
 
