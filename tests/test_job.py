@@ -13,7 +13,8 @@ from ray.exceptions import AuthenticationError
 from tests.machine import PATIENCE_SECONDS
 from ultralong_ray import job, pipeline
 from ultralong_ray.recipe import load_recipe
-from ultralong_ray.stages import inputs, stage_directory, stages
+from ultralong_ray.stages import OF_MODELS, inputs, stage_directory, stages
+from ultralong_ray.storage import StageDirectory
 from ultralong_ray.types import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -129,8 +130,10 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Stages computed, in order; computing is replaced by noting the name."""
     computed: list[str] = []
 
-    def compute(recipe: Any, stage: str, *_: Any) -> dict[str, Any]:
+    def compute(recipe: Any, stage: str, directory: StageDirectory, *_: Any) -> dict[str, Any]:
         computed.append(stage)
+        if stage in OF_MODELS:
+            (directory.location / "model/config.json").write_json({})
         return {"number": len(computed)}
 
     monkeypatch.setattr(job, "compute", compute)
@@ -176,6 +179,7 @@ def test_a_failed_stage_is_not_done(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     recipe = load_recipe(str(ROOT / QUICKSTART), ["--workdir", str(tmp_path)])
     for name in inputs(recipe, "pretrain"):
         stage_directory(recipe, name).mark_done({})
+    (stage_directory(recipe, "extend").location / "model/config.json").write_json({})
 
     def compute(*_: Any) -> dict[str, Any]:
         raise UserError("the disk is full")

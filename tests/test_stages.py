@@ -54,6 +54,11 @@ def test_missing_inputs_are_named_with_the_command_that_makes_them(tmp_path: Pat
     assert "python jobs/extend.py r.toml" in str(refusal.value)
     for name in inputs(recipe, "pretrain"):
         stage_directory(recipe, name).mark_done({})
+    with pytest.raises(
+        MissingInput, match=r"extend-\w+ is done, but its model is gone: .*python jobs/extend\.py r\.toml"
+    ):
+        require_inputs(recipe, "pretrain", "r.toml")
+    (stage_directory(recipe, "extend").location / "model" / "config.json").write_json({})
     require_inputs(recipe, "pretrain", "r.toml")
 
 

@@ -33,6 +33,9 @@ FORMAT_VERSIONS = {
     "tune": 1,  # another one, see tune/run.py
 }
 
+# Those that leave a model in `model/`.
+OF_MODELS = ("extend", "pretrain", "sft", "export")
+
 # The script that runs each stage.
 JOB_OF_STAGE = {"prepare_sft": "prepare"}
 
@@ -135,15 +138,21 @@ def _decontamination(recipe: Recipe) -> dict[str, Any]:
 
 
 def require_inputs(recipe: Recipe, stage: str, recipe_path: str) -> None:
-    """Refuse to run `stage` before its inputs are done, naming each and the command that makes it."""
+    """Refuse to run `stage` before its inputs are there, naming each and the command that makes it."""
     names = [name for name in inputs(recipe, stage) if not _holds_nothing_for(recipe, stage, name)]
-    missing = [directory for name in names if not (directory := stage_directory(recipe, name)).done]
+    found = [stage_directory(recipe, name) for name in names]
+    missing = {directory: "is missing: run" for directory in found if not directory.done}
     if stage == "report" and len(missing) < len(names):
         return  # it shows what there is, and says what is not
+    missing |= {
+        directory: "is done, but its model is gone: remove that folder and run"
+        for directory in found
+        if directory.done and directory.stage in OF_MODELS and not (directory.location / "model/config.json").exists()
+    }
     if missing:
         lines = [
-            f"  {d.location} is missing: run  python jobs/{JOB_OF_STAGE.get(d.stage, d.stage)}.py {recipe_path}"
-            for d in missing
+            f"  {d.location} {words}  python jobs/{JOB_OF_STAGE.get(d.stage, d.stage)}.py {recipe_path}"
+            for d, words in missing.items()
         ]
         raise MissingInput(
             f"{stage} cannot start, its input has not been made:\n" + "\n".join(lines) + "\n"
