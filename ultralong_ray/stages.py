@@ -141,23 +141,27 @@ def require_inputs(recipe: Recipe, stage: str, recipe_path: str) -> None:
     """Refuse to run `stage` before its inputs are there, naming each and the command that makes it."""
     names = [name for name in inputs(recipe, stage) if not _holds_nothing_for(recipe, stage, name)]
     found = [stage_directory(recipe, name) for name in names]
-    missing = {directory: "is missing: run" for directory in found if not directory.done}
-    if stage == "report" and len(missing) < len(names):
+    if stage == "report" and any(directory.done for directory in found):
         return  # it shows what there is, and says what is not
-    missing |= {
-        directory: "is done, but its model is gone: remove that folder and run"
-        for directory in found
-        if directory.done and directory.stage in OF_MODELS and not (directory.location / "model/config.json").exists()
-    }
-    if missing:
-        lines = [
-            f"  {d.location} {words}  python jobs/{JOB_OF_STAGE.get(d.stage, d.stage)}.py {recipe_path}"
-            for d, words in missing.items()
-        ]
+    lines = [
+        f"  {d.location} {words} run  python jobs/{JOB_OF_STAGE.get(d.stage, d.stage)}.py {recipe_path}"
+        for d in found
+        if (words := _absence(d)) is not None
+    ]
+    if lines:
         raise MissingInput(
             f"{stage} cannot start, its input has not been made:\n" + "\n".join(lines) + "\n"
             f"or run the whole pipeline:  python jobs/pipeline.py {recipe_path}"
         )
+
+
+def _absence(directory: StageDirectory) -> str | None:
+    """What a later stage would not find, and the what is to be done first; None where all is there."""
+    if not directory.done:
+        return "is missing:"
+    if directory.stage in OF_MODELS and not (directory.location / "model/config.json").exists():
+        return "is done, but its model is gone: remove that folder and"
+    return None
 
 
 def _holds_nothing_for(recipe: Recipe, stage: str, source: str) -> bool:

@@ -8,12 +8,12 @@ from typing import Any
 from ultralong_ray.config import Recipe
 from ultralong_ray.plan import num_steps_known, plan_stages
 from ultralong_ray.planner.plan import Planned
+from ultralong_ray.planner.words import SECONDS_PER_HOUR
 from ultralong_ray.stages import stage_directory
 from ultralong_ray.tune.results import is_over
 from ultralong_ray.tune.trials import Trial, chosen_trials, plan_trials, section
 from ultralong_ray.types import UserError
 
-SECONDS_PER_HOUR = 3600
 VALUE_CHARACTERS = 40
 
 
@@ -38,10 +38,10 @@ def describe_trials(recipe: Recipe, only: tuple[str, ...] = ()) -> str:
         left = [trial for trial in members if trial.name not in over]
         trainings = [_trainings(trial) for trial in left]
         to_do |= {name: seconds for found in trainings for name, seconds in found.items()}
-        cost = _words(trainings[0]) if trainings else ""
+        cost = _cost(trainings[0]) if trainings else ""
         each = cost if len(members) == 1 else f"{cost} each"
         lines.append(f"  {title}: {_trials(members)}, {len(left)} to do{cost and f'; {each}'}")
-    total = _words(to_do)
+    total = _cost(to_do)
     return "\n".join([*lines, *([f"  predicted {total}; start-up and evaluation come on top"] if total else [])])
 
 
@@ -83,7 +83,7 @@ def _gpu_seconds(step: Recipe, stage: str, outcome: Planned | UserError) -> floa
     return steps * outcome.prediction.step_seconds * outcome.prediction.work.hardware.num_gpus
 
 
-def _words(trainings: dict[str, float | None]) -> str:
+def _cost(trainings: dict[str, float | None]) -> str:
     """Their sum in words; empty where one is not known."""
     known = [seconds for seconds in trainings.values() if seconds is not None]
     if not known or len(known) < len(trainings):
