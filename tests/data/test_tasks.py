@@ -147,6 +147,23 @@ def test_rounds_ask_for_every_key_once_and_the_text_gives_each_value_once(seed: 
     assert sum(" of " not in name for name, _ in facts) == len(facts) // 4 and "pass key" in dict(facts)
 
 
+@pytest.mark.parametrize("seed", range(5))
+def test_rounds_from_start_begin_with_facts_which_rounds_hardly_ever_do(seed: int) -> None:
+    fact = re.compile(r"The ([a-z]+ (?:[a-z]+|of [\w-]+)) is (\d+)\.( Remember it\.( \2 is the \1\.)?)?")
+
+    def noise_before_facts(*, from_start: bool) -> list[str]:
+        """What else stands before the first, the second and the third of 64 facts."""
+        context, _, _ = rounds(random.Random(seed), 64 * UNITS_PER_ROUND, from_start=from_start)
+        text = context.split("\n", 1)[1]
+        places = [found.start() for found in fact.finditer(text)]
+        assert len(places) == 64
+        return [fact.sub("", text[:place]).strip() for place in places[:3]]
+
+    first, second, third = noise_before_facts(from_start=True)
+    assert first == second == "" and third
+    assert noise_before_facts(from_start=False)[0]
+
+
 def test_rounds_are_turns_of_the_chat_template_and_fill_their_window() -> None:
     lengths = []
     for document in task_documents(tokenizer(), 0, 7, 12000, 1, {"rounds": 1.0}, conversations=True):

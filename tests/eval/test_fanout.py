@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 import signal
@@ -130,8 +131,9 @@ RULER = {"kind": "ruler", "names": ["vt", "qa_1"], "context_lengths": [512], "sa
 
 
 def test_tasks_run_in_shards_beside_the_grid_and_are_summed_up(
-    local_ray: None, tiny_recipe: Make, tiny_llama: Path, tmp_path: Path
+    local_ray: None, tiny_recipe: Make, tiny_llama: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
+    caplog.set_level(logging.INFO)
     rows = [{"input": "Who?", "context": "text " * n, "answers": ["Al"], "answer_keywords": "Al"} for n in (5, 900)]
     (tmp_path / "data").mkdir()
     (tmp_path / "data/loogle_SD_mixup_16k.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -151,6 +153,8 @@ def test_tasks_run_in_shards_beside_the_grid_and_are_summed_up(
     assert [row["facts"]["cut"] for row in cut] == [False, True] and cut[1]["prompt_tokens"] <= 512 - 64
     plan = json.loads((folder / "plan.json").read_text())["cells"]
     assert {f"cells/base/{name}" for name in files} == {cell["file"] for cell in plan}
+    (said,) = [line for line in caplog.messages if "published scores" in line]
+    assert said.startswith("evaluate: ruler is not made from") and "(questions from: made up)" in said
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from ultralong_ray.report.evaluation import evaluation_facts, verdict
 from ultralong_ray.report.page import write_report
 from ultralong_ray.report.reading import StageReader
 from ultralong_ray.report.scores import Score
+from ultralong_ray.storage import StageDirectory
 
 RULER = {"kind": "ruler", "names": ["vt", "qa_1"], "context_lengths": [512, 4096], "samples_per_cell": 4}
 POINTS: dict[tuple[str, str, int], list[float] | str | None] = {
@@ -155,6 +156,33 @@ def test_the_page_shows_every_number_of_the_tables_and_escapes_answers(tmp_path:
     assert facts["benchmarks"]["suites"][0]["models"][1]["rows"][0]["scores"][1]["low"] < 83.33
     links = set(re.findall(r'href="#(a-[^"]+)"', page))
     assert links and all(f'id="{link}"' in page for link in links)
+
+
+def test_models_that_were_asked_different_questions_are_told_apart(tmp_path: Path) -> None:
+    recipe = made_recipe(tmp_path, tasks=[RULER])
+    directories = write_run(recipe)
+    write_tasks(directories["evaluate"], POINTS)
+    _made_from(directories["evaluate"], {"base": "built in", "final": "built in"})
+    write_report(recipe, directories, directories["report"])
+    folder = Path(directories["report"].location.path)
+    page = (folder / "report.html").read_text()
+    assert "words: built in" in page and "do not compare these scores with published ones" in page
+    assert "Not all were asked the same questions" not in page
+    _made_from(directories["evaluate"], {"base": "built in", "final": "wonderwords 2.2.0"})
+    write_report(recipe, directories, directories["report"])
+    for file in ("report.html", "report.md"):
+        text = (folder / file).read_text()
+        assert "Not all were asked the same questions" in text and "words: built in, wonderwords 2.2.0" in text
+
+
+def _made_from(stage: StageDirectory, words: dict[str, str]) -> None:
+    """Let the samples of each model say that their words are from there."""
+    for model, source in words.items():
+        for file in (stage.location / f"cells/{model}/ruler").files(recursive=True):
+            stored = file.read_json()
+            file.write_json(
+                {**stored, "samples": [{**sample, "facts": {"words": source}} for sample in stored["samples"]]}
+            )
 
 
 def test_lveval_rounds_a_half_as_its_own_code_does() -> None:

@@ -10,8 +10,8 @@ import pytest
 
 from tests.report.made_run import made_recipe, write_run, write_tasks
 from ultralong_ray.config import StorageConfig
-from ultralong_ray.report.compare import compare_command, comparison_facts, find_side
-from ultralong_ray.storage import StageDirectory
+from ultralong_ray.report.compare import compare_command, comparison_facts, find_side, write_comparison
+from ultralong_ray.storage import Location, StageDirectory
 from ultralong_ray.types import UserError
 
 POINTS: dict[tuple[str, str, int], list[float] | str | None] = {
@@ -46,7 +46,20 @@ def test_other_questions_are_not_paired(tmp_path: Path) -> None:
     stored["samples"][2]["expected"] = ["another"]
     file.write_json(stored)
     facts = comparison_facts(find_side(f"{stage.location}#base", None), find_side(f"{stage.location}#final", None))
-    assert not facts["rows"][0]["paired"]
+    assert not facts["rows"][0]["paired"] and facts["rows"][0]["mixed_sources"] == []
+
+
+def test_questions_made_from_other_texts_are_named(tmp_path: Path) -> None:
+    stage = _evaluation(tmp_path)
+    for model, words in (("base", "built in"), ("final", "wonderwords 2.2.0")):
+        file = stage.location / f"cells/{model}/ruler/vt/512-shard0.json"
+        stored = file.read_json()
+        file.write_json({**stored, "samples": [{**s, "facts": {"words": words}} for s in stored["samples"]]})
+    text = write_comparison(
+        find_side(f"{stage.location}#base", None), find_side(str(tmp_path), None), Location.of(tmp_path / "out")
+    )
+    assert "other questions (words: built in, wonderwords 2.2.0)" in text
+    assert "other questions (words: built in, wonderwords 2.2.0)" in (tmp_path / "out/comparison.html").read_text()
 
 
 def test_the_command_writes_three_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

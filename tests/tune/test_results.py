@@ -91,7 +91,9 @@ def stages_ran(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Recipe]]:
             write_metrics(recipe, [3.0, 2.5])
         if stage == "evaluate":
             for depth, score in ((0, 1.0), (100, 0.5)):
+                samples: list[dict[str, Any]] = [{"facts": {"words": "built in"}}, {}]
                 cell = {"model": "final", "task": "passkey", "context_length_tokens": 64, "score": score}
+                cell |= {"samples": samples}
                 (directory.location / f"cells/final/64-{depth}.json").write_json(cell)
             (directory.location / "perplexity/final.json").write_json({"model": "final", "loss": [2.0, 1.0]})
         scores = {"mean_within_base_window": 1.0, "mean_beyond_base_window": 0.75}
@@ -121,7 +123,7 @@ def test_a_trial_runs_what_is_not_done_and_leaves_its_numbers(
     assert stages_ran[6][1].model.base.endswith(f"{stage_directory(twice.steps[0], 'pretrain').location.name}/model")
     record = twice.record(folder).read_json()
     assert (record["status"], record["values"], record["loss"]) == ("done", {"variant": "twice"}, 2.5)
-    assert record["scores"] == {"final/passkey/64": 0.75}
+    assert record["scores"] == {"final/passkey/64": 0.75} and record["made_from"] == ["words: built in"]
     assert record["perplexity"] == [{"model": "final", "loss": [2.0, 1.0]}]
     assert [sorted(step) for step in record["training"]] == [["pretrain"], ["pretrain", "sft"]]
     assert record["training"][1]["sft"]["last_loss"] == 2.5

@@ -25,6 +25,7 @@ RulerName = Literal[
     "qa_2",
 ]
 SkillName = Literal["copying", "arithmetic", "key_value"]
+NAMED_WORDS = ("wonderwords", "built in")  # lists that are no file
 
 
 class MadeTask(TaskSection):
@@ -46,7 +47,8 @@ class RulerTask(MadeTask):
     hotpotqa: str | None = None
     """qa_2: a file in the form of HotpotQA's dev set, distractor. Default: made-up questions over two facts."""
     words: str | None = None
-    """JSON lists noun, adjective, verb. Default: wonderwords 2.2.0 where installed, else about 500 words of our own."""
+    """JSON lists noun, adjective, verb; or "wonderwords", RULER's own, which has to be installed; or "built in", about
+    500 words of our own. Default: wonderwords where installed, else built in: other questions on another machine."""
     dictionary: str | None = None
     """One word a line, or NVIDIA's english_words.json; cwe takes long lists from it."""
     fixed_order: bool = True
@@ -56,8 +58,8 @@ class RulerTask(MadeTask):
         return [f"ruler/{name}" for name in self.names]
 
     def paths(self) -> list[tuple[str, str]]:
-        named = [("squad", self.squad), ("hotpotqa", self.hotpotqa), ("words", self.words)]
-        named.append(("dictionary", self.dictionary))
+        words = None if self.words in NAMED_WORDS else self.words
+        named = [("squad", self.squad), ("hotpotqa", self.hotpotqa), ("words", words), ("dictionary", self.dictionary)]
         return [("haystack", path) for path in self.haystack] + [(name, path) for name, path in named if path]
 
 

@@ -39,6 +39,7 @@ TaskKind = Literal[
     "repetition",
     "needles",
     "rounds",
+    "rounds_from_start",
     "variables",
     "common_words",
     "frequent_words",

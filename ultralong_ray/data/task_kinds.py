@@ -14,10 +14,12 @@ from __future__ import annotations
 import itertools
 import random
 from collections.abc import Callable
+from functools import partial
 
 from ultralong_ray.data.task_text import NOISE, digits, drawn_words, natural, scattered, text_words
 
 ANSWER_WEIGHT = 8
+ROUNDS = ("rounds", "rounds_from_start")
 MOST_ROUNDS, UNITS_PER_ROUND = 256, 40  # questions about one context: one for about 500 tokens
 
 Segments = list[tuple[str, int]]  # (text, weight of its tokens as targets)
@@ -92,10 +94,11 @@ def needles(rng: random.Random, units: int) -> Task:
     return f"{intro}\n{joint.join(lines)}", question, [(prefix, 1), (f" {_joined(values)}", ANSWER_WEIGHT), (".", 1)]
 
 
-def rounds(rng: random.Random, units: int) -> Task:
+def rounds(rng: random.Random, units: int, *, from_start: bool = False) -> Task:
     """Many facts hidden in noise or text, asked for one after another: one reading of a long context, many answers.
 
-    Of four facts one has no key ("The pass key is 12345."), as there is but one of its kind in the text.
+    Of four facts one has no key ("The pass key is 12345."), as there is but one of its kind in the text. With
+    `from_start` one of 32 stands before all noise and text, where chance puts hardly any.
     """
     asked = max(2, min(MOST_ROUNDS, units // UNITS_PER_ROUND))
     noisy, noun = rng.random() < 0.5, rng.choice(("code", "number", "password", "price", "value"))
@@ -109,7 +112,9 @@ def rounds(rng: random.Random, units: int) -> Task:
     )
     room = max(1, units - 5 * asked)  # two units a line, three a question with its answer
     filler = [NOISE] * max(1, room // 2) if noisy else natural(rng, room)
-    lines = scattered(rng, [line.format(*fact) for fact in values.items()], filler)
+    lines = [line.format(*fact) for fact in values.items()]
+    first = max(1, asked // 32) if from_start else 0
+    lines = [*lines[:first], *scattered(rng, lines[first:], filler)]
     intro = rng.choice(("Some facts are hidden in this text. I will ask for them.", "Read this text with care."))
     ask = rng.choice(("What is the {}?", "Which is the {}?", "What does the text say is the {}?"))
     rng.shuffle(names)
@@ -315,6 +320,7 @@ def _sum(rng: random.Random) -> tuple[str, int]:
 BODIES: dict[str, Body] = {
     "needles": needles,
     "rounds": rounds,
+    "rounds_from_start": partial(rounds, from_start=True),
     "variables": variables,
     "common_words": common_words,
     "frequent_words": frequent_words,

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from ultralong_ray.data.task_kinds import ANSWER_WEIGHT, BODIES, Body, Segments
+from ultralong_ray.data.task_kinds import ANSWER_WEIGHT, BODIES, ROUNDS, Body, Segments
 from ultralong_ray.data.task_text import NOISE, digits, natural, text_words
 from ultralong_ray.types import TokenizedDocument
 
@@ -52,7 +52,7 @@ def task_documents(
         kind = rng.choices(tuple(shares), tuple(shares.values()))[0]
         # Half of the documents use the whole window, or positions near its end would hardly be trained.
         budget = max_tokens if rng.random() < 0.5 else rng.randint(min(MIN_TOKENS, max_tokens), max_tokens)
-        if kind == "rounds":
+        if kind in ROUNDS:
             budget = max_tokens  # it asks at every distance
         elif kind in BODIES:
             budget = min(max_tokens, max(budget, MIN_TOKENS_LONG))
@@ -79,7 +79,7 @@ def _question(
     """The longest instance of a kind that fits into `budget` tokens."""
     body: Body = _passkey if kind == "passkey" else _key_value if kind == "key_value" else BODIES[kind]
     state = rng.getstate()
-    units = max(1, budget // (8 if kind == "rounds" else 12))  # too many, then fewer: it fills its window
+    units = max(1, budget // (8 if kind in ROUNDS else 12))  # too many, then fewer: it fills its window
     while True:
         rng.setstate(state)
         # What stands around the new kinds' answers is mostly drawn by chance and no target.

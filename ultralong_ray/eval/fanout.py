@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -28,6 +28,7 @@ from ultralong_ray.eval.perplexity import run_perplexity
 from ultralong_ray.eval.progress import PROGRESS_SECONDS, Progress, work_of
 from ultralong_ray.eval.summaries import summarise, summarise_tasks
 from ultralong_ray.eval.tasks.prompt import Prompts
+from ultralong_ray.eval.tasks.sample import stand_ins
 from ultralong_ray.model.folder import base_folder
 from ultralong_ray.parallel.allocator import allocator_environment
 from ultralong_ray.storage import Location, StageDirectory, local_folder
@@ -36,6 +37,7 @@ from ultralong_ray.types import UserError
 logger = logging.getLogger(__name__)
 
 PLAN_FILE, FAILED_FILE = "plan.json", "failed.json"
+HAVE_OWN_TEXTS = ("ruler", "lveval", "infinitebench")
 MAX_ATTEMPTS = 3  # of one cell, when its worker is lost
 
 
@@ -84,12 +86,13 @@ class EvaluationWorker:
         cell.result_file(inputs.stage).write_json(curve)
         return []
 
-    def check(self, model: str) -> None:
-        """Raises: UserError for a section of evaluate.tasks that could not be asked, and for a server that is away."""
+    def check(self, model: str) -> dict[str, set[str]]:
+        """What each task is made from. Raises: UserError for a section of evaluate.tasks that could not be asked, and
+        for a server that is away."""
         engine = self._engine(model)
         if hasattr(engine, "check"):
             engine.check()
-        check_sections(self._inputs.config, self._maker, self._prompts_of)
+        return check_sections(self._inputs.config, self._maker, self._prompts_of)
 
     def _engine(self, model: str) -> Any:
         if self._loaded is None or self._loaded[0] != model:
@@ -222,6 +225,20 @@ def _num_workers(config: EvaluateConfig, num_cells: int) -> int:
     return min(fitting)
 
 
+def _say_stand_ins(made_from: Mapping[str, set[str]]) -> None:
+    """Of each benchmark that is not made from its own texts, in the log. `made_from`: sources by task."""
+    sources: dict[str, set[str]] = defaultdict(set)
+    for task, found in made_from.items():
+        sources[task.split("/", 1)[0]].update(found)
+    for suite, found in sources.items():
+        if suite in HAVE_OWN_TEXTS and (instead := stand_ins(found)):
+            logger.info(
+                "evaluate: %s is not made from the benchmark's own texts (%s): do not compare it with published scores",
+                suite,
+                "; ".join(instead),
+            )
+
+
 @dataclass(frozen=True, eq=False)
 class _Worker:
     """An `EvaluationWorker` actor, and the placement group that its engine's own actors stand in."""
@@ -280,7 +297,7 @@ class _Pool:
         """Raises: UserError of the check. Whatever else goes wrong in it is met again, and reported, cell by cell."""
         try:
             if checked is not None:
-                ray.get(checked)
+                _say_stand_ins(ray.get(checked))
         except RayTaskError as error:
             if isinstance(error.cause, UserError):
                 raise error.cause from None

@@ -39,7 +39,7 @@ from ultralong_ray.eval.tasks.reading import read_text
 from ultralong_ray.eval.tasks.retrieved import retrieved_sample
 from ultralong_ray.eval.tasks.ruler import RulerData, ruler_sample
 from ultralong_ray.eval.tasks.ruler_questions import load_hotpotqa, load_squad
-from ultralong_ray.eval.tasks.sample import Sample
+from ultralong_ray.eval.tasks.sample import Sample, sources_of
 from ultralong_ray.eval.tasks.short_skills import short_skills_sample
 from ultralong_ray.eval.tasks.standard import Row, few_shot_rows, standard_rows
 from ultralong_ray.eval.tasks.words import load_words
@@ -153,7 +153,7 @@ class Maker:
         place = self._files
         return RulerData(
             words=load_words(
-                place[section.words] if section.words else None,
+                place.get(section.words, section.words) if section.words else None,
                 place[section.dictionary] if section.dictionary else None,
             ),
             essay=self._haystack(section.haystack),
@@ -174,12 +174,14 @@ class Maker:
         )
 
 
-def check_sections(config: EvaluateConfig, maker: Maker, prompts_of: Callable[[bool], Prompts]) -> None:
+def check_sections(config: EvaluateConfig, maker: Maker, prompts_of: Callable[[bool], Prompts]) -> dict[str, set[str]]:
     """Make the first sample of every task at its shortest length, before hours are spent on the others; of documents
     for perplexity all at the greatest length, since there may be too few.
 
-    Raises: UserError naming the section: its data is broken, or its prompt does not fit into the length.
+    Returns, by task, what those samples are made from (`sources_of`). Raises: UserError naming the section: its data
+    is broken, or its prompt does not fit into the length.
     """
+    made_from: dict[str, set[str]] = {}
     for number, section in enumerate(config.tasks):
         prompts = prompts_of(config.chat_template if section.chat_template is None else section.chat_template)
         shortest = min(section.context_lengths)
@@ -191,9 +193,11 @@ def check_sections(config: EvaluateConfig, maker: Maker, prompts_of: Callable[[b
         for name in section.names_of_tasks():
             work = Work(name, shortest, section.depths()[0])
             try:
-                next(iter(maker.samples(section, work, prompts, 0, 1)))
+                sample = next(iter(maker.samples(section, work, prompts, 0, 1)))
             except UserError as error:
                 raise UserError(f"evaluate.tasks.{number} ({name} at {shortest} tokens): {error}") from error
+            made_from[name] = sources_of(sample.facts)
+    return made_from
 
 
 def _check_documents(section: PerplexityTask, field: str, maker: Maker, tokenizer: Any) -> None:

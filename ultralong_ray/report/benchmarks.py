@@ -7,10 +7,12 @@ tables, which stand beside it with their source.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from itertools import accumulate
 from typing import Any
 
+from ultralong_ray.eval.tasks.sample import stand_ins
 from ultralong_ray.report.published import (
     LVEVAL_BOUNDS,
     RULER_BOUNDS,
@@ -74,7 +76,9 @@ def _suite(suite: str, scores: list[Score], models: Sequence[str], labels: dict[
         "samples_per_score": sorted({min(counts), max(counts)}),
         "limits": sorted({limit for score in scores if (limit := score.settings.get("section", {}).get("limit"))}),
         "settings": list({str(score.settings): score.settings for score in scores if score.settings}.values()),
-        "sources": _sources(scores),
+        "sources": sorted(sources := {source for score in scores for source in score.sources}),
+        "stand_ins": stand_ins(sources),
+        "mixed_sources": mixed_sources(scores),
     }
 
 
@@ -239,9 +243,14 @@ def _mean(values: list[float]) -> float | None:
     return sum(values) / len(values) if values else None
 
 
-def _sources(scores: Sequence[Score]) -> list[str]:
-    """Where made or read texts come from, in words, as the samples' facts say it."""
-    return sorted({source for score in scores for source in score.sources})
+def mixed_sources(scores: Sequence[Score]) -> list[str]:
+    """In what samples of one task differ, so that not all were asked the same: "words: built in, wonderwords 2.2.0"."""
+    found: dict[tuple[str, str], set[str]] = defaultdict(set)
+    for score in scores:
+        for source in score.sources:
+            kind, _, value = source.partition(": ")
+            found[score.task, kind].add(value)
+    return sorted({f"{kind}: {', '.join(sorted(v))}" for (_, kind), v in found.items() if len(v) > 1})
 
 
 def failed_cells(scores: Sequence[Score]) -> list[dict[str, str]]:

@@ -17,7 +17,7 @@ from typing import Any
 
 from ultralong_ray.config import Recipe
 from ultralong_ray.recipe import load_recipe
-from ultralong_ray.report.benchmarks import depth_grids
+from ultralong_ray.report.benchmarks import depth_grids, mixed_sources
 from ultralong_ray.report.figures import heatmap
 from ultralong_ray.report.intervals import DRAWS, difference
 from ultralong_ray.report.reading import StageReader
@@ -178,4 +178,5 @@ def _row(a: Score, b: Score) -> dict[str, Any]:
         "high": spread[1],
         "paired": paired,
         "same_settings": a.settings == b.settings,
+        "mixed_sources": mixed_sources([a, b]),
     }

@@ -7,10 +7,11 @@ cell that is planned and not there is missing: it is left out of the mean and co
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from ultralong_ray.eval.tasks.sample import sources_of
 from ultralong_ray.report.intervals import combined, interval, resampled
 from ultralong_ray.report.reading import StageReader, finite, json_safe
 
@@ -19,7 +20,6 @@ CUT_SHORT = "length, after"  # begins the finish reason of such answers (eval/op
 DOCUMENTS = "perplexity"  # the suite whose scores are losses of documents
 EXAMPLES = 4  # samples of a score that the page can show, wrong ones first
 EXAMPLE_CHARACTERS = 400  # of each of its texts
-SOURCE_FACTS = ("haystack", "words", "questions_from", "texts_from")
 FAILED_ARE = "a cell that failed counts 0 for each of its samples; a missing one is left out and counted"
 
 
@@ -40,7 +40,7 @@ class Score:
     examples: list[dict[str, Any]] = field(default_factory=list)
     settings: dict[str, Any] = field(default_factory=dict)
     identities: list[str] = field(default_factory=list)  # depth and question of every sample: equal ones can be paired
-    sources: set[str] = field(default_factory=set)  # "haystack: made up", as the samples' facts say
+    sources: set[str] = field(default_factory=set)  # eval/tasks/sample.py
     losses: list[float] = field(default_factory=list)  # of documents, in nats per token; empty for questions
     bucket_ends: list[int] = field(default_factory=list)  # positions where the buckets of every document end
     bucket_losses: list[list[float]] = field(default_factory=list)  # [documents, buckets]
@@ -150,7 +150,7 @@ def _add(score: Score, stored: dict[str, Any], name: str, cell: dict[str, Any]) 
     score.files.append(name)
     score.settings = score.settings or json_safe(stored.get("settings") or {})
     score.identities += [f"{cell['depth_percent']} {s.get('prompt_end')} {s.get('expected')}" for s in samples]
-    score.sources |= {source for sample in samples for source in _sources(sample)}
+    score.sources |= {source for sample in samples for source in sources_of(_facts(sample))}
     score.num_empty += sum(map(is_empty, samples))
     score.num_cut += sum(map(is_cut_short, samples))
     _count(score, [float(sample["score"]) for sample in samples], cell)
@@ -179,13 +179,9 @@ def _add_loss(score: Score, sample: dict[str, Any]) -> None:
         score.bucket_losses.append([float(loss) for loss in sample["facts"]["bucket_loss"]])
 
 
-def _sources(sample: dict[str, Any]) -> Iterator[str]:
+def _facts(sample: dict[str, Any]) -> dict[str, Any]:
     facts = sample.get("facts")
-    if not isinstance(facts, dict):
-        return
-    for name in SOURCE_FACTS:
-        if name in facts:
-            yield f"{name.replace('_', ' ')}: {facts[name]}"
+    return facts if isinstance(facts, dict) else {}
 
 
 def _points(example: dict[str, Any]) -> float:

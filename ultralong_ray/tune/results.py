@@ -15,6 +15,7 @@ from collections import defaultdict
 from typing import Any
 
 from ultralong_ray.config import Recipe
+from ultralong_ray.eval.tasks.sample import sources_of
 from ultralong_ray.stages import stage_directory, stages
 from ultralong_ray.storage import Location, StageDirectory
 from ultralong_ray.train.metrics import read_metrics
@@ -45,7 +46,8 @@ def measured(trial: Trial) -> dict[str, Any]:
     """All that a comparison needs, of as much as there is.
 
     steps, num_steps, tokens, loss, curve and gpus are of the last pretraining, `seconds` those in its steps; training
-    and stage_seconds have one entry for each of the trial's steps; scores are means by "model/task/tokens", 0 to 1.
+    and stage_seconds have one entry for each of the trial's steps; scores are means by "model/task/tokens", 0 to 1, and
+    made_from what their questions were made from.
     """
     records = read_metrics(stage_directory(trial.recipe, "pretrain").location)
     evaluated = _stage(trial.recipe, "evaluate")
@@ -63,7 +65,7 @@ def measured(trial: Trial) -> dict[str, Any]:
         "passkey_beyond_base_window": passkey.get("mean_beyond_base_window"),
         "training": [{name: step[name] for name in ("pretrain", "sft") if name in step} for step in done],
         "stage_seconds": [{name: summary.get("seconds") for name, summary in step.items()} for step in done],
-        **({"scores": {}, "perplexity": []} if evaluated is None else _evaluation(evaluated.location)),
+        **({"scores": {}, "made_from": [], "perplexity": []} if evaluated is None else _evaluation(evaluated.location)),
     }
 
 
@@ -78,12 +80,15 @@ def _done_stages(recipe: Recipe) -> dict[str, dict[str, Any]]:
 
 def _evaluation(stage: Location) -> dict[str, Any]:
     scores: dict[str, list[float]] = defaultdict(list)
+    sources: set[str] = set()
     for file in (stage / "cells").files(recursive=True):
         if file.name.endswith(".json"):
             cell = file.read_json()
             scores[f"{cell['model']}/{cell['task']}/{cell['context_length_tokens']}"].append(cell["score"])
+            sources.update(*(sources_of(sample.get("facts", {})) for sample in cell["samples"]))
     curves = [file.read_json() for file in (stage / "perplexity").files() if file.name.endswith(".json")]
-    return {"scores": {key: sum(found) / len(found) for key, found in sorted(scores.items())}, "perplexity": curves}
+    means = {key: sum(found) / len(found) for key, found in sorted(scores.items())}
+    return {"scores": means, "made_from": sorted(sources), "perplexity": curves}
 
 
 def table(recipe: Recipe, planned: list[Trial], folder: Location) -> dict[str, Any]:

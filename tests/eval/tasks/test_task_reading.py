@@ -121,6 +121,14 @@ def test_words_from_a_file_from_the_package_and_built_in(tmp_path: Path, monkeyp
 
     monkeypatch.setattr(importlib.metadata, "version", absent)
     assert load_words().source == "built in" and len(load_words().keys) > 20_000
+    with pytest.raises(UserError, match=r"words = 'wonderwords': the package is not installed; .*wonderwords==2.2.0"):
+        load_words("wonderwords")
+
+
+def test_words_can_be_named_so_that_every_machine_asks_the_same() -> None:
+    pytest.importorskip("wonderwords", reason="the eval extra is not installed")
+    assert load_words().source == load_words("wonderwords").source == "wonderwords 2.2.0"
+    assert load_words("built in").source == "built in" and len(load_words("built in").nouns) < 200
 
 
 def test_the_installed_package_has_the_official_words(shared_data: Path) -> None:

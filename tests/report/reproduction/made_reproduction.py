@@ -55,8 +55,12 @@ def write_extension(
     tasks: Mapping[str, Sequence[int]],
     models: Sequence[str] = ("base", "pretrained", "final"),
     learning_rate: float = 5e-4,
+    words: str = "built in",
 ) -> Recipe:
-    """A finished run: trainings of 5 and 3 steps of 8 s, passkey grid, `tasks` at their lengths, perplexity."""
+    """A finished run: trainings of 5 and 3 steps of 8 s, passkey grid, `tasks` at their lengths, perplexity.
+
+    `words`: what its questions are made from.
+    """
     recipe = extension_recipe(folder, target, lengths, depths, models, learning_rate)
     directories = {name: stage_directory(recipe, name) for name in stages(recipe)}
     write_lines(directories["pretrain"], "metrics.jsonl", made_metrics(5, 4.0))
@@ -64,7 +68,7 @@ def write_extension(
     write_json(directories["pretrain"], "plan.json", {"prediction": {"cluster": "2 x H200"}})
     environment = {"python": "3.12.3", "packages": {"torch": "2.11.0"}, "git_commit": "abc", "platform": "left out"}
     write_json(directories["report"], "report.json", {"environment": environment})
-    write_evaluation(directories["evaluate"], target, lengths, depths, tasks, models)
+    write_evaluation(directories["evaluate"], target, lengths, depths, tasks, models, words)
     for name in ("prepare", "prepare_sft", "extend", "pretrain", "sft", "export", "evaluate", "report"):
         write_json(directories[name], "recipe.json", recipe.model_dump(mode="json"))
         directories[name].mark_done({"seconds": 100.0, "num_parameters": 25_698_816})
@@ -78,6 +82,7 @@ def write_evaluation(
     depths: Sequence[float],
     tasks: Mapping[str, Sequence[int]],
     models: Sequence[str],
+    words: str = "built in",
 ) -> None:
     plan: list[dict[str, Any]] = []
     for model in models:
@@ -87,7 +92,8 @@ def write_evaluation(
         for number, (task, asked) in enumerate(tasks.items()):
             for length in asked:
                 right = round(8 * SKILL[model](length)) - (number + len(model)) % 3
-                plan.append(write_task(stage, model, task, length, [1.0] * max(right, 0) + [0.0] * (8 - max(right, 0))))
+                points = [1.0] * max(right, 0) + [0.0] * (8 - max(right, 0))
+                plan.append(write_task(stage, model, task, length, points, words))
         ends = [target * step // 32 for step in range(1, 33)]
         beyond = {"base": 3.0, "pretrained": 0.1, "final": 0.0}[model]
         loss = [2.4 - 0.05 * math.log2(end) + (beyond if end > WINDOW else 0.0) for end in ends]
@@ -103,11 +109,14 @@ def passkey_cell(model: str, length: int, depth: float, num_right: int) -> dict[
     return {**place, "score": num_right / 5, "samples": samples, "seconds": 1.0}
 
 
-def write_task(stage: StageDirectory, model: str, task: str, length: int, points: list[float]) -> dict[str, Any]:
+def write_task(
+    stage: StageDirectory, model: str, task: str, length: int, points: list[float], words: str = "built in"
+) -> dict[str, Any]:
     """A cell of a benchmark; returns its line of plan.json."""
     file = f"cells/{model}/{task}/{length}-shard0.json"
     place = {"model": model, "task": task, "context_length_tokens": length, "depth_percent": None, "shard": 0}
-    samples = [made_sample(point) for point in points]
+    made_from = {"words": words} if task.startswith("ruler/") else {}
+    samples = [{**made_sample(point), "facts": made_from} for point in points]
     if task.startswith("perplexity/"):
         losses = [{"loss": -math.log(max(point, 1e-6)), "bucket_end_tokens": [length]} for point in points]
         facts = [{**loss, "bucket_loss": [loss["loss"]]} for loss in losses]

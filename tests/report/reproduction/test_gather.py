@@ -140,6 +140,43 @@ def test_tables_of_scores(tmp_path: Path) -> None:
     assert len(_row(tables["paid_and_restored"], "ruler, mean of all tasks")) == 3, "1M was not gathered"
 
 
+def test_models_are_compared_by_what_they_were_asked_alike(tmp_path: Path) -> None:
+    """RULER made from other words is another test: it has rows of its own, and no part in the price."""
+    runs = _runs(tmp_path, "extend_128k", models=("pretrained", "final"))
+    made = {"ruler/vt": [4096], "ruler/cwe": [4096], "short_skills/copying": [0]}
+    write_extension(runs / "base_4k", 4096, [4096], [0.0], made, models=("final",), words="wonderwords 2.2.0")
+    results = gather(runs, tmp_path / "results.json", [])
+    made_from = {s["task"]: s["made_from"] for s in results["parts"]["base_4k"]["benchmarks"]["scores"]}
+    assert made_from["ruler/vt"] == ["words: wonderwords 2.2.0"] and made_from["short_skills/copying"] == []
+    tables = results["tables"]
+    assert _row(tables["paid_and_restored"], "ruler, mean of all tasks")[0] == "\N{EN DASH}"
+    by_length = tables["ruler_by_length"]
+    assert [line.split(" |")[0] for line in by_length.splitlines()[2:5]] == [
+        "| 128K, before SFT",
+        "| 128K, final",
+        "| base model, words: wonderwords 2.2.0",
+    ]
+    assert "Other rows: words: built in" in by_length
+    write_extension(runs / "base_4k", 4096, [4096], [0.0], made, models=("final",))
+    tables = gather(runs, tmp_path / "results.json", [])["tables"]
+    assert _row(tables["paid_and_restored"], "ruler, mean of all tasks")[0].startswith("87.5")
+    assert "Other rows" not in tables["ruler_by_length"]
+
+
+def test_trials_that_were_asked_different_questions_are_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    records = [trial_record("recipe", seed, 0.5) | {"made_from": ["words: built in"]} for seed in (1, 2)]
+    write_trials(tmp_path / "ablations", records)
+    gather(tmp_path, tmp_path / "results.json", [])
+    assert "different questions" not in capsys.readouterr().out
+    write_trials(tmp_path / "ablations", [trial_record("rope_ntk", 1, 0.8) | {"made_from": ["words: w.json"]}])
+    gather(tmp_path, tmp_path / "results.json", [])
+    assert "asked different questions are compared: trials 2 of words: built in, 1 of words: w.json" in (
+        capsys.readouterr().out
+    )
+
+
 def test_the_base_of_its_own_recipe_stands_in_only_for_what_was_asked_alike(tmp_path: Path) -> None:
     """Scores over 4K alone are not set against a base model that was asked at 1K as well."""
     runs = _runs(tmp_path, "extend_128k", models=("pretrained", "final"))

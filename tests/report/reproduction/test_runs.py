@@ -178,6 +178,10 @@ def test_evaluations_on_other_numbers_of_gpus_each_count_their_own(tmp_path: Pat
     stage.mark_done({"seconds": 10.0})
     _as_if_later(stage, 60)
     assert _part(tmp_path)["gpu_seconds"] == 3 * 100 * 2 + 10
+    shares = alone.model_dump(mode="json")
+    shares["cluster"]["evaluation_workers"] = 5  # with half a GPU each, three GPUs are at work
+    write_json(stage, "recipe.json", shares)
+    assert _part(tmp_path)["gpu_seconds"] == 3 * 100 * 2 + 3 * 10
     cpus = alone.model_dump(mode="json")
     cpus["evaluate"]["gpus_per_task"] = 0.0  # how it runs, not what it asks: the same stage
     write_json(stage, "recipe.json", cpus)

@@ -126,18 +126,19 @@ class Words:
         return rng.sample(pool, len(pool)) + rng.sample(self.keys, count - len(pool))
 
 
-def load_words(lists: Location | None = None, dictionary: Location | None = None) -> Words:
+def load_words(lists: Location | str | None = None, dictionary: Location | None = None) -> Words:
     """Words from a JSON file {"noun": [...], "adjective": [...], "verb": [...]}, else wonderwords, else built in.
 
-    `dictionary` has one word a line, or is NVIDIA's english_words.json ({"0": "a", ...}).
+    `lists` may name "wonderwords" or "built in", and nothing else is taken then. `dictionary` has one word a line, or
+    is NVIDIA's english_words.json ({"0": "a", ...}).
 
-    Raises: UserError for a file of another shape, or another version of wonderwords.
+    Raises: UserError for a file of another shape, for another version of wonderwords, and where it is named and absent.
     """
     long_list = _dictionary_words(dictionary) if dictionary is not None else ()
-    if lists is None:
-        source, found = _installed_words()
+    if not isinstance(lists, Location):
+        source, found = _named_words(lists)
     else:
-        source, found = str(lists), read_json(lists)
+        source, found = lists.name, read_json(lists)
         for name in BUILT_IN:
             listed = found.get(name) if isinstance(found, dict) else None
             if not isinstance(listed, list) or not listed or not all(isinstance(word, str) for word in listed):
@@ -157,12 +158,23 @@ def _dictionary_words(file: Location) -> tuple[str, ...]:
     return words
 
 
-def _installed_words() -> tuple[str, dict[str, list[str]]]:
-    """The lists of the installed wonderwords; without it about 500 words of our own, which RULER's are not."""
+def _named_words(name: str | None) -> tuple[str, dict[str, list[str]]]:
+    """The lists of the installed wonderwords; built in, without it: about 500 words of our own, which RULER's are not.
+
+    `name`: the one of both that is wanted.
+    """
+    built_in = "built in", {kind: words.split() for kind, words in BUILT_IN.items()}
+    if name == "built in":
+        return built_in
     try:
         version = importlib.metadata.version("wonderwords")
     except importlib.metadata.PackageNotFoundError:
-        return "built in", {name: words.split() for name, words in BUILT_IN.items()}
+        if name is None:
+            return built_in
+        raise UserError(
+            f"evaluate.tasks, words = {name!r}: the package is not installed; run "
+            f"`pip install wonderwords=={WONDERWORDS_VERSION}`, or name a file, or 'built in'"
+        ) from None
     if version != WONDERWORDS_VERSION:
         raise UserError(
             f"wonderwords {version} has other words than RULER's; run `pip install wonderwords=={WONDERWORDS_VERSION}`"

@@ -39,6 +39,7 @@ from ultralong_ray.report.reproduction.subjects import (
     of_window,
     paid,
     paid_rows,
+    texts_of,
 )
 from ultralong_ray.report.reproduction.trials import AT_END, BEYOND, RECIPE, RULER, WITHIN, exp_or_none
 from ultralong_ray.report.reproduction.variants import RECIPE_LABEL, grouped, label
@@ -101,7 +102,10 @@ def _heatmap_input(grid: dict[str, Any], subject: Subject, window: int) -> tuple
 
 
 def ruler(results: dict[str, Any]) -> str | None:
-    found = {subject: means for subject in SUBJECTS if (means := means_of(results, subject, "ruler"))}
+    """Of all models, of the questions that most were asked."""
+    texts = texts_of(results, "ruler")
+    asked = {subject: means_of(results, subject, "ruler", texts[0]) for subject in SUBJECTS} if texts else {}
+    found = {subject: means for subject, means in asked.items() if means}
     lines = []
     for number, (subject, means) in enumerate(found.items()):
         aside = BESIDE * (number - (len(found) - 1) / 2)

@@ -51,7 +51,7 @@ def gather(runs: Path, out: Path, notes: list[str]) -> dict[str, Any]:
     for name, part in parts.items():
         problems += [f"{name}: {note}" for note in [*part["notes"], *_lost(results, name, part)]]
     problems += _unlike({**results["parts"], **parts})
-    problems += _searches({**_trials_of(results), **trials})
+    problems += _unlike_trials({**_trials_of(results), **trials})
     for problem in problems:
         print(f"note: {problem}")
     print(f"gathered: {', '.join([*parts, *([f'{len(trials)} trials'] if trials else [])])}")
@@ -95,11 +95,18 @@ def _unlike(parts: dict[str, Any]) -> list[str]:
     ]
 
 
-def _searches(trials: dict[str, Any]) -> list[str]:
-    """A note where trials are changes of several recipes, and held against each other all the same."""
-    counts = Counter(trial["search"] for trial in trials.values())
-    named = ", ".join(f"{count} of {search}" for search, count in counts.items())
-    return [f"ablations of different recipes are compared: trials {named}."] if len(counts) > 1 else []
+def _unlike_trials(trials: dict[str, Any]) -> list[str]:
+    """Notes where trials are changes of several recipes, or were asked different questions, and are compared."""
+    ways = {
+        "of different recipes": Counter(trial["search"] for trial in trials.values()),
+        "asked different questions": Counter(", ".join(trial.get("made_from", [])) for trial in trials.values()),
+    }
+    named = {
+        what: ", ".join(f"{count} of {way or 'no texts'}" for way, count in counts.items())
+        for what, counts in ways.items()
+        if len(counts) > 1
+    }
+    return [f"ablations {what} are compared: trials {counted}." for what, counted in named.items()]
 
 
 def _order(name: str) -> tuple[int, str]:

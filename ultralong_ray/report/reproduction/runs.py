@@ -7,6 +7,7 @@ them asked the same, the newer one counts. Newer is the one that ended later, as
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -158,14 +159,16 @@ def _times(finished: Iterable[Finished]) -> dict[str, dict[str, Any]]:
 
 
 def _gpus(found: Finished) -> int:
+    """Whole GPUs. An evaluation that says no number of workers is on those of the training."""
     cluster = found.recipe.cluster
-    workers = cluster.num_workers
+    if found.stage not in ON_GPUS:
+        return 0
     if found.stage == "evaluate":
         assert found.recipe.evaluate is not None
-        if found.recipe.evaluate.gpus_per_task == 0:
-            return 0
-        workers = cluster.evaluation_workers or workers
-    return int(workers * cluster.gpus_per_worker) if found.stage in ON_GPUS else 0
+        share = found.recipe.evaluate.gpus_per_task
+        if share == 0 or cluster.evaluation_workers:
+            return math.ceil(share * (cluster.evaluation_workers or 0))
+    return math.ceil(cluster.num_workers * cluster.gpus_per_worker)
 
 
 def _seconds(found: Finished) -> float:
@@ -198,6 +201,7 @@ def _machine(folder: Path, chosen: dict[str, Finished]) -> dict[str, Any]:
 
 
 Readers = list[tuple[Finished, StageReader, list[str]]]
+MadeFrom = tuple[str, ...]  # sources of texts, eval/tasks/sample.py
 
 
 def _passkey(readers: Readers, window: int) -> list[dict[str, Any]]:
@@ -255,37 +259,60 @@ def _perplexity(readers: Readers) -> list[dict[str, Any]]:
 def _benchmarks(readers: Readers, bounds: list[int]) -> dict[str, list[dict[str, Any]]]:
     """Scores by model, task and length; means over a suite's tasks by length; means over all lengths to each bound.
 
-    Per cent with 95 % intervals. A mean over lengths says which lengths it is of; task None: over all tasks.
+    Per cent with 95 % intervals. A mean over lengths says which lengths it is of; task None: over all tasks. What one
+    evaluation asked of a suite is made from the same texts, `made_from`; no mean is over scores made from others.
     """
-    scores: dict[tuple[str, str, int], Score] = {}
+    scores: dict[tuple[str, str, int, MadeFrom], Score] = {}
     for _, reader, models in readers:
-        for score in read_scores(reader):
-            key = (score.model, score.task, score.context_length_tokens)
-            if score.model in models and (score.points or key not in scores):
+        own = [score for score in read_scores(reader) if score.model in models]
+        texts = _texts_by_suite(own)
+        for score in own:
+            key = (score.model, score.task, score.context_length_tokens, texts[score.suite])
+            if score.points or key not in scores:
                 scores[key] = score
-    found = [score for score in scores.values() if score.points]
-    by_length: dict[tuple[str, str, int], list[Score]] = defaultdict(list)
-    to_bound: dict[tuple[str, str, str | None, int], list[Score]] = defaultdict(list)
-    for score in found:
-        by_length[score.model, score.suite, score.context_length_tokens].append(score)
+    found = [(score, made_from) for (*_, made_from), score in scores.items() if score.points]
+    by_length: dict[tuple[str, str, int, MadeFrom], list[Score]] = defaultdict(list)
+    to_bound: dict[tuple[str, str, str | None, int, MadeFrom], list[Score]] = defaultdict(list)
+    for score, made_from in found:
+        by_length[score.model, score.suite, score.context_length_tokens, made_from].append(score)
         for bound in bounds:
             if score.context_length_tokens <= bound:
-                to_bound[score.model, score.suite, None, bound].append(score)
-                to_bound[score.model, score.suite, score.task, bound].append(score)
+                to_bound[score.model, score.suite, None, bound, made_from].append(score)
+                to_bound[score.model, score.suite, score.task, bound, made_from].append(score)
     return {
         "scores": [
-            {"model": s.model, "task": s.task, "context_length_tokens": s.context_length_tokens, **_kept(s.facts())}
-            for s in found
+            {
+                **{"model": s.model, "task": s.task, "context_length_tokens": s.context_length_tokens},
+                **_kept(s.facts()),
+                "made_from": made_from,
+            }
+            for s, made_from in found
         ],
         "means": [
-            {"model": model, "suite": suite, "context_length_tokens": length, **(mean_of(group) or {})}
-            for (model, suite, length), group in by_length.items()
+            {
+                **{"model": model, "suite": suite, "context_length_tokens": length},
+                **(mean_of(group) or {}),
+                "made_from": made_from,
+            }
+            for (model, suite, length, made_from), group in by_length.items()
         ],
         "means_to": [
-            {"model": model, "suite": suite, "task": task, "to_tokens": bound, **_over_lengths(group)}
-            for (model, suite, task, bound), group in to_bound.items()
+            {
+                **{"model": model, "suite": suite, "task": task, "to_tokens": bound},
+                **_over_lengths(group),
+                "made_from": made_from,
+            }
+            for (model, suite, task, bound, made_from), group in to_bound.items()
         ],
     }
+
+
+def _texts_by_suite(scores: Iterable[Score]) -> dict[str, MadeFrom]:
+    """What the samples of one evaluation are made from, as their facts say."""
+    texts: dict[str, set[str]] = defaultdict(set)
+    for score in scores:
+        texts[score.suite] |= score.sources
+    return {suite: tuple(sorted(sources)) for suite, sources in texts.items()}
 
 
 def _kept(facts: dict[str, Any]) -> dict[str, Any]:

@@ -6,6 +6,7 @@ first of these that has a number gives it. What is not there is None, or left ou
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +20,9 @@ EXTENSIONS = {
 }
 # window -> run folders that extend to it, in one chart
 WINDOWS = {"128K": ("extend_128k", "extend_128k_long_sft"), "1M": ("extend_1m", "extend_1m_long_sft")}
+
+
+MadeFrom = tuple[str, ...]  # sources of texts, eval/tasks/sample.py
 
 
 @dataclass(frozen=True)
@@ -74,15 +78,36 @@ def curve_of(results: dict[str, Any], subject: Subject, window: str) -> dict[str
     return curves[reach.index(max(reach))] if curves else None
 
 
-def means_of(results: dict[str, Any], subject: Subject, suite: str) -> dict[int, dict[str, Any]]:
-    """Length in tokens -> mean over the suite's tasks, of all tasks that any model was asked."""
-    whole = num_tasks(results, suite)
+def means_of(results: dict[str, Any], subject: Subject, suite: str, made_from: MadeFrom) -> dict[int, dict[str, Any]]:
+    """Length in tokens -> mean over the suite's tasks, of all tasks that any model was asked, made from these texts."""
     found: dict[int, dict[str, Any]] = {}
     for part, model in parts_of(results, subject):
-        for mean in part["benchmarks"]["means"]:
-            if (mean["model"], mean["suite"], mean.get("num_tasks")) == (model, suite, whole):
+        for mean in _whole_means(part, suite, num_tasks(results, suite)):
+            if (mean["model"], made_from_of(mean)) == (model, made_from):
                 found.setdefault(mean["context_length_tokens"], mean)
     return dict(sorted(found.items()))
+
+
+def texts_of(results: dict[str, Any], suite: str) -> list[MadeFrom]:
+    """What the questions of a suite were made from, that of most means first: only those of one are comparable."""
+    whole = num_tasks(results, suite)
+    means = [mean for part in results["parts"].values() for mean in _whole_means(part, suite, whole)]
+    return [made_from for made_from, _ in Counter(map(made_from_of, means)).most_common()]
+
+
+def own_texts(made_from: MadeFrom, all_texts: list[MadeFrom]) -> str:
+    """What tells these texts from the others, in words; empty where there are no others."""
+    common = set.intersection(*map(set, all_texts)) if all_texts else set()
+    return ", ".join(source for source in made_from if source not in common)
+
+
+def _whole_means(part: dict[str, Any], suite: str, whole: int) -> list[dict[str, Any]]:
+    return [mean for mean in part["benchmarks"]["means"] if (mean["suite"], mean.get("num_tasks")) == (suite, whole)]
+
+
+def made_from_of(mean: dict[str, Any]) -> MadeFrom:
+    """As a key; () in a JSON of before it was written down."""
+    return tuple(mean.get("made_from", ()))
 
 
 def num_tasks(results: dict[str, Any], suite: str) -> int:
@@ -114,13 +139,14 @@ def paid_rows(results: dict[str, Any]) -> list[tuple[str, str | None]]:
 
 
 def paid(results: dict[str, Any], suite: str, task: str | None) -> dict[str, dict[str, Any]]:
-    """Label of each subject -> its mean within the window. Only means over the same lengths and tasks are compared."""
+    """Label of each subject -> its mean within the window. Only means over the same questions are compared: those that
+    most extended models were asked."""
     found = {subject.label: within_window(results, subject, suite, task) for subject in SUBJECTS}
-    measured = [means for label, means in found.items() if means and label != BASE.label]
-    asked = _asked(measured[0][0]) if measured else None
+    counts = Counter(_asked(mean) for label, means in found.items() if label != BASE.label for mean in means)
+    asked = counts.most_common(1)[0][0] if counts else None
     same = {label: next((mean for mean in means if _asked(mean) == asked), None) for label, means in found.items()}
     return {label: mean for label, mean in same.items() if mean is not None}
 
 
 def _asked(mean: dict[str, Any]) -> tuple[Any, ...]:
-    return (mean["num_tasks"], *mean["context_lengths_tokens"])
+    return (mean["num_tasks"], made_from_of(mean), *mean["context_lengths_tokens"])

@@ -14,9 +14,11 @@ from ultralong_ray.report.reproduction.subjects import (
     grid_of,
     means_of,
     num_tasks,
+    own_texts,
     paid,
     paid_rows,
     parts_of,
+    texts_of,
 )
 from ultralong_ray.report.reproduction.trials import AT_END, BEYOND, RECIPE, RULER, SKILLS, WITHIN
 from ultralong_ray.report.reproduction.variants import RECIPE_LABEL, grouped, label
@@ -76,13 +78,21 @@ def _within_and_beyond(grid: dict[str, Any], window: int) -> list[float | None]:
 
 
 def _ruler(results: dict[str, Any]) -> str:
-    found = {subject.label: means_of(results, subject, "ruler") for subject in SUBJECTS}
+    texts = texts_of(results, "ruler")
+    found = {
+        (", ".join(filter(None, (subject.label, own_texts(made_from, texts) if made_from != texts[0] else "")))): means
+        for made_from in texts
+        for subject in SUBJECTS
+        if (means := means_of(results, subject, "ruler", made_from))
+    }
     lengths = sorted({length for means in found.values() for length in means})
     if not lengths:
         return ""
     tasks = num_tasks(results, "ruler")
-    rows = [[name, *(_with_half(means.get(length)) for length in lengths)] for name, means in found.items() if means]
+    rows = [[name, *(_with_half(means.get(length)) for length in lengths)] for name, means in found.items()]
     below = [f"Mean of {tasks} tasks, per cent, ± half of the 95 % interval.", *_lacking_of_ruler(results)]
+    if len(texts) > 1:
+        below.append(f"Other rows: {own_texts(texts[0], texts)}; compare only rows of the same.")
     return _table([f"RULER, {tasks} tasks", *map(short_tokens, lengths)], rows, " ".join(below))
 
 

@@ -72,6 +72,7 @@ def _kept(record: dict[str, Any]) -> dict[str, Any]:
         "steps": record["steps"],
         "tokens": record["tokens"],
         "last_loss": record["loss"],
+        "made_from": record.get("made_from", []),
         "gpus": record.get("gpus", 1),
         "on_gpus": _on_gpus(record),
     }
