@@ -67,6 +67,20 @@ def test_the_page_has_losses_and_no_shares(tmp_path: Path, stage: StageDirectory
     assert f"| books | 4.500 | {DASH}* |" in text and "| books | 2.250 | 2.000 |" in text
 
 
+def test_losses_of_other_documents_are_told_apart(stage: StageDirectory, tmp_path: Path) -> None:
+    sides = [find_side(f"{stage.location}#{model}", None) for model in LOSSES]
+    (row,) = [row for row in comparison_facts(*sides)["rows"] if row["context_length_tokens"] == LENGTH]
+    assert row["paired"] and row["mixed_sources"] == []
+    file = stage.location / f"cells/final/{TASK}/{LENGTH}-shard0.json"
+    stored = file.read_json()
+    stored["samples"][1]["prompt_end"] = "another end"  # the file has changed since
+    file.write_json(stored)
+    (row,) = [row for row in comparison_facts(*sides)["rows"] if row["context_length_tokens"] == LENGTH]
+    assert not row["paired"]
+    (said,) = row["mixed_sources"]
+    assert re.fullmatch(r"documents at 1024 tokens: [0-9a-f]{8}, [0-9a-f]{8}", said)
+
+
 def test_two_models_are_compared_by_their_losses(stage: StageDirectory, tmp_path: Path) -> None:
     place = stage.location.uri
     first, second = (find_side(f"{place}#{model}", None) for model in ("base", "final"))

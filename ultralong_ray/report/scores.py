@@ -7,6 +7,7 @@ cell that is planned and not there is missing: it is left out of the mean and co
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -118,7 +119,16 @@ def read_scores(reader: StageReader, *, with_passkey: bool = False) -> list[Scor
             _count(score, [0.0] * cell["num_samples"], cell)
         else:
             score.num_missing += cell["num_samples"]
+    for score in scores.values():
+        if score.suite == DOCUMENTS and score.losses:
+            score.sources.add(_documents_asked(score))
     return list(scores.values())
+
+
+def _documents_asked(score: Score) -> str:
+    """As `sources_of` says it of questions: which documents these were, by how they end."""
+    digest = hashlib.sha256("\0".join(score.identities).encode()).hexdigest()[:8]
+    return f"documents at {score.context_length_tokens} tokens: {digest}"
 
 
 def _place(cell: dict[str, Any]) -> tuple[Any, ...]:

@@ -19,7 +19,7 @@ from ultralong_ray.report.evaluation import Cell, grid_means, passkey_facts, per
 from ultralong_ray.report.facts import training_facts
 from ultralong_ray.report.intervals import interval
 from ultralong_ray.report.reading import StageReader
-from ultralong_ray.report.scores import Score, mean_of, read_scores
+from ultralong_ray.report.scores import DOCUMENTS, Score, mean_of, read_scores
 from ultralong_ray.stages import stage_fingerprint, stage_of_model, stages
 from ultralong_ray.storage import SUCCESS_FILE, Location, StageDirectory
 
@@ -260,14 +260,15 @@ def _benchmarks(readers: Readers, bounds: list[int]) -> dict[str, list[dict[str,
     """Scores by model, task and length; means over a suite's tasks by length; means over all lengths to each bound.
 
     Per cent with 95 % intervals. A mean over lengths says which lengths it is of; task None: over all tasks. What one
-    evaluation asked of a suite is made from the same texts, `made_from`; no mean is over scores made from others.
+    evaluation asked a model of a suite is made from the same texts, `made_from`; no mean is over scores made from
+    others.
     """
     scores: dict[tuple[str, str, int, MadeFrom], Score] = {}
     for _, reader, models in readers:
         own = [score for score in read_scores(reader) if score.model in models]
-        texts = _texts_by_suite(own)
+        texts = _texts(own)
         for score in own:
-            key = (score.model, score.task, score.context_length_tokens, texts[score.suite])
+            key = (score.model, score.task, score.context_length_tokens, texts[_asked_together(score)])
             if score.points or key not in scores:
                 scores[key] = score
     found = [(score, made_from) for (*_, made_from), score in scores.items() if score.points]
@@ -307,12 +308,17 @@ def _benchmarks(readers: Readers, bounds: list[int]) -> dict[str, list[dict[str,
     }
 
 
-def _texts_by_suite(scores: Iterable[Score]) -> dict[str, MadeFrom]:
+def _texts(scores: Iterable[Score]) -> dict[tuple[str, str, int], MadeFrom]:
     """What the samples of one evaluation are made from, as their facts say."""
-    texts: dict[str, set[str]] = defaultdict(set)
+    texts: dict[tuple[str, str, int], set[str]] = defaultdict(set)
     for score in scores:
-        texts[score.suite] |= score.sources
-    return {suite: tuple(sorted(sources)) for suite, sources in texts.items()}
+        texts[_asked_together(score)] |= score.sources
+    return {together: tuple(sorted(sources)) for together, sources in texts.items()}
+
+
+def _asked_together(score: Score) -> tuple[str, str, int]:
+    """What a model is asked from the same texts: a suite at all lengths; documents are others at each length."""
+    return (score.model, score.suite, score.context_length_tokens if score.suite == DOCUMENTS else 0)
 
 
 def _kept(facts: dict[str, Any]) -> dict[str, Any]:
