@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 
 from ultralong_ray.config import Recipe
+from ultralong_ray.config.made_tasks import RulerTask
+from ultralong_ray.config.read_tasks import PerplexityTask
 from ultralong_ray.plan import describe
 from ultralong_ray.recipe import load_recipe
 from ultralong_ray.types import UserError
@@ -18,6 +20,17 @@ QUICKSTART = str(RECIPES / "quickstart.toml")
 def test_every_shipped_recipe_is_valid(path: Path):
     recipe = load_recipe(str(path))
     assert recipe.name == path.stem
+
+
+@pytest.mark.parametrize("path", sorted((RECIPES / "reproduction").glob("*.toml")), ids=lambda p: p.stem)
+def test_the_reproduction_asks_the_same_on_every_machine_and_day(path: Path):
+    """RULER's words do not depend on what is installed, nor documents on how the project goes on."""
+    evaluate = load_recipe(str(path)).evaluate
+    tasks = () if evaluate is None else evaluate.tasks
+    assert all(task.words == "built in" for task in tasks if isinstance(task, RulerTask))
+    documents = [place for task in tasks if isinstance(task, PerplexityTask) for place in task.documents]
+    assert set(documents) <= {"jobs/recipes/reproduction/code.jsonl"}
+    assert not any(name == "words" for task in tasks for name, _ in task.paths()), "a name is no file"
 
 
 @pytest.mark.parametrize(
