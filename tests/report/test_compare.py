@@ -54,7 +54,8 @@ def test_questions_made_from_other_texts_are_named(tmp_path: Path) -> None:
     for model, words in (("base", "built in"), ("final", "wonderwords 2.2.0")):
         file = stage.location / f"cells/{model}/ruler/vt/512-shard0.json"
         stored = file.read_json()
-        file.write_json({**stored, "samples": [{**s, "facts": {"words": words}} for s in stored["samples"]]})
+        samples = [{**s, "facts": {"words": words}, "prompt_end": f"a word of {words}"} for s in stored["samples"]]
+        file.write_json({**stored, "samples": samples})
     text = write_comparison(
         find_side(f"{stage.location}#base", None), find_side(str(tmp_path), None), Location.of(tmp_path / "out")
     )

@@ -178,5 +178,5 @@ def _row(a: Score, b: Score) -> dict[str, Any]:
         "high": spread[1],
         "paired": paired,
         "same_settings": a.settings == b.settings,
-        "mixed_sources": mixed_sources([a, b]),
+        "mixed_sources": [] if paired else mixed_sources([a, b]),
     }
