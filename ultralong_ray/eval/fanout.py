@@ -233,8 +233,8 @@ def _say_stand_ins(made_from: Mapping[str, set[str]]) -> None:
     for suite, found in sources.items():
         if suite in HAVE_OWN_TEXTS and (instead := stand_ins(found)):
             logger.info(
-                "evaluate: %s is not made from the benchmark's own texts (%s): name these in its [[evaluate.tasks]], or do "
-                "not compare it with published scores",
+                "evaluate: %s is not made from the benchmark's own texts (%s): name them in its section, or do not "
+                "compare it with published scores",
                 suite,
                 "; ".join(instead),
             )
