@@ -120,7 +120,7 @@ def read_scores(reader: StageReader, *, with_passkey: bool = False) -> list[Scor
         else:
             score.num_missing += cell["num_samples"]
     for score in scores.values():
-        if score.suite == DOCUMENTS and score.losses:
+        if score.suite == DOCUMENTS and score.losses and not score.failed and not score.num_missing:
             score.sources.add(_documents_asked(score))
     return list(scores.values())
 

@@ -147,7 +147,7 @@ def test_models_are_compared_by_what_they_were_asked_alike(tmp_path: Path) -> No
     write_extension(runs / "base_4k", 4096, [4096], [0.0], made, models=("final",), words="wonderwords 2.2.0")
     results = gather(runs, tmp_path / "results.json", [])
     made_from = {s["task"]: s["made_from"] for s in results["parts"]["base_4k"]["benchmarks"]["scores"]}
-    assert made_from["ruler/vt"] == ["words: wonderwords 2.2.0"] and made_from["short_skills/copying"] == []
+    assert made_from["ruler/vt"] == "words: wonderwords 2.2.0" and made_from["short_skills/copying"] == ""
     tables = results["tables"]
     assert _row(tables["paid_and_restored"], "ruler, mean of all tasks")[0] == "\N{EN DASH}"
     by_length = tables["ruler_by_length"]

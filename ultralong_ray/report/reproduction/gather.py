@@ -25,7 +25,7 @@ from ultralong_ray.types import UserError
 
 ORDER = ("base_512", BASE_PART, *EXTENSIONS)
 DIGITS = 6
-OBJECT_CHARACTERS = 320
+OBJECT_CHARACTERS = 400
 
 
 def gather(runs: Path, out: Path, notes: list[str]) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from ultralong_ray.report.evaluation import Cell, grid_means, passkey_facts, per
 from ultralong_ray.report.facts import training_facts
 from ultralong_ray.report.intervals import interval
 from ultralong_ray.report.reading import StageReader
+from ultralong_ray.report.reproduction.subjects import SEPARATOR
 from ultralong_ray.report.scores import DOCUMENTS, Score, mean_of, read_scores
 from ultralong_ray.stages import stage_fingerprint, stage_of_model, stages
 from ultralong_ray.storage import SUCCESS_FILE, Location, StageDirectory
@@ -201,7 +202,6 @@ def _machine(folder: Path, chosen: dict[str, Finished]) -> dict[str, Any]:
 
 
 Readers = list[tuple[Finished, StageReader, list[str]]]
-MadeFrom = tuple[str, ...]  # sources of texts, eval/tasks/sample.py
 
 
 def _passkey(readers: Readers, window: int) -> list[dict[str, Any]]:
@@ -263,7 +263,7 @@ def _benchmarks(readers: Readers, bounds: list[int]) -> dict[str, list[dict[str,
     evaluation asked a model of a suite is made from the same texts, `made_from`; no mean is over scores made from
     others.
     """
-    scores: dict[tuple[str, str, int, MadeFrom], Score] = {}
+    scores: dict[tuple[str, str, int, str], Score] = {}
     for _, reader, models in readers:
         own = [score for score in read_scores(reader) if score.model in models]
         texts = _texts(own)
@@ -272,8 +272,8 @@ def _benchmarks(readers: Readers, bounds: list[int]) -> dict[str, list[dict[str,
             if score.points or key not in scores:
                 scores[key] = score
     found = [(score, made_from) for (*_, made_from), score in scores.items() if score.points]
-    by_length: dict[tuple[str, str, int, MadeFrom], list[Score]] = defaultdict(list)
-    to_bound: dict[tuple[str, str, str | None, int, MadeFrom], list[Score]] = defaultdict(list)
+    by_length: dict[tuple[str, str, int, str], list[Score]] = defaultdict(list)
+    to_bound: dict[tuple[str, str, str | None, int, str], list[Score]] = defaultdict(list)
     for score, made_from in found:
         by_length[score.model, score.suite, score.context_length_tokens, made_from].append(score)
         for bound in bounds:
@@ -308,12 +308,12 @@ def _benchmarks(readers: Readers, bounds: list[int]) -> dict[str, list[dict[str,
     }
 
 
-def _texts(scores: Iterable[Score]) -> dict[tuple[str, str, int], MadeFrom]:
-    """What the samples of one evaluation are made from, as their facts say."""
+def _texts(scores: Iterable[Score]) -> dict[tuple[str, str, int], str]:
+    """What the samples of one evaluation are made from, as their facts say: "haystack: made up; words: built in"."""
     texts: dict[tuple[str, str, int], set[str]] = defaultdict(set)
     for score in scores:
         texts[_asked_together(score)] |= score.sources
-    return {together: tuple(sorted(sources)) for together, sources in texts.items()}
+    return {together: SEPARATOR.join(sorted(sources)) for together, sources in texts.items()}
 
 
 def _asked_together(score: Score) -> tuple[str, str, int]:

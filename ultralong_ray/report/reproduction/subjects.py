@@ -22,7 +22,7 @@ EXTENSIONS = {
 WINDOWS = {"128K": ("extend_128k", "extend_128k_long_sft"), "1M": ("extend_1m", "extend_1m_long_sft")}
 
 
-MadeFrom = tuple[str, ...]  # sources of texts, eval/tasks/sample.py
+SEPARATOR = "; "  # of sources of texts (eval/tasks/sample.py) in what a mean is made from
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ def curve_of(results: dict[str, Any], subject: Subject, window: str) -> dict[str
     return curves[reach.index(max(reach))] if curves else None
 
 
-def means_of(results: dict[str, Any], subject: Subject, suite: str, made_from: MadeFrom) -> dict[int, dict[str, Any]]:
+def means_of(results: dict[str, Any], subject: Subject, suite: str, made_from: str) -> dict[int, dict[str, Any]]:
     """Length in tokens -> mean over the suite's tasks, of all tasks that any model was asked, made from these texts."""
     found: dict[int, dict[str, Any]] = {}
     for part, model in parts_of(results, subject):
@@ -88,26 +88,26 @@ def means_of(results: dict[str, Any], subject: Subject, suite: str, made_from: M
     return dict(sorted(found.items()))
 
 
-def texts_of(results: dict[str, Any], suite: str) -> list[MadeFrom]:
+def texts_of(results: dict[str, Any], suite: str) -> list[str]:
     """What the questions of a suite were made from, that of most means first: only those of one are comparable."""
     whole = num_tasks(results, suite)
     means = [mean for part in results["parts"].values() for mean in _whole_means(part, suite, whole)]
     return [made_from for made_from, _ in Counter(map(made_from_of, means)).most_common()]
 
 
-def own_texts(made_from: MadeFrom, all_texts: list[MadeFrom]) -> str:
+def own_texts(made_from: str, all_texts: list[str]) -> str:
     """What tells these texts from the others, in words; empty where there are no others."""
-    common = set.intersection(*map(set, all_texts)) if all_texts else set()
-    return ", ".join(source for source in made_from if source not in common)
+    common = set.intersection(*(set(texts.split(SEPARATOR)) for texts in all_texts)) if all_texts else set()
+    return ", ".join(source for source in made_from.split(SEPARATOR) if source not in common)
 
 
 def _whole_means(part: dict[str, Any], suite: str, whole: int) -> list[dict[str, Any]]:
     return [mean for mean in part["benchmarks"]["means"] if (mean["suite"], mean.get("num_tasks")) == (suite, whole)]
 
 
-def made_from_of(mean: dict[str, Any]) -> MadeFrom:
-    """As a key; () in a JSON of before it was written down."""
-    return tuple(mean.get("made_from", ()))
+def made_from_of(mean: dict[str, Any]) -> str:
+    """Empty in a JSON of before it was written down."""
+    return mean.get("made_from", "")
 
 
 def num_tasks(results: dict[str, Any], suite: str) -> int:
