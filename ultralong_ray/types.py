@@ -12,6 +12,7 @@ a step is sum(weight * cross_entropy) / sum(weight) over the whole global batch,
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -206,3 +207,20 @@ class CellResult:
     task: str = "passkey"  # else as `Sample.task`: "ruler/vt"
     shard: int = 0
     settings: dict[str, Any] = field(default_factory=dict)  # what the answers depend on, for a reader
+
+
+SOURCE_FACTS = ("haystack", "words", "questions_from", "texts_from")  # of an evaluation sample: where texts are from
+STAND_INS = ("made up", "built in")  # sources that are here instead of a benchmark's own
+
+
+def sources_of(facts: Mapping[str, Any]) -> set[str]:
+    """Where the texts of an evaluation sample are from, as its facts say: {"words: built in", "haystack: essays.json"}.
+
+    Two samples of equal seed and number ask different questions where these differ.
+    """
+    return {f"{name.replace('_', ' ')}: {facts[name]}" for name in SOURCE_FACTS if name in facts}
+
+
+def stand_ins(sources: Iterable[str]) -> list[str]:
+    """Those of `sources_of` with which a benchmark's scores are not the published ones' like."""
+    return sorted(source for source in sources if source.partition(": ")[2] in STAND_INS)

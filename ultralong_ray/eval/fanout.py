@@ -28,11 +28,10 @@ from ultralong_ray.eval.perplexity import run_perplexity
 from ultralong_ray.eval.progress import PROGRESS_SECONDS, Progress, work_of
 from ultralong_ray.eval.summaries import summarise, summarise_tasks
 from ultralong_ray.eval.tasks.prompt import Prompts
-from ultralong_ray.eval.tasks.sample import stand_ins
 from ultralong_ray.model.folder import base_folder
 from ultralong_ray.parallel.allocator import allocator_environment
 from ultralong_ray.storage import Location, StageDirectory, local_folder
-from ultralong_ray.types import UserError
+from ultralong_ray.types import UserError, stand_ins
 
 logger = logging.getLogger(__name__)
 

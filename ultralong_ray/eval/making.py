@@ -39,12 +39,12 @@ from ultralong_ray.eval.tasks.reading import read_text
 from ultralong_ray.eval.tasks.retrieved import retrieved_sample
 from ultralong_ray.eval.tasks.ruler import RulerData, ruler_sample
 from ultralong_ray.eval.tasks.ruler_questions import load_hotpotqa, load_squad
-from ultralong_ray.eval.tasks.sample import Sample, sources_of
+from ultralong_ray.eval.tasks.sample import Sample
 from ultralong_ray.eval.tasks.short_skills import short_skills_sample
 from ultralong_ray.eval.tasks.standard import Row, few_shot_rows, standard_rows
 from ultralong_ray.eval.tasks.words import load_words
 from ultralong_ray.storage import Location
-from ultralong_ray.types import UserError
+from ultralong_ray.types import UserError, sources_of
 
 T = TypeVar("T")
 MADE_EXAMPLES_TOKENS = 12  # about, of one made-up many-shot example: how many a length can hold

@@ -12,7 +12,6 @@ from collections.abc import Callable, Sequence
 from itertools import accumulate
 from typing import Any
 
-from ultralong_ray.eval.tasks.sample import stand_ins
 from ultralong_ray.report.published import (
     LVEVAL_BOUNDS,
     RULER_BOUNDS,
@@ -23,6 +22,7 @@ from ultralong_ray.report.published import (
 )
 from ultralong_ray.report.scores import DOCUMENTS, Score, mean_loss, mean_of
 from ultralong_ray.report.words import short_tokens
+from ultralong_ray.types import stand_ins
 
 TITLES = {
     "ruler": "RULER",

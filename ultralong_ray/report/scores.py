@@ -12,9 +12,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ultralong_ray.eval.tasks.sample import sources_of
 from ultralong_ray.report.intervals import combined, interval, resampled
 from ultralong_ray.report.reading import StageReader, finite, json_safe
+from ultralong_ray.types import sources_of
 
 PLAN_FILE, FAILED_FILE = "plan.json", "failed.json"
 CUT_SHORT = "length, after"  # begins the finish reason of such answers (eval/openai_engine.py)
@@ -41,7 +41,7 @@ class Score:
     examples: list[dict[str, Any]] = field(default_factory=list)
     settings: dict[str, Any] = field(default_factory=dict)
     identities: list[str] = field(default_factory=list)  # depth and question of every sample: equal ones can be paired
-    sources: set[str] = field(default_factory=set)  # eval/tasks/sample.py
+    sources: set[str] = field(default_factory=set)  # as types.sources_of says it
     losses: list[float] = field(default_factory=list)  # of documents, in nats per token; empty for questions
     bucket_ends: list[int] = field(default_factory=list)  # positions where the buckets of every document end
     bucket_losses: list[list[float]] = field(default_factory=list)  # [documents, buckets]

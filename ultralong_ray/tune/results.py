@@ -15,11 +15,11 @@ from collections import defaultdict
 from typing import Any
 
 from ultralong_ray.config import Recipe
-from ultralong_ray.eval.tasks.sample import sources_of
 from ultralong_ray.stages import stage_directory, stages
 from ultralong_ray.storage import Location, StageDirectory
 from ultralong_ray.train.metrics import read_metrics
 from ultralong_ray.tune.trials import Trial, section, table_keys
+from ultralong_ray.types import sources_of
 
 TABLE_FILE = "tune.json"  # report/tuning.py shows it
 FINAL = ("done", "stopped")  # a failed trial is tried again by the next submission

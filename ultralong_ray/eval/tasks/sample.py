@@ -6,12 +6,8 @@ and score it again later.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
-
-SOURCE_FACTS = ("haystack", "words", "questions_from", "texts_from")  # facts that say where texts are from
-STAND_INS = ("made up", "built in")  # sources that are here instead of a benchmark's own
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,16 +39,3 @@ class Sample:
     prompt_tokens: int = 0  # of the whole prompt as the model reads it; 0: not measured yet
     stop: tuple[str, ...] = ()  # texts that end the answer; none of the official benchmarks has any
     facts: dict[str, Any] = field(default_factory=dict)  # depths, keywords, what was cut or reduced: JSON-ready
-
-
-def sources_of(facts: Mapping[str, Any]) -> set[str]:
-    """Where the texts of a sample are from, as its facts say it: {"words: built in", "haystack: essays.json"}.
-
-    Two samples of equal seed and number ask different questions where these differ.
-    """
-    return {f"{name.replace('_', ' ')}: {facts[name]}" for name in SOURCE_FACTS if name in facts}
-
-
-def stand_ins(sources: Iterable[str]) -> list[str]:
-    """Those of `sources_of` with which a benchmark's scores are not the published ones' like."""
-    return sorted(source for source in sources if source.partition(": ")[2] in STAND_INS)

@@ -22,7 +22,7 @@ EXTENSIONS = {
 WINDOWS = {"128K": ("extend_128k", "extend_128k_long_sft"), "1M": ("extend_1m", "extend_1m_long_sft")}
 
 
-SEPARATOR = "; "  # of sources of texts (eval/tasks/sample.py) in what a mean is made from
+SEPARATOR = "; "  # of sources of texts (types.sources_of) in what a mean is made from
 
 
 @dataclass(frozen=True)
