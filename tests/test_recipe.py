@@ -98,6 +98,14 @@ def test_contradictions_are_refused_with_numbers(overrides: list[str], facts: li
         assert fact in str(refusal.value)
 
 
+def test_an_item_that_is_wrong_is_one_fault_and_an_empty_list_is_another():
+    with pytest.raises(UserError) as refusal:
+        load_recipe(QUICKSTART, ["--evaluate.models", '["finall"]'])
+    assert len(str(refusal.value).splitlines()) == 2 and "evaluate.models.0 = 'finall'" in str(refusal.value)
+    with pytest.raises(UserError, match=r"evaluate.models = \[\]: Tuple should have at least 1 item"):
+        load_recipe(QUICKSTART, ["--evaluate.models", "[]"])
+
+
 def degrees(*overrides: str) -> tuple[int, int]:
     recipe = load_recipe(str(RECIPES / "llama31_8b_4m.toml"), ["--cluster.num_workers", "64", *overrides])
     return recipe.degrees(recipe.pretrain)

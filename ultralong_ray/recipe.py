@@ -129,7 +129,10 @@ def _item(place: list[Any], part: str, key: str) -> Any:
 def explain(error: ValidationError, path: str) -> str:
     """One line per fault: the dotted key, the value, the rule."""
     lines = [f"recipe {path} is not valid:"]
-    for fault in error.errors(include_url=False):
+    faults = error.errors(include_url=False)
+    for fault in faults:
+        if fault["type"] == "too_short" and any(_is_within(other["loc"], fault["loc"]) for other in faults):
+            continue  # pydantic does not count what is not valid: the list is as long as it was written
         key = ".".join(str(part) for part in fault["loc"]) or "recipe"
         message = fault["msg"].removeprefix("Value error, ")
         if fault["type"] == "extra_forbidden":
@@ -137,3 +140,7 @@ def explain(error: ValidationError, path: str) -> str:
         value = "" if fault["type"] in ("missing", "value_error") else f" = {fault['input']!r}"
         lines.append(f"  {key}{value}: {message}")
     return "\n".join(lines)
+
+
+def _is_within(place: tuple[int | str, ...], outer: tuple[int | str, ...]) -> bool:
+    return len(place) > len(outer) and place[: len(outer)] == outer

@@ -165,6 +165,7 @@ def test_tasks_run_in_shards_beside_the_grid_and_are_summed_up(
             r"evaluate.tasks.0 \(ruler/vt at 192 tokens\): ruler/vt: 192 tokens are too few",
         ),
         ({"squad": "/nowhere/dev.json"}, r"evaluate.tasks.0.squad: there is no /nowhere/dev.json"),
+        ({"words": "wonder"}, r"evaluate.tasks.0.words: there is no .*/wonder; .*, name 'wonderwords' or 'built in',"),
     ],
 )
 def test_what_no_worker_could_do_is_refused_at_once(

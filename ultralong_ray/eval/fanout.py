@@ -20,6 +20,7 @@ from ray.exceptions import RayActorError, RayTaskError
 
 from ultralong_ray.config import EvaluateConfig, ModelConfig, Recipe
 from ultralong_ray.config.engines import EndpointEngine, ShardedEngine, VllmEngine
+from ultralong_ray.config.made_tasks import NAMED_WORDS
 from ultralong_ray.eval.cells import Cell, grid, points_of, run_cell, store_cell, stored_points
 from ultralong_ray.eval.making import Maker, check_sections
 from ultralong_ray.eval.open_engine import open_engine
@@ -172,9 +173,10 @@ def benchmark_files(recipe: Recipe) -> dict[str, Location]:
         for name, path in section.paths():
             place = Location.of(path, recipe.storage.options)
             if path not in files and not place.exists():
+                named = f", name {' or '.join(map(repr, NAMED_WORDS))}" if name == "words" else ""
                 raise UserError(
-                    f"evaluate.tasks.{number}.{name}: there is no {place}; correct the path, or leave out the task of "
-                    f"kind {section.kind!r} that reads it"
+                    f"evaluate.tasks.{number}.{name}: there is no {place}; correct the path{named}, or leave out the "
+                    f"task of kind {section.kind!r} that reads it"
                 )
             files[path] = place
     return files
