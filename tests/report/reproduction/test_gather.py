@@ -156,11 +156,11 @@ def test_models_are_compared_by_what_they_were_asked_alike(tmp_path: Path) -> No
         "| 128K, final",
         "| base model, words: wonderwords 2.2.0",
     ]
-    assert "Other rows: words: built in" in by_length
+    assert "Where nothing is said: words: built in" in by_length
     write_extension(runs / "base_4k", 4096, [4096], [0.0], made, models=("final",))
     tables = gather(runs, tmp_path / "results.json", [])["tables"]
     assert _row(tables["paid_and_restored"], "ruler, mean of all tasks")[0].startswith("87.5")
-    assert "Other rows" not in tables["ruler_by_length"]
+    assert "nothing is said" not in tables["ruler_by_length"]
 
 
 def test_trials_that_were_asked_different_questions_are_named(

@@ -27,7 +27,17 @@ from ultralong_ray.storage import SUCCESS_FILE, Location, StageDirectory
 STAGES = ("prepare", "prepare_sft", "extend", "pretrain", "sft", "export", "evaluate")
 TRAININGS = ("pretrain", "sft")
 ON_GPUS = (*TRAININGS, "evaluate")
-SCORE_KEYS = ("percent", "low", "high", "interval", "num_samples", "num_failed_cells", "num_missing_samples")
+SCORE_KEYS = (
+    "task",
+    "context_length_tokens",
+    "percent",
+    "low",
+    "high",
+    "interval",
+    "num_samples",
+    "num_failed_cells",
+    "num_missing_samples",
+)
 
 
 @dataclass(frozen=True)
@@ -167,8 +177,10 @@ def _gpus(found: Finished) -> int:
     if found.stage == "evaluate":
         assert found.recipe.evaluate is not None
         share = found.recipe.evaluate.gpus_per_task
-        if share == 0 or cluster.evaluation_workers:
-            return math.ceil(share * (cluster.evaluation_workers or 0))
+        if share == 0:
+            return 0
+        if cluster.evaluation_workers is not None:
+            return math.ceil(share * cluster.evaluation_workers)
     return math.ceil(cluster.num_workers * cluster.gpus_per_worker)
 
 
@@ -282,28 +294,23 @@ def _benchmarks(readers: Readers, bounds: list[int]) -> dict[str, list[dict[str,
                 to_bound[score.model, score.suite, score.task, bound, made_from].append(score)
     return {
         "scores": [
-            {
-                **{"model": s.model, "task": s.task, "context_length_tokens": s.context_length_tokens},
-                **_kept(s.facts()),
-                "made_from": made_from,
-            }
+            {"model": s.model, **{key: facts[key] for key in SCORE_KEYS}, "made_from": made_from}
             for s, made_from in found
+            for facts in [s.facts()]
         ],
         "means": [
             {
-                **{"model": model, "suite": suite, "context_length_tokens": length},
+                "model": model,
+                "suite": suite,
+                "context_length_tokens": length,
+                "made_from": texts,
                 **(mean_of(group) or {}),
-                "made_from": made_from,
             }
-            for (model, suite, length, made_from), group in by_length.items()
+            for (model, suite, length, texts), group in by_length.items()
         ],
         "means_to": [
-            {
-                **{"model": model, "suite": suite, "task": task, "to_tokens": bound},
-                **_over_lengths(group),
-                "made_from": made_from,
-            }
-            for (model, suite, task, bound, made_from), group in to_bound.items()
+            {"model": model, "suite": suite, "task": task, "to_tokens": to, "made_from": texts, **_over_lengths(group)}
+            for (model, suite, task, to, texts), group in to_bound.items()
         ],
     }
 
@@ -319,10 +326,6 @@ def _texts(scores: Iterable[Score]) -> dict[tuple[str, str, int], str]:
 def _asked_together(score: Score) -> tuple[str, str, int]:
     """What a model is asked from the same texts: a suite at all lengths; documents are others at each length."""
     return (score.model, score.suite, score.context_length_tokens if score.suite == DOCUMENTS else 0)
-
-
-def _kept(facts: dict[str, Any]) -> dict[str, Any]:
-    return {key: facts[key] for key in SCORE_KEYS}
 
 
 def _over_lengths(group: list[Score]) -> dict[str, Any]:

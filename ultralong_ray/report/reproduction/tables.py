@@ -80,7 +80,7 @@ def _within_and_beyond(grid: dict[str, Any], window: int) -> list[float | None]:
 def _ruler(results: dict[str, Any]) -> str:
     texts = texts_of(results, "ruler")
     found = {
-        (", ".join(filter(None, (subject.label, own_texts(made_from, texts) if made_from != texts[0] else "")))): means
+        subject.label if made_from == texts[0] else f"{subject.label}, {own_texts(made_from, texts)}": means
         for made_from in texts
         for subject in SUBJECTS
         if (means := means_of(results, subject, "ruler", made_from))
@@ -92,7 +92,7 @@ def _ruler(results: dict[str, Any]) -> str:
     rows = [[name, *(_with_half(means.get(length)) for length in lengths)] for name, means in found.items()]
     below = [f"Mean of {tasks} tasks, per cent, ± half of the 95 % interval.", *_lacking_of_ruler(results)]
     if len(texts) > 1:
-        below.append(f"Other rows: {own_texts(texts[0], texts)}; compare only rows of the same.")
+        below.append(f"Where nothing is said: {own_texts(texts[0], texts)}; compare only rows of the same.")
     return _table([f"RULER, {tasks} tasks", *map(short_tokens, lengths)], rows, " ".join(below))
 
 
