@@ -1,4 +1,4 @@
-"""The verbs `prefix` and `parity` on CPU with a tiny model: the same answers, and files that say what was measured."""
+"""Verbs `prefix`, `decoding`, `parity` on CPU with a tiny model: the same answers, files that say what was measured."""
 
 from __future__ import annotations
 
@@ -21,6 +21,21 @@ def test_prefix_counts_the_same_answers(tiny_llama: Path, tmp_path: Path, capsys
     depths = [cell["depth"] for cell in result["cells"] if cell["length"] == 256]
     assert depths == [100.0, 50.0, 0.0], "each cell reads on from what the one before it holds"
     assert "the same answers" in capsys.readouterr().out
+
+
+def test_decoding_compares_all_answers(tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "decoding.json"
+    arguments = ["--lengths", "2048", "--samples", "2", "--device", "cpu", "--out", str(out)]
+    assert main(["decoding", "--model", str(tiny_llama), *arguments]) == 0
+    result = json.loads(out.read_text())
+    assert result["answers"] == result["same_answers"] == 2 * (13 + 3)
+    assert result["speedup"] == pytest.approx(result["seconds"]["alone"] / result["seconds"]["together"])
+    assert result["mean_score"]["alone"] == result["mean_score"]["together"]
+    by_task = result["seconds_by_task"]
+    assert len(by_task) == 16 and "ruler/vt at 2048" in by_task
+    for name, seconds in result["seconds"].items():
+        assert seconds == pytest.approx(sum(task[name] for task in by_task.values()))
+    assert "32 of 32 the same" in capsys.readouterr().out
 
 
 @pytest.mark.usefixtures("forked_ranks")

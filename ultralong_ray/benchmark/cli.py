@@ -1,4 +1,4 @@
-"""`python jobs/benchmark.py train|prefill|prefix|parity|checkpoint|kernels|data`: words to a measurement, a status."""
+"""`jobs/benchmark.py train|prefill|prefix|decoding|parity|checkpoint|kernels|data`: words to a measurement, a status."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 
 from ultralong_ray.benchmark.checkpoint import Checkpoints
 from ultralong_ray.benchmark.checkpoint_record import checkpoint_table, run_checkpoints
+from ultralong_ray.benchmark.decoding import add_decoding, decoding_table, run_decoding
 from ultralong_ray.benchmark.kernels import add_kernels, kernels_table, run_kernels
 from ultralong_ray.benchmark.launch import RunFailed
 from ultralong_ray.benchmark.parity import add_parity, parity_table, run_parity
@@ -56,6 +57,8 @@ def _measured(options: argparse.Namespace, command: list[str]) -> tuple[str, boo
     if options.verb == "prefix":
         result = run_prefix(options, command)
         return prefix_table(result), result["same_answers"]
+    if options.verb == "decoding":
+        return decoding_table(run_decoding(options, command)), True
     if options.verb == "parity":
         result = run_parity(options, command)
         return parity_table(result), result["passed"]
@@ -95,6 +98,8 @@ def _parser() -> argparse.ArgumentParser:
     prefill = verbs.add_parser("prefill", help="one long prompt over all GPUs, then decoding", allow_abbrev=False)
     _add_prefill(prefill.add_argument)
     add_prefix(verbs.add_parser("prefix", help="a passkey grid with and without reuse of prompts").add_argument)
+    decoding = verbs.add_parser("decoding", help="RULER with answers decoded one by one and together")
+    add_decoding(decoding.add_argument)
     add_parity(verbs.add_parser("parity", help="answers of the in-process and the sharded engine").add_argument)
     add_kernels(verbs.add_parser("kernels", help="attention kernels alone, TFLOP/s by length").add_argument)
     checkpoint = verbs.add_parser("checkpoint", help="what checkpoints cost a training loop", allow_abbrev=False)

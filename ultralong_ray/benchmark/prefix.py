@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from ultralong_ray.benchmark.record import environment
@@ -67,11 +67,11 @@ def run_prefix(options: argparse.Namespace, command: list[str]) -> dict[str, Any
         prefill_chunk_tokens=options.prefill_chunk,
     )
     cells = grid(config, ["final"], None)
-    run_cell(engine, config, cells[-1], Maker({}), lambda chat: Prompts(engine.tokenizer, chat_template=chat))  # warm
+    timed_cells(engine, config, cells[-1:], Maker({}))  # warm
     engine.forget()
     run = [0]  # tokens that passed through the model
     engine.model.register_forward_pre_hook(lambda module, args: run.__setitem__(0, run[0] + args[0].shape[1]))
-    shared, unshared = _timed(engine, config, cells, run), _timed(_Unshared(engine), config, cells, run)
+    shared, unshared = (timed_cells(each, config, cells, Maker({}), run) for each in (engine, _Unshared(engine)))
     same = [one["answers"] == other["answers"] for one, other in zip(shared, unshared, strict=True)]
     totals = {
         what: {name: sum(cell[what] for cell in cells) for name, cells in (("shared", shared), ("unshared", unshared))}
@@ -97,15 +97,26 @@ def run_prefix(options: argparse.Namespace, command: list[str]) -> dict[str, Any
     return result
 
 
-def _timed(engine: Any, config: EvaluateConfig, cells: list[Cell], run: list[int]) -> list[dict[str, Any]]:
+def timed_cells(
+    engine: Any,
+    config: EvaluateConfig,
+    cells: list[Cell],
+    maker: Maker,
+    run: Sequence[int] = (0,),
+    *,
+    forget: bool = False,
+) -> list[dict[str, Any]]:
     """Score, answers, seconds and tokens of every cell. An answer is text: the device has finished when a cell has.
 
+    `run`: the tokens that passed so far, as a hook counts them. `forget`: free the keys and values before each cell.
     CPU seconds of this process are kept too: on a machine that others use they say more than the clock.
     """
     found = []
     for cell in cells:
+        if forget:
+            engine.forget()
         began, cpu_began, tokens_began = time.perf_counter(), time.process_time(), run[0]
-        result = run_cell(engine, config, cell, Maker({}), lambda chat: Prompts(engine.tokenizer, chat_template=chat))
+        result = run_cell(engine, config, cell, maker, lambda chat: Prompts(engine.tokenizer, chat_template=chat))
         answers = [sample["answer"] for sample in result.samples]
         found.append(
             {

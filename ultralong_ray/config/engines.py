@@ -13,6 +13,9 @@ class InProcessEngine(Section):
     """The Hugging Face model in the worker, on one GPU or on CPU."""
 
     kind: Literal["in_process"] = "in_process"
+    batch_tokens: Positive = operational(131_072)
+    """Of the prompts and answers that are decoded together: so many keys and values are in memory, beside those of the
+    prompt that is being read. A longer prompt is answered alone. 1: one at a time."""
 
 
 class ShardedEngine(Section):

@@ -180,7 +180,7 @@ def cell_settings(config: EvaluateConfig, cell: Cell) -> dict[str, Any]:
     shared = {
         "chat_template": _chat_template(config, cell),
         "precision": config.precision,
-        "engine": config.engine.model_dump(mode="json"),
+        "engine": config.engine.fingerprint_fields(),
         "decoding": "greedy",
     }
     if cell.section >= 0:

@@ -17,9 +17,11 @@ from numpy.typing import NDArray
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 from ultralong_ray.eval.chunk_attention import CHUNK_ATTENTION, Attention, register_chunk_attention, usual_attention
+from ultralong_ray.eval.decode_together import HeldPrompt, decoding_together, grouped, next_logits
 from ultralong_ray.eval.engine import Request, cut_answer, is_finished
 from ultralong_ray.model.angles import install_angles
 from ultralong_ray.parallel.kernels.choose import choose_kernel
+from ultralong_ray.types import UserError
 
 LOSS_TILE_TOKENS = 1024  # rows of [vocabulary] logits that exist at a time
 
@@ -35,14 +37,18 @@ class Engine:
         prefill_chunk_tokens: int,
         device: str | None = None,
         attention: Attention | None = None,
+        batch_tokens: int = 1,
     ) -> None:
-        """`attention`: transformers' own or chunk_attention.py's, see `usual_attention`."""
+        """`attention`: transformers' own or chunk_attention.py's, see `usual_attention`. `batch_tokens`: of prompts
+        and answers that are decoded together; 1: one at a time."""
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.chunk_tokens = prefill_chunk_tokens
         self.tokenizer: Any = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         config: Any = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         dtype = getattr(torch, precision)
         attention = attention or usual_attention(config, self.device.type)
+        # decode_together.py attends to all keys
+        self.batch_tokens = 1 if getattr(config, "sliding_window", None) else batch_tokens
         self._passed: dict[str, Any] = {}  # to every call of the model
         if attention == CHUNK_ATTENTION:
             register_chunk_attention()
@@ -96,8 +102,36 @@ class Engine:
         return greedy_answer(logits, self._decode, self.tokenizer, self.stop_ids, max_new_tokens, stop, exact)
 
     def answers(self, requests: Iterable[Request]) -> list[str]:
-        """One after the other, so that neighbours which begin alike share that work."""
-        return [self.answer(each.ids, each.max_new_tokens, each.stop, each.exact) for each in requests]
+        """Prompts are read one after the other, so that neighbours which begin alike share that work."""
+        found: list[str] = []
+        for group in grouped(requests, self.batch_tokens):
+            if len(group) > 1:
+                found += self._answers_together(group)
+            else:
+                found += [self.answer(each.ids, each.max_new_tokens, each.stop, each.exact) for each in group]
+        return found
+
+    @torch.inference_mode()
+    def _answers_together(self, group: list[Request]) -> list[str]:
+        """Raises: UserError when the memory does not hold all of them."""
+        answers = [GreedyAnswer(self.tokenizer, self.stop_ids, r.max_new_tokens, r.stop, r.exact) for r in group]
+        try:
+            going: list[tuple[GreedyAnswer, HeldPrompt]] = []
+            for request, answer in zip(group, answers, strict=True):
+                if answer.take(int(self.prefill(request.ids).argmax())):
+                    going.append((answer, HeldPrompt(self._cache, request.max_new_tokens)))
+            with decoding_together(self.model):
+                while going:
+                    last = [answer.ids[-1] for answer, _ in going]
+                    logits = next_logits(self.model, [held for _, held in going], last, self.device)
+                    chosen = logits.argmax(-1).tolist()
+                    going = [each for each, token in zip(going, chosen, strict=True) if each[0].take(token)]
+        except torch.OutOfMemoryError as error:
+            raise UserError(
+                f"evaluate.engine.batch_tokens {self.batch_tokens:,}: {len(group)} prompts were too many to decode "
+                f"together ({error}); lower it, to 1 for one at a time, and submit again"
+            ) from error
+        return [answer.text() for answer in answers]
 
     @torch.inference_mode()
     def continuation_scores(
@@ -138,6 +172,33 @@ class Engine:
         return torch.cat(losses).numpy()
 
 
+class GreedyAnswer:
+    """An answer as it grows. It ends before a token of `stop_ids`, at a text of `stop`, or after `max_new_tokens`."""
+
+    def __init__(
+        self, tokenizer: Any, stop_ids: Collection[int], max_new_tokens: int, stop: Sequence[str], exact: bool
+    ) -> None:
+        """`stop` and `exact`: see `engine.cut_answer`."""
+        self.ids: list[int] = []
+        self._tokenizer, self._stop_ids, self._most = tokenizer, stop_ids, max_new_tokens
+        self._stop, self._exact = stop, exact
+
+    def take(self, token: int) -> bool:
+        """The likeliest next token; returns whether another one is wanted."""
+        if token in self._stop_ids:
+            return False
+        self.ids.append(token)
+        if len(self.ids) >= self._most:
+            return False
+        return not (self._stop and is_finished(self._decoded(), self._stop, self._exact))
+
+    def text(self) -> str:
+        return cut_answer(self._decoded(), self._stop, self._exact)
+
+    def _decoded(self) -> str:
+        return self._tokenizer.decode(self.ids, skip_special_tokens=True)
+
+
 def greedy_answer(
     logits: torch.Tensor,
     decode: Callable[[int], torch.Tensor],
@@ -149,20 +210,12 @@ def greedy_answer(
 ) -> str:
     """The text that follows a prompt with `logits` [vocab]; `decode` takes a token and gives the logits after it.
 
-    It ends before a token of `stop_ids`, at a text of `stop` (see `engine.cut_answer`), or after `max_new_tokens`.
+    Where it ends: `GreedyAnswer`.
     """
-    ids: list[int] = []
-    for step in range(max_new_tokens):
-        token = int(logits.argmax())
-        if token in stop_ids:
-            break
-        ids.append(token)
-        if step == max_new_tokens - 1:
-            break
-        if stop and is_finished(tokenizer.decode(ids, skip_special_tokens=True), stop, exact):
-            break
-        logits = decode(token)
-    return cut_answer(tokenizer.decode(ids, skip_special_tokens=True), stop, exact)
+    answer = GreedyAnswer(tokenizer, stop_ids, max_new_tokens, stop, exact)
+    while answer.take(int(logits.argmax())):
+        logits = decode(answer.ids[-1])
+    return answer.text()
 
 
 def scored_continuations(

@@ -30,4 +30,9 @@ def open_engine(config: EvaluateConfig, model: str, folder: Path, room: Any = No
         return OnVllm(config, folder)
     from ultralong_ray.eval.generate import Engine as InProcessEngine
 
-    return InProcessEngine(folder, precision=config.precision, prefill_chunk_tokens=config.prefill_chunk_tokens)
+    return InProcessEngine(
+        folder,
+        precision=config.precision,
+        prefill_chunk_tokens=config.prefill_chunk_tokens,
+        batch_tokens=config.engine.batch_tokens,
+    )
