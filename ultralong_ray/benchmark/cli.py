@@ -1,4 +1,4 @@
-"""`jobs/benchmark.py train|prefill|prefix|decoding|parity|checkpoint|kernels|data`: words to a measurement, a status."""
+"""`jobs/benchmark.py train|prefill|prefix|decoding|parity|checkpoint|kernels|data`: words in, a measurement out."""
 
 from __future__ import annotations
 
