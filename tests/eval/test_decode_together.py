@@ -11,7 +11,6 @@ import torch
 from ultralong_ray.eval.decode_together import grouped
 from ultralong_ray.eval.engine import Request
 from ultralong_ray.eval.generate import Engine
-from ultralong_ray.types import UserError
 
 
 def engine(folder: Path, batch_tokens: int, attention: Any = None) -> Engine:
@@ -75,9 +74,15 @@ def test_one_forward_decodes_all_that_go_on(tiny_llama: Path) -> None:
 
 def test_groups_hold_no_more_tokens_than_asked() -> None:
     asked = [Request("", [1] * length, 10) for length in (40, 40, 90, 100, 5, 5, 80)]
-    assert [[len(each.ids) for each in group] for group in grouped(asked, 100)] == [[40, 40], [90], [100], [5, 5], [80]]
-    assert [len(group) for group in grouped(asked, 1)] == [1] * 7
-    assert list(grouped([], 100)) == []
+    assert [[len(each.ids) for each in group] for group in grouped(asked, lambda: 100)] == [
+        [40, 40],
+        [90],
+        [100],
+        [5, 5],
+        [80],
+    ]
+    assert [len(group) for group in grouped(asked, lambda: 1)] == [1] * 7
+    assert list(grouped([], lambda: 100)) == []
 
 
 def test_a_request_is_made_when_its_group_is_filled(tiny_llama: Path) -> None:
@@ -110,14 +115,26 @@ def test_models_whose_attention_slides_answer_one_at_a_time(tiny_llama: Path, mo
     assert engine(tiny_llama, 10_000).batch_tokens == 1
 
 
-def test_too_little_memory_names_the_field(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_does_not_fit_into_memory_together_is_answered_by_fewer(
+    tiny_llama: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """No answer is lost by it, and later groups are smaller at once."""
     from ultralong_ray.eval import generate
 
-    def full(*args: Any) -> Any:
-        raise torch.OutOfMemoryError("tried to allocate 2 GiB")
+    sizes: list[int] = []
+    decode = generate.next_logits
 
-    monkeypatch.setattr(generate, "next_logits", full)
-    ours = engine(tiny_llama, 10_000)
-    with pytest.raises(UserError, match=r"evaluate\.engine\.batch_tokens 10,000: 4 prompts .* 2 GiB.*to 1 for one"):
-        ours.answers(requests(ours, LENGTHS, NEW_TOKENS))
+    def of_two(model: Any, held: Any, *rest: Any) -> Any:
+        sizes.append(len(held))
+        if len(held) > 2:
+            raise torch.OutOfMemoryError("tried to allocate 2 GiB")
+        return decode(model, held, *rest)
+
+    monkeypatch.setattr(generate, "next_logits", of_two)
+    ours, alone = engine(tiny_llama, 230), engine(tiny_llama, 1)
+    asked = [Request("", [10 + number] * 50, 6) for number in range(7)]
+    assert ours.answers(asked) == alone.answers(asked)
+    assert sizes[0] == 4 and set(sizes[1:]) == {2} and ours.batch_tokens == 112
+    assert "4 prompts of 224 tokens in all do not fit into memory of cpu together" in caplog.text
+    assert "evaluate.engine.batch_tokens is 112 from here on" in caplog.text
     assert ours.model.config._attn_implementation == "sdpa"

@@ -24,6 +24,14 @@ def test_long_prompts_take_more_than_their_tokens() -> None:
     assert work_of(ruler(4096)) > 2 * 4096  # its answer
 
 
+def test_answers_decoded_together_take_the_steps_of_one() -> None:
+    alone, two, all_ten = (work_of(ruler(4096, samples=10), batch_tokens) for batch_tokens in (1, 8192, 50_000))
+    answer = work_of(ruler(4096)) - (4096 + 4096**2 / 53_000)
+    assert alone - two == pytest.approx(5 * answer)
+    assert alone - all_ten == pytest.approx(9 * answer)
+    assert work_of(ruler(65_536), 50_000) == work_of(ruler(65_536))
+
+
 def test_what_a_worker_holds_before_the_needle_is_not_read_again() -> None:
     whole, half, last = (work_of(passkey(1_000_000, depth)) for depth in (0.0, 50.0, 89.0))
     assert half == pytest.approx(0.75 * whole, rel=0.02)

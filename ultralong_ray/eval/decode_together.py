@@ -8,7 +8,7 @@ single one: no padding, no mask, nothing to pay for an answer that is over.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -51,17 +51,16 @@ def _with_room(held: torch.Tensor, rows: int) -> torch.Tensor:
     return grown
 
 
-def grouped(requests: Iterable[Request], most_tokens: int) -> Iterator[list[Request]]:
-    """Neighbours whose prompts and answers together have at most `most_tokens` tokens; a longer one stands alone."""
+def grouped(requests: Iterable[Request], most_tokens: Callable[[], int]) -> Iterator[list[Request]]:
+    """Neighbours whose prompts and answers together have at most `most_tokens()` tokens; a longer one stands alone."""
     group: list[Request] = []
     tokens = 0
     for request in requests:
-        needed = len(request.ids) + request.max_new_tokens
-        if group and tokens + needed > most_tokens:
+        if group and tokens + request.tokens > most_tokens():
             yield group
             group, tokens = [], 0
         group.append(request)
-        tokens += needed
+        tokens += request.tokens
     if group:
         yield group
 

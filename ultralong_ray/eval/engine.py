@@ -27,6 +27,11 @@ class Request:
     messages: tuple[tuple[str, str], ...] = ()  # (role, content), for chat endpoints: what the template renders
     answer_prefix: str = ""  # with which `text` ends, behind the template's assistant header
 
+    @property
+    def tokens(self) -> int:
+        """Of the prompt and the longest answer."""
+        return len(self.ids) + self.max_new_tokens
+
 
 class Engine(Protocol):
     """One model, ready to answer. Never cuts a prompt: one that it cannot read is a UserError."""

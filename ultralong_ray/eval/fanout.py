@@ -19,7 +19,7 @@ import ray
 from ray.exceptions import RayActorError, RayTaskError
 
 from ultralong_ray.config import EvaluateConfig, ModelConfig, Recipe
-from ultralong_ray.config.engines import EndpointEngine, ShardedEngine, VllmEngine
+from ultralong_ray.config.engines import EndpointEngine, InProcessEngine, ShardedEngine, VllmEngine
 from ultralong_ray.config.made_tasks import NAMED_WORDS
 from ultralong_ray.eval.cells import Cell, grid, points_of, run_cell, store_cell, stored_points
 from ultralong_ray.eval.making import Maker, check_sections
@@ -266,7 +266,10 @@ class _Pool:
     def run(self, num_workers: int) -> dict[Cell, list[float]]:
         """Sample scores of the cells that could be computed; the rest is in `failures`."""
         points: dict[Cell, list[float]] = {}
-        progress = Progress(sum(map(work_of, self.todo)), len(self.todo), num_workers, self.num_stored)
+        engine = self.inputs.config.engine
+        together = engine.batch_tokens if isinstance(engine, InProcessEngine) else 1
+        work = sum(work_of(cell, together) for cell in self.todo)
+        progress = Progress(work, len(self.todo), num_workers, self.num_stored, together)
         self._progress = progress
         progress.show(0)
         try:

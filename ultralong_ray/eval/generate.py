@@ -7,6 +7,7 @@ Nothing is ever truncated: a prompt beyond the model's window is run as it is. R
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,8 @@ from ultralong_ray.eval.decode_together import HeldPrompt, decoding_together, gr
 from ultralong_ray.eval.engine import Request, cut_answer, is_finished
 from ultralong_ray.model.angles import install_angles
 from ultralong_ray.parallel.kernels.choose import choose_kernel
-from ultralong_ray.types import UserError
+
+logger = logging.getLogger(__name__)
 
 LOSS_TILE_TOKENS = 1024  # rows of [vocabulary] logits that exist at a time
 
@@ -104,33 +106,39 @@ class Engine:
     def answers(self, requests: Iterable[Request]) -> list[str]:
         """Prompts are read one after the other, so that neighbours which begin alike share that work."""
         found: list[str] = []
-        for group in grouped(requests, self.batch_tokens):
-            if len(group) > 1:
-                found += self._answers_together(group)
-            else:
-                found += [self.answer(each.ids, each.max_new_tokens, each.stop, each.exact) for each in group]
+        for group in grouped(requests, lambda: self.batch_tokens):
+            together = self._answers_together(group) if len(group) > 1 else None
+            found += together or [self.answer(each.ids, each.max_new_tokens, each.stop, each.exact) for each in group]
         return found
 
-    @torch.inference_mode()
-    def _answers_together(self, group: list[Request]) -> list[str]:
-        """Raises: UserError when the memory does not hold all of them."""
-        answers = [GreedyAnswer(self.tokenizer, self.stop_ids, r.max_new_tokens, r.stop, r.exact) for r in group]
+    def _answers_together(self, group: list[Request]) -> list[str] | None:
+        """None where the memory does not hold all of them; later groups are half as large then."""
         try:
-            going: list[tuple[GreedyAnswer, HeldPrompt]] = []
-            for request, answer in zip(group, answers, strict=True):
-                if answer.take(int(self.prefill(request.ids).argmax())):
-                    going.append((answer, HeldPrompt(self._cache, request.max_new_tokens)))
-            with decoding_together(self.model):
-                while going:
-                    last = [answer.ids[-1] for answer, _ in going]
-                    logits = next_logits(self.model, [held for _, held in going], last, self.device)
-                    chosen = logits.argmax(-1).tolist()
-                    going = [each for each, token in zip(going, chosen, strict=True) if each[0].take(token)]
-        except torch.OutOfMemoryError as error:
-            raise UserError(
-                f"evaluate.engine.batch_tokens {self.batch_tokens:,}: {len(group)} prompts were too many to decode "
-                f"together ({error}); lower it, to 1 for one at a time, and submit again"
-            ) from error
+            return self._decoded_together(group)
+        except torch.OutOfMemoryError:
+            tokens = sum(each.tokens for each in group)
+            self.batch_tokens = max(1, tokens // 2)
+            logger.warning(
+                "%d prompts of %s tokens in all do not fit into memory of %s together; evaluate.engine.batch_tokens "
+                "is %s from here on: lower it in the recipe",
+                *(len(group), f"{tokens:,}", self.device, f"{self.batch_tokens:,}"),
+            )
+        self.forget()  # what was being written
+        return None
+
+    @torch.inference_mode()
+    def _decoded_together(self, group: list[Request]) -> list[str]:
+        answers = [GreedyAnswer(self.tokenizer, self.stop_ids, r.max_new_tokens, r.stop, r.exact) for r in group]
+        going: list[tuple[GreedyAnswer, HeldPrompt]] = []
+        for request, answer in zip(group, answers, strict=True):
+            if answer.take(int(self.prefill(request.ids).argmax())):
+                going.append((answer, HeldPrompt(self._cache, request.max_new_tokens)))
+        with decoding_together(self.model):
+            while going:
+                last = [answer.ids[-1] for answer, _ in going]
+                logits = next_logits(self.model, [held for _, held in going], last, self.device)
+                chosen = logits.argmax(-1).tolist()
+                going = [each for each, token in zip(going, chosen, strict=True) if each[0].take(token)]
         return [answer.text() for answer in answers]
 
     @torch.inference_mode()

@@ -17,16 +17,17 @@ TOKENS_PER_STEP = 200  # of a prompt, read while one token is decoded: peak FLOP
 PASSKEY_STEPS, TASK_STEPS = 8, 50  # about, of an answer
 
 
-def work_of(cell: Cell) -> float:
+def work_of(cell: Cell, batch_tokens: int = 1) -> float:
     """What a cell takes, in tokens of a short prompt: of each sample its tokens, their square, and its answer.
 
-    A worker that goes through passkey prompts deepest first holds what stands before the needle.
+    A worker that goes through passkey prompts deepest first holds what stands before the needle. Answers to prompts of
+    `batch_tokens` are decoded together, by as many steps as one.
     """
     samples = max(1, cell.num_samples)
     tokens = cell.tokens / samples
     is_passkey = cell.task == PASSKEY and cell.num_samples > 0
     held = tokens * (cell.depth_percent or 0.0) / 100 if is_passkey and cell.depth_percent != 100 else 0.0
-    steps = PASSKEY_STEPS if is_passkey else TASK_STEPS
+    steps = (PASSKEY_STEPS if is_passkey else TASK_STEPS) / min(samples, max(1, batch_tokens // max(1, tokens)))
     return samples * (tokens - held + (tokens**2 - held**2) / EVEN_TOKENS + TOKENS_PER_STEP * steps)
 
 
@@ -57,6 +58,7 @@ class Progress:
     total_cells: int
     num_workers: int
     stored_cells: int = 0
+    batch_tokens: int = 1
     done_cells: int = 0
     last_line: float = 0.0
     _done_work: float = 0.0
@@ -73,8 +75,8 @@ class Progress:
         now = _time(now)
         since, pace = self._running.pop(cell)
         if answered:
-            pace.add(now - since, work_of(cell))
-        self._done_work += work_of(cell)
+            pace.add(now - since, self._work(cell))
+        self._done_work += self._work(cell)
         self.done_cells += 1
         if now - self.last_line < PROGRESS_SECONDS and self.done_cells < self.total_cells:
             return
@@ -92,9 +94,12 @@ class Progress:
     def seconds_left(self, now: float) -> float:
         """What is left at the pace so far, by all workers."""
         seconds_per_work = self._further.seconds_per_work or self._first.seconds_per_work
-        begun = sum(min(now - since, seconds_per_work * work_of(cell)) for cell, (since, _) in self._running.items())
+        begun = sum(min(now - since, seconds_per_work * self._work(cell)) for cell, (since, _) in self._running.items())
         left = seconds_per_work * (self.total_work - self._done_work) - begun
         return max(0.0, left) / self.num_workers
+
+    def _work(self, cell: Cell) -> float:
+        return work_of(cell, self.batch_tokens)
 
     def show(self, failed: int) -> None:
         """The evaluation so far as metrics."""
