@@ -101,17 +101,25 @@ def test_a_request_is_made_when_its_group_is_filled(tiny_llama: Path) -> None:
     assert seen[0] == 3 and seen[-1] == 4, "the first of the next group is there when a group is full, and no more"
 
 
-def test_models_whose_attention_slides_answer_one_at_a_time(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "change",
+    [{"sliding_window": 64}, {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 10_000.0, "factor": 2.0}}],
+)
+def test_models_that_cannot_decode_together_answer_one_at_a_time(
+    tiny_llama: Path, monkeypatch: pytest.MonkeyPatch, change: dict[str, Any]
+) -> None:
     from ultralong_ray.eval import generate
 
     read = generate.AutoConfig.from_pretrained
 
-    def sliding(*args: Any, **named: Any) -> Any:
+    def changed(*args: Any, **named: Any) -> Any:
         config = read(*args, **named)
-        config.sliding_window = 64
+        for name, value in change.items():
+            setattr(config, name, value)
         return config
 
-    monkeypatch.setattr(generate.AutoConfig, "from_pretrained", sliding)
+    assert engine(tiny_llama, 10_000).batch_tokens == 10_000
+    monkeypatch.setattr(generate.AutoConfig, "from_pretrained", changed)
     assert engine(tiny_llama, 10_000).batch_tokens == 1
 
 

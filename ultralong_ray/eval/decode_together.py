@@ -23,6 +23,13 @@ from ultralong_ray.eval.engine import Request
 TOGETHER_ATTENTION = "ultralong_together"
 
 
+def can_decode_together(config: Any) -> bool:
+    """Not where attention slides, since a new token sees all keys here, nor where transformers computes the angles of
+    all prompts by the length of the longest one."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    return not getattr(config, "sliding_window", None) and rope.get("rope_type") not in ("dynamic", "longrope")
+
+
 class HeldPrompt:
     """The keys and values of one prompt and, as it grows, of its answer. Takes memory for all of both at once."""
 

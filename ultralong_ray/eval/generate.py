@@ -18,7 +18,13 @@ from numpy.typing import NDArray
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 from ultralong_ray.eval.chunk_attention import CHUNK_ATTENTION, Attention, register_chunk_attention, usual_attention
-from ultralong_ray.eval.decode_together import HeldPrompt, decoding_together, grouped, next_logits
+from ultralong_ray.eval.decode_together import (
+    HeldPrompt,
+    can_decode_together,
+    decoding_together,
+    grouped,
+    next_logits,
+)
 from ultralong_ray.eval.engine import Request, cut_answer, is_finished
 from ultralong_ray.model.angles import install_angles
 from ultralong_ray.parallel.kernels.choose import choose_kernel
@@ -49,8 +55,7 @@ class Engine:
         config: Any = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         dtype = getattr(torch, precision)
         attention = attention or usual_attention(config, self.device.type)
-        # decode_together.py attends to all keys
-        self.batch_tokens = 1 if getattr(config, "sliding_window", None) else batch_tokens
+        self.batch_tokens = batch_tokens if can_decode_together(config) else 1
         self._passed: dict[str, Any] = {}  # to every call of the model
         if attention == CHUNK_ATTENTION:
             register_chunk_attention()
