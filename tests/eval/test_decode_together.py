@@ -8,9 +8,12 @@ from typing import Any
 import pytest
 import torch
 
+from ultralong_ray.config import EvaluateConfig
+from ultralong_ray.config.engines import InProcessEngine
 from ultralong_ray.eval.decode_together import grouped
 from ultralong_ray.eval.engine import Request
 from ultralong_ray.eval.generate import Engine
+from ultralong_ray.eval.open_engine import open_engine
 
 
 def engine(folder: Path, batch_tokens: int, attention: Any = None) -> Engine:
@@ -146,3 +149,26 @@ def test_what_does_not_fit_into_memory_together_is_answered_by_fewer(
     assert "4 prompts of 224 tokens in all do not fit into memory of cpu together" in caplog.text
     assert "evaluate.engine.batch_tokens is 112 from here on" in caplog.text
     assert ours.model.config._attn_implementation == "sdpa"
+
+
+def test_a_prompt_half_read_when_memory_ran_out_is_read_again(tiny_llama: Path) -> None:
+    ours, alone = engine(tiny_llama, 10_000), engine(tiny_llama, 1)
+    first, other = requests(alone, (120, 150), (6, 6))
+    asked = [first, other, first]
+    chunks: list[int] = []
+
+    def fails_once(module: Any, args: Any) -> None:
+        chunks.append(args[0].shape[1])
+        if len(chunks) == 7:  # the first prompt again, of which nothing is held any more
+            raise torch.OutOfMemoryError("tried to allocate 2 GiB")
+
+    ours.model.register_forward_pre_hook(fails_once)
+    assert ours.answers(asked) == alone.answers(asked)
+    assert chunks[:10] == [50, 50, 20, 50, 50, 50, 50, 50, 50, 20]
+
+
+def test_the_recipe_says_how_many_tokens(tiny_llama: Path) -> None:
+    config = EvaluateConfig(engine=InProcessEngine(batch_tokens=777))
+    opened: Any = open_engine(config, "final", tiny_llama)
+    assert opened.batch_tokens == 777
+    assert "batch_tokens" not in config.fingerprint_fields()["engine"]
