@@ -10,6 +10,7 @@ import pytest
 from pydantic import ValidationError
 
 from ultralong_ray.config import EvaluateConfig, Recipe
+from ultralong_ray.config.engines import InProcessEngine
 from ultralong_ray.config.evaluate import even_lengths
 from ultralong_ray.config.made_tasks import RulerName, RulerTask, SkillName
 from ultralong_ray.config.read_tasks import MADE_INFINITEBENCH, InfinitebenchName, InfinitebenchTask, Level, LvevalName
@@ -128,3 +129,13 @@ def test_losses_are_asked_of_engines_that_give_them() -> None:
     with pytest.raises(ValidationError, match=r"kind perplexity need the loss of every token, which .* openai does"):
         EvaluateConfig.model_validate({"models": ["base"], "tasks": [section], "engine": served})
     EvaluateConfig.model_validate({"tasks": [section], "engine": {"kind": "sharded", "degree": 2}})
+
+
+def test_an_engine_without_a_kind_is_in_process() -> None:
+    assert EvaluateConfig.model_validate({"engine": {"batch_tokens": 4096}}).engine == InProcessEngine(
+        batch_tokens=4096
+    )
+    with pytest.raises(ValidationError, match=r"engine\.in_process\.batch_tokens\n.*greater than 0"):
+        EvaluateConfig.model_validate({"engine": {"batch_tokens": 0}})
+    with pytest.raises(ValidationError, match="expected tags: 'in_process', 'sharded', 'openai', 'vllm'"):
+        EvaluateConfig.model_validate({"engine": {"kind": "vlm"}})

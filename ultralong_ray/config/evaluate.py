@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from ultralong_ray.config.base import Positive, Section, operational
 from ultralong_ray.config.engines import EndpointEngine, EngineConfig, InProcessEngine, ShardedEngine
@@ -54,6 +54,11 @@ class EvaluateConfig(Section):
     def gives_losses(self) -> bool:
         """Whether the engine gives the loss of every token, which perplexity takes."""
         return isinstance(self.engine, InProcessEngine | ShardedEngine)
+
+    @field_validator("engine", mode="before")
+    @classmethod
+    def _is_in_process_unless_it_says_so(cls, value: Any) -> Any:
+        return {"kind": "in_process", **value} if isinstance(value, dict) else value
 
     @model_validator(mode="after")
     def _engine_has_the_models(self) -> EvaluateConfig:
