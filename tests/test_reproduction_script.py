@@ -85,10 +85,16 @@ def test_records_leave_out_what_is_large_and_restore_puts_the_models_in(checkout
     for name, text in {**kept, **dict.fromkeys(left, "{}"), "prepare-f/_SUCCESS.json": "{}"}.items():
         (part / name).parent.mkdir(parents=True, exist_ok=True)
         (part / name).write_text(text)
+    trials = {"tune-a/trials/recipe-1.json", "pretrain-a/metrics.jsonl"}  # and neither model nor text
+    for name in (*trials, "extend-b/_SUCCESS.json", "pretrain-a/_SUCCESS.json", "prepare-c/_SUCCESS.json"):
+        (runs / "ablations" / name).parent.mkdir(parents=True, exist_ok=True)
+        (runs / "ablations" / name).write_text("{}")
     assert run(checkout, "records").returncode == 0
     shutil.rmtree(runs)
     done = run(checkout, "restore")
     assert done.returncode == 0, done.stderr
+    ablations = runs / "ablations"
+    assert {str(path.relative_to(ablations)) for path in ablations.rglob("*") if path.is_file()} == trials
     found = {str(path.relative_to(part)) for path in part.rglob("*") if path.is_file()}
     models = {f"{stage}/model/model.safetensors" for stage in ("pretrain-a", "sft-b", "export-c")}
     assert found == {*kept, *models}

@@ -89,6 +89,8 @@ restore)
   mkdir -p "$models/base"
   tar xzf "$records" -C runs/reproduction
   rm -f runs/reproduction/*/prepare*/_SUCCESS.json # the text is not there, and is packed again where it is wanted
+  # models of the ablations are not kept either: trials that share one make it again
+  rm -f runs/reproduction/ablations/{extend,pretrain,sft,export}-*/_SUCCESS.json
   cp jobs/models/reproduction-base/* "$models/base"
   for stage in pretrain:1m-pretrained sft:1m export:1m; do
     for folder in runs/reproduction/extend_1m_long_sft/"${stage%:*}"-*/; do
