@@ -13,7 +13,7 @@ from ultralong_ray.config.tune import TuneConfig
 from ultralong_ray.recipe import load_recipe
 from ultralong_ray.stages import stage_directory, stage_fingerprint
 from ultralong_ray.storage import Location
-from ultralong_ray.tune.trials import chosen_trials, combinations, next_wave, plan_trials
+from ultralong_ray.tune.trials import Trial, TrialQueue, chosen_trials, combinations, plan_trials
 from ultralong_ray.types import UserError
 
 ABLATIONS = Path(__file__).resolve().parents[2] / "jobs/recipes/reproduction/ablations.toml"
@@ -96,7 +96,26 @@ def test_a_staged_trial_trains_on_what_its_former_step_made(tiny_recipe: Callabl
     assert last.prepare.sequence_length == 512
     assert last.model.base == (stage_directory(first, "pretrain").location / "model").uri
     # they share nothing, so all of them may run at once
-    assert len(next_wave([one, two, staged, other])) == 4
+    assert len(Runs([one, two, staged, other]).begin()) == 4
+
+
+class Runs:
+    """Trials of a queue that run, by name."""
+
+    def __init__(self, trials: list[Trial]) -> None:
+        self.trials, self.queue = trials, TrialQueue(trials)
+        self.run_of: dict[str, str] = {}
+
+    def begin(self) -> list[str]:
+        """All that may start now."""
+        found: list[str] = []
+        while (number := self.queue.begin(run := f"run {len(self.run_of)}")) is not None:
+            found.append(self.trials[number].name)
+            self.run_of[found[-1]] = run
+        return found
+
+    def end(self, name: str) -> None:
+        self.queue.end(self.run_of[name])
 
 
 def varied(tiny_recipe: Callable[..., Recipe], **more: Any) -> Recipe:
@@ -153,16 +172,18 @@ def test_of_trials_of_one_pretraining_one_trains_and_the_others_find_it_done(
 ) -> None:
     variants = {**VARIANTS, "tuned": {}, "longer": {"sft.steps": 3}}
     todo = plan_trials(varied(tiny_recipe, variants=variants))
-    wave = next_wave(todo)
-    assert [trial.name for trial in wave] == ["plain-1", "plain-2", "none-1", "none-2", "twice-1", "twice-2"]
-    shared = todo[6:]
-    assert [trial.name for trial in shared] == ["tuned-1", "tuned-2", "longer-1", "longer-2"]
-    assert next_wave(shared) == shared[:2]  # plain's pretraining has failed, say
-    stage_directory(shared[0].recipe, "pretrain").mark_done({})
-    assert next_wave(shared) == [shared[0], shared[1], shared[2]]
-    stage_directory(shared[1].recipe, "pretrain").mark_done({})
-    assert next_wave(shared) == shared
-    assert next_wave([]) == []
+    runs = Runs(todo)
+    assert runs.begin() == ["plain-1", "plain-2", "none-1", "none-2", "twice-1", "twice-2"]
+    assert not runs.queue.is_empty
+    runs.end("none-1")  # for which nobody waits
+    assert runs.begin() == []
+    stage_directory(todo[0].recipe, "pretrain").mark_done({})  # plain-1 is being evaluated now
+    assert runs.begin() == ["tuned-1", "longer-1"]
+    runs.end("plain-2")  # it has failed: one of those that share its pretraining makes it
+    assert runs.begin() == ["tuned-2"]
+    stage_directory(todo[1].recipe, "pretrain").mark_done({})
+    assert runs.begin() == ["longer-2"]
+    assert runs.queue.is_empty and runs.begin() == []
 
 
 def test_a_first_training_of_two_variants_is_made_once(tiny_recipe: Callable[..., Recipe]) -> None:
@@ -170,7 +191,10 @@ def test_a_first_training_of_two_variants_is_made_once(tiny_recipe: Callable[...
     variants = {"short": {"pretrain.steps": 5, "first": first}, "long": {"pretrain.steps": 9, "first": first}}
     short, long = plan_trials(varied(tiny_recipe, variants=variants, seeds=[1]))
     assert stage_directory(short.steps[0], "pretrain") == stage_directory(long.steps[0], "pretrain")
-    assert next_wave([short, long]) == [short]
+    runs = Runs([short, long])
+    assert runs.begin() == ["short-1"]
+    stage_directory(short.steps[0], "pretrain").mark_done({})
+    assert runs.begin() == ["long-1"]
 
 
 def test_further_variants_and_seeds_keep_the_folder(tiny_recipe: Callable[..., Recipe]) -> None:

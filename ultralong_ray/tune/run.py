@@ -18,6 +18,7 @@ from typing import Any
 from ray import tune as ray_tune
 from ray.tune.integration.ray_train import TuneReportCallback
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
+from ray.tune.search import Searcher
 
 from ultralong_ray.config import Recipe
 from ultralong_ray.job import connect_to_ray, run_stage
@@ -27,7 +28,7 @@ from ultralong_ray.stages import stage_directory, stages
 from ultralong_ray.storage import Location
 from ultralong_ray.train.metrics import read_metrics
 from ultralong_ray.tune.results import FINAL, TABLE_FILE, as_text, is_over, table, write_record
-from ultralong_ray.tune.trials import Trial, chosen_trials, next_wave, plan_trials, section
+from ultralong_ray.tune.trials import Trial, TrialQueue, chosen_trials, plan_trials, section
 from ultralong_ray.types import UserError
 
 log = logging.getLogger("ultralong_ray")
@@ -45,11 +46,7 @@ def tune(recipe: Recipe, recipe_path: str, only: tuple[str, ...] = ()) -> None:
     if todo:
         connect_to_ray()
         _make_inputs(todo, recipe_path)
-    while todo:
-        wave = next_wave(todo)
-        _run(recipe, wave, folder, recipe_path)
-        begun = {trial.name for trial in wave}
-        todo = [trial for trial in todo if trial.name not in begun]
+        _run(recipe, todo, folder, recipe_path)
     found = table(recipe, planned, folder)
     (folder / TABLE_FILE).write_json(found)
     print(f"{as_text(found)}\ntable: {folder / TABLE_FILE}", flush=True)
@@ -94,14 +91,18 @@ def _run(recipe: Recipe, todo: list[Trial], folder: Location, recipe_path: str) 
     work = ray_tune.with_resources(work, {"node:__internal_head__": 0.001})
     # Trials read the recipe's relative paths as the driver does, not from a folder of Tune's.
     os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")
-    # With a handler of its own for Ctrl-C Tune would end this wave, and the next one would begin.
+    # With a handler of its own for Ctrl-C Tune would end the trials and return as if they were over.
     os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")
     storage = folder / "ray"
     ray_tune.Tuner(
         work,
-        param_space={"trial": ray_tune.grid_search(list(range(len(todo))))},
         tune_config=ray_tune.TuneConfig(
-            metric="loss", mode="min", scheduler=_scheduler(recipe), max_concurrent_trials=min(at_once, len(todo))
+            metric="loss",
+            mode="min",
+            scheduler=_scheduler(recipe),
+            search_alg=_InTurn(TrialQueue(todo)),
+            num_samples=len(todo),
+            max_concurrent_trials=min(at_once, len(todo)),
         ),
         run_config=ray_tune.RunConfig(
             name=f"trials-{int(time.time())}",
@@ -123,6 +124,32 @@ def _scheduler(recipe: Recipe) -> TrialScheduler:
     return ASHAScheduler(
         time_attr="step", max_t=steps + 1, grace_period=grace, reduction_factor=tuning.reduction_factor
     )
+
+
+class _InTurn(Searcher):
+    """Tells Tune which trial starts next."""
+
+    def __init__(self, queue: TrialQueue) -> None:
+        super().__init__(metric="loss", mode="min")
+        self.queue = queue
+
+    def set_search_properties(self, metric: str | None, mode: str | None, config: Any, **spec: Any) -> bool:
+        return True
+
+    def suggest(self, trial_id: str) -> Any:
+        if self.queue.is_empty:
+            return Searcher.FINISHED
+        number = self.queue.begin(trial_id)
+        return None if number is None else {"trial": number}
+
+    def on_trial_complete(self, trial_id: str, result: Any = None, error: bool = False) -> None:
+        self.queue.end(trial_id)
+
+    def save(self, checkpoint_path: str) -> None:
+        """Nothing: an interrupted search is planned again, from the records of its trials."""
+
+    def restore(self, checkpoint_path: str) -> None:
+        """See `save`."""
 
 
 class _Recorder(ray_tune.Callback):

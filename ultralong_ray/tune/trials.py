@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 import math
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -116,24 +117,41 @@ def chosen_trials(planned: list[Trial], only: tuple[str, ...]) -> list[Trial]:
     return [trial for trial in planned if not only or trial.variant in only]
 
 
-def next_wave(todo: list[Trial]) -> list[Trial]:
-    """Those of `todo` that may run at once.
+class TrialQueue:
+    """Trials in their order, given out when nothing that they share is under way.
 
-    Of trials that share a pretraining that is not done, as before different SFTs, the first alone: the others find it
-    done then.
+    Of trials that share a pretraining that is not done, as before different SFTs, one alone runs until it is done: the
+    others find it then. Those behind them in the queue do not wait.
     """
-    wave: list[Trial] = []
-    training: set[str] = set()
-    for trial in todo:
-        own = {directory.fingerprint for step in trial.steps if not (directory := _pretraining(step)).done}
-        if not own & training:
-            wave.append(trial)
-            training |= own
-    return wave
+
+    def __init__(self, trials: Sequence[Trial]) -> None:
+        self._left = {
+            number: {found.fingerprint: found for found in map(_pretraining, trial.steps)}
+            for number, trial in enumerate(trials)
+        }
+        self._running: dict[str, dict[str, StageDirectory]] = {}
+
+    @property
+    def is_empty(self) -> bool:
+        return not self._left
+
+    def begin(self, run: str) -> int | None:
+        """The number of the first trial that may run now, as `run`; None when all that are left have to wait."""
+        under_way = {key: found for own in self._running.values() for key, found in own.items()}
+        wanted = {key for own in self._left.values() for key in own}
+        undone = {key for key in wanted & under_way.keys() if not under_way[key].done}
+        number = next((number for number, own in self._left.items() if undone.isdisjoint(own)), None)
+        if number is not None:
+            self._running[run] = self._left.pop(number)
+        return number
+
+    def end(self, run: str) -> None:
+        """`run` is over, whatever came of it."""
+        self._running.pop(run, None)
 
 
-def _pretraining(recipe: Recipe) -> StageDirectory:
-    return stage_directory(recipe, "pretrain")
+def _pretraining(step: Recipe) -> StageDirectory:
+    return stage_directory(step, "pretrain")
 
 
 def _trial(recipe: Recipe, variant: str | None, seed: int | None, number: int | None, found: dict[str, Any]) -> Trial:
