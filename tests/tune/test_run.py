@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import signal
 from collections.abc import Callable
 from typing import Any
@@ -14,7 +15,7 @@ from ultralong_ray.config import Recipe
 from ultralong_ray.stages import stage_directory
 from ultralong_ray.tune import run
 from ultralong_ray.tune.results import write_record
-from ultralong_ray.tune.trials import plan_trials
+from ultralong_ray.tune.trials import TrialQueue, plan_trials
 from ultralong_ray.types import UserError
 
 
@@ -42,7 +43,7 @@ def test_prepare_alone_packs_what_trials_that_are_not_over_read(
     assert ran == [("prepare", "none")]
 
 
-def test_ctrl_c_ends_the_command_and_not_the_wave_alone(
+def test_ctrl_c_ends_the_command_and_not_its_trials_alone(
     tiny_recipe: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Tuner:
@@ -66,3 +67,14 @@ def test_ctrl_c_ends_the_command_and_not_the_wave_alone(
     finally:
         for number, handler in former.items():
             signal.signal(number, handler)
+
+
+def test_tune_is_told_which_trial_starts_next(tiny_recipe: Callable[..., Recipe]) -> None:
+    """And waits while there is one that may not start yet; its copy of the queue is its own."""
+    recipe = tiny_recipe(tune={"variants": {"plain": {}, "longer": {"sft.steps": 3}}})
+    trials = plan_trials(recipe)
+    order = copy.deepcopy(run._InTurn(TrialQueue(trials)))
+    assert order.set_search_properties("loss", "min", {}) and (order.metric, order.mode) == ("loss", "min")
+    assert [order.suggest("a"), order.suggest("b")] == [{"trial": 0}, None]
+    order.on_trial_complete("a", error=True)
+    assert [order.suggest("b"), order.suggest("c")] == [{"trial": 1}, "FINISHED"]

@@ -8,18 +8,17 @@ before every prompt. Written for one process: CPU or one GPU.
 from __future__ import annotations
 
 import argparse
-import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any
 
+from ultralong_ray.benchmark.answers import add_engine, engine_of, timed_cells
 from ultralong_ray.benchmark.record import environment
-from ultralong_ray.benchmark.setups import at_least, model_folder
+from ultralong_ray.benchmark.setups import at_least
 from ultralong_ray.config import EvaluateConfig
-from ultralong_ray.eval.cells import Cell, grid, run_cell
+from ultralong_ray.eval.cells import grid
 from ultralong_ray.eval.engine import Request
 from ultralong_ray.eval.generate import Engine
 from ultralong_ray.eval.making import Maker
-from ultralong_ray.eval.tasks.prompt import Prompts
 from ultralong_ray.storage import Location
 
 
@@ -39,24 +38,15 @@ class _Unshared:
 
 def add_prefix(add: Any) -> None:
     """The verb's arguments."""
-    add("--model", required=True, help="Hugging Face folder; beyond its window answers are wrong, and timed alike")
+    add_engine(add, prefill_chunk=512)
     add("--lengths", type=at_least(1), nargs="+", default=[4096], help="tokens")
     add("--depths", type=at_least(1), default=10, help="even steps from 0 to 100 %%")
     add("--samples", type=at_least(1), default=5, help="prompts of a cell")
-    add("--prefill-chunk", type=at_least(1), default=512, help="tokens; reuse is in whole chunks")
-    add("--precision", choices=("float32", "bfloat16"), default="float32")
-    add("--device", choices=("cuda", "cpu"), help="default: cuda where there is one")
-    add("--out", required=True, help="JSON file")
 
 
 def run_prefix(options: argparse.Namespace, command: list[str]) -> dict[str, Any]:
     """Measure, write `options.out`, and return what was written. Raises: UserError for no model, lengths too short."""
-    engine = Engine(
-        model_folder(options.model),
-        precision=options.precision,
-        prefill_chunk_tokens=options.prefill_chunk,
-        device=options.device,
-    )
+    engine = engine_of(options)
     step = 100 / max(1, options.depths - 1)
     config = EvaluateConfig(
         models=("final",),
@@ -95,39 +85,6 @@ def run_prefix(options: argparse.Namespace, command: list[str]) -> dict[str, Any
     }
     Location.of(options.out).write_json(result)
     return result
-
-
-def timed_cells(
-    engine: Any,
-    config: EvaluateConfig,
-    cells: list[Cell],
-    maker: Maker,
-    run: Sequence[int] = (0,),
-    *,
-    forget: bool = False,
-) -> list[dict[str, Any]]:
-    """Score, answers, seconds and tokens of every cell. An answer is text: the device has finished when a cell has.
-
-    `run`: the tokens that passed so far, as a hook counts them. `forget`: free the keys and values before each cell.
-    CPU seconds of this process are kept too: on a machine that others use they say more than the clock.
-    """
-    found = []
-    for cell in cells:
-        if forget:
-            engine.forget()
-        began, cpu_began, tokens_began = time.perf_counter(), time.process_time(), run[0]
-        result = run_cell(engine, config, cell, maker, lambda chat: Prompts(engine.tokenizer, chat_template=chat))
-        answers = [sample["answer"] for sample in result.samples]
-        found.append(
-            {
-                "score": result.score,
-                "answers": answers,
-                "seconds": time.perf_counter() - began,
-                "cpu_seconds": time.process_time() - cpu_began,
-                "tokens_run": run[0] - tokens_began,
-            }
-        )
-    return found
 
 
 def prefix_table(result: dict[str, Any]) -> str:

@@ -35,10 +35,10 @@ def register_chunk_attention() -> None:
     The model then needs the keyword `kernel` in every call, and whole prompts: no padding, no sliding window.
     """
     AttentionInterface.register(CHUNK_ATTENTION, _attention)
-    AttentionMaskInterface.register(CHUNK_ATTENTION, _no_mask)
+    AttentionMaskInterface.register(CHUNK_ATTENTION, no_mask)
 
 
-def _no_mask(*args: Any, **kwargs: Any) -> None:
+def no_mask(*args: Any, **kwargs: Any) -> None:
     """None is built: which keys a row sees follows from its place."""
 
 

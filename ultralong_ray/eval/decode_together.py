@@ -17,7 +17,7 @@ from torch.nn.attention import sdpa_kernel
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from ultralong_ray.eval.chunk_attention import DECODE_BACKENDS
+from ultralong_ray.eval.chunk_attention import DECODE_BACKENDS, no_mask
 from ultralong_ray.eval.engine import Request
 
 TOGETHER_ATTENTION = "ultralong_together"
@@ -86,17 +86,13 @@ def next_logits(model: Any, held: Sequence[HeldPrompt], tokens: Sequence[int], d
 def decoding_together(model: Any) -> Iterator[None]:
     """Inside, the model's attention is that of this file."""
     AttentionInterface.register(TOGETHER_ATTENTION, _attention)
-    AttentionMaskInterface.register(TOGETHER_ATTENTION, _no_mask)
+    AttentionMaskInterface.register(TOGETHER_ATTENTION, no_mask)
     usual = model.config._attn_implementation
     model.set_attn_implementation(TOGETHER_ATTENTION)
     try:
         yield
     finally:
         model.set_attn_implementation(usual)
-
-
-def _no_mask(*args: Any, **kwargs: Any) -> None:
-    """None is built: a new token sees all that its prompt holds."""
 
 
 def _attention(
