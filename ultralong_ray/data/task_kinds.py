@@ -97,8 +97,9 @@ def needles(rng: random.Random, units: int) -> Task:
 def rounds(rng: random.Random, units: int, *, from_start: bool = False) -> Task:
     """Many facts hidden in noise or text, asked for one after another: one reading of a long context, many answers.
 
-    Of four facts one has no key ("The pass key is 12345."), as there is but one of its kind in the text. With
-    `from_start` one of 32 stands before all noise and text, where chance puts hardly any.
+    Of four facts one has no key ("The pass key is 12345."), as there is but one of its kind in the text. Chance puts
+    hardly any where the text begins, farthest from its question. With `from_start` every second fact goes where the
+    logarithm of its distance from the beginning is uniform, so as many to lines 10 to 100 as to lines 1,000 to 10,000.
     """
     asked = max(2, min(MOST_ROUNDS, units // UNITS_PER_ROUND))
     noisy, noun = rng.random() < 0.5, rng.choice(("code", "number", "password", "price", "value"))
@@ -113,8 +114,10 @@ def rounds(rng: random.Random, units: int, *, from_start: bool = False) -> Task:
     room = max(1, units - 5 * asked)  # two units a line, three a question with its answer
     filler = [NOISE] * max(1, room // 2) if noisy else natural(rng, room)
     lines = [line.format(*fact) for fact in values.items()]
-    first = max(1, asked // 32) if from_start else 0
-    lines = [*lines[:first], *scattered(rng, lines[first:], filler)]
+    early = asked // 2 if from_start else 0
+    text = scattered(rng, lines[early:], filler)
+    for fact in lines[:early]:
+        text.insert(int(len(text) ** rng.random()) - 1, fact)
     intro = rng.choice(("Some facts are hidden in this text. I will ask for them.", "Read this text with care."))
     ask = rng.choice(("What is the {}?", "Which is the {}?", "What does the text say is the {}?"))
     rng.shuffle(names)
@@ -122,7 +125,7 @@ def rounds(rng: random.Random, units: int, *, from_start: bool = False) -> Task:
     for name in names:
         further = [(ask.format(name), 0)] if answers else []
         answers += [*further, (f"The {name} is", 1), (f" {values[name]}", ANSWER_WEIGHT), (".", 1)]
-    return f"{intro}\n{' '.join(lines)}", ask.format(names[0]), answers
+    return f"{intro}\n{' '.join(text)}", ask.format(names[0]), answers
 
 
 def _keys(rng: random.Random, kind: str, count: int) -> list[str]:
