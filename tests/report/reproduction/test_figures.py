@@ -14,6 +14,7 @@ from ultralong_ray.report.reproduction.command import figures_command
 from ultralong_ray.report.reproduction.dots import Mark, Panel, Row, dot_chart
 from ultralong_ray.report.reproduction.figures import FIGURES, spread
 from ultralong_ray.report.reproduction.sheet import Placed, sheet
+from ultralong_ray.report.reproduction.trials import BEYOND
 from ultralong_ray.report.reproduction.variants import grouped
 from ultralong_ray.stages import stage_directory
 
@@ -235,6 +236,25 @@ def test_a_variant_that_broke_does_not_hide_the_others(tmp_path: Path) -> None:
         float(c.get("cx", "")) for c in root.iter(f"{SVG}circle") if "perplexity" in (c.findtext(f"{SVG}title") or "")
     ]
     assert len(places) == 3 and max(places) - min(places) > 100
+
+
+def test_variants_that_pairs_of_seeds_do_not_tell_apart_from_the_recipe_are_hollow(tmp_path: Path) -> None:
+    """Seeds differ more than variants: intervals of means overlap, those of differences need not."""
+    beyond = {"recipe": (0.3, 0.5, 0.7), "lower": (0.2, 0.41, 0.6), "alike": (0.2, 0.6, 0.6)}
+    trials = [trial_record(name, seed, found[seed - 1]) for name, found in beyond.items() for seed in (1, 2, 3)]
+    write_trials(tmp_path / "runs/ablations", [*trials, trial_record("once", 1, 0.1)])
+    figures_command(["gather", str(tmp_path / "runs"), "--out", str(tmp_path / "reproduction.json")])
+    styles = {}
+    for circle in _drawn(tmp_path, tmp_path / "svg")["ablations.svg"].iter(f"{SVG}circle"):
+        name, key = (circle.findtext(f"{SVG}title") or "").split(":")[0].split(", ")
+        if key == BEYOND:
+            styles[name] = circle.get("class", "").strip()
+    assert styles == {
+        "the recipe": "dot",
+        "lower": "dot muted",
+        "alike": "dot muted hollow",
+        "once": "dot muted hollow",
+    }
 
 
 def test_a_sheet_is_as_large_as_its_charts() -> None:

@@ -192,15 +192,18 @@ def ablations(results: dict[str, Any]) -> str | None:
         for key, (title, write, limits) in panels.items()
     ]
     keys = [key for key, _ in shown]
-    rows = [_variant(RECIPE_LABEL, measures[RECIPE], keys, "")] if RECIPE in measures else []
+    rows = [_variant(RECIPE_LABEL, variants[RECIPE], keys)] if RECIPE in measures else []
     for group, names in grouped(variants).items():
         rows.append(Row(group))
-        rows += [_variant(label(name), measures[name], keys, "muted") for name in names]
+        rows += [_variant(label(name), variants[name], keys) for name in names]
     seeds = sorted({len(found["seeds"]) for found in variants.values()})
     said = f"{seeds[0]} to {seeds[-1]}" if len(seeds) > 1 else f"{seeds[0]}"
     subtitle = f"one choice of the recipe changed at a time; mean and 95 % interval over {said} seeds (Student's t)"
     chart = dot_chart("ablations", "Ablations", subtitle, rows, [panel for _, panel in shown])
-    notes = ["The dashed line is the unchanged recipe. Intervals are cut at the edges; an arrow is a mean beyond them."]
+    notes = [
+        "The dashed line is the unchanged recipe. Intervals are cut at the edges; an arrow is a mean beyond them.",
+        "Filled: told apart from the recipe over pairs of equal seeds, whose 95 % interval leaves out 0. Hollow: not.",
+    ]
     return sheet(f"Ablations at {_reached(results)}", subtitle, [Placed(chart)], notes=notes)
 
 
@@ -236,17 +239,24 @@ def _mean(measures: dict[str, Any], key: str) -> float | None:
     return measures.get(RECIPE, {}).get(key, {}).get("mean")
 
 
-def _variant(name: str, measures: dict[str, Any], keys: list[str], style: str) -> Row:
-    marks = []
+def _variant(name: str, found: dict[str, Any], keys: list[str]) -> Row:
+    marks: list[tuple[Mark, ...]] = []
     for key in keys:
-        found = [measures[key]] if key in measures else []
-        marks.append(
-            tuple(
-                Mark(m["mean"], m["low"], m["high"], style, f"{name}, {key}: {m['mean']:.4g}, {m['num_seeds']} seeds")
-                for m in found
-            )
-        )
+        measure, style = found["measures"].get(key), _style(name, found, key)
+        if measure is None:
+            marks.append(())
+            continue
+        words = f"{name}, {key}: {measure['mean']:.4g}, {measure['num_seeds']} seeds"
+        marks.append((Mark(measure["mean"], measure["low"], measure["high"], style, words),))
     return Row(name, tuple(marks))
+
+
+def _style(name: str, found: dict[str, Any], key: str) -> str:
+    if name == RECIPE_LABEL:
+        return ""
+    difference = found.get("against_recipe", {}).get(key)
+    told_apart = difference and difference["low"] is not None and not difference["low"] <= 0 <= difference["high"]
+    return "muted" if told_apart else "muted hollow"
 
 
 def paid_and_restored(results: dict[str, Any]) -> str | None:

@@ -48,6 +48,7 @@ text {{ font: 12px {FONT}; fill: #1b2430; }}
 .interval {{ fill: none; stroke-width: 1.6; stroke-opacity: 0.55; stroke: #1b2430; stroke-linecap: round; }}
 .dot {{ fill: #1b2430; stroke: #ffffff; stroke-width: 1; }}
 .dot.muted {{ fill: #0b62a8; }} .interval.muted {{ stroke: #0b62a8; }}
+.dot.hollow {{ fill: #ffffff; stroke: #0b62a8; stroke-width: 1.8; }}
 """ + "".join(
     f".line.{name}, .interval.{name} {{ stroke: {colour}; }} .dot.{name} {{ fill: {colour}; }}\n"
     f".line.{name}.pretrained {{ stroke-dasharray: 7 4; }} "
