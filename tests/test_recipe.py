@@ -89,6 +89,11 @@ def test_published_values(tag: str, factor: int, window: int, max_positions: int
         (["--model.target_context_length", "256"], ["256", "512"]),
         (["--sft.max_sample_tokens", "2048"], ["2048", "1024", "never cut"]),
         (["--prepare.separator", "</s>"], ["prepare.separator", "</s>"]),
+        (["--prepare.seed", "-1"], ["prepare.seed", "-1", "greater than or equal to 0"]),
+        (["--prepare.token_budget", "1" + 30 * "0"], ["prepare.token_budget", "less than or equal to"]),
+        (["--prepare.domain_mix", "{}"], ["prepare.domain_mix", "at least 1"]),
+        (["--prepare.domain_mix", '{"code": Infinity}'], ["prepare.domain_mix", "finite"]),
+        (["--corpus.sources.0.text_column", ""], ["text_column", "at least 1"]),
     ],
 )
 def test_contradictions_are_refused_with_numbers(overrides: list[str], facts: list[str]):

@@ -149,8 +149,13 @@ def test_too_small_a_corpus_gives_the_arithmetic() -> None:
 def test_the_budget_proposed_by_the_refusal_is_met() -> None:
     with pytest.raises(UserError) as error:
         sampled(corpus(), config(token_budget=10**7))
-    proposed = int(str(error.value).split("token_budget to about ")[1].split(" ")[0].strip(",").replace(",", ""))
-    assert sampled(corpus(), config(token_budget=proposed))
+    proposed = int(str(error.value).split("token_budget to ")[1].split(" ")[0].replace(",", ""))
+    assert proposed % config().sequence_length == 0 and sampled(corpus(), config(token_budget=proposed))
+
+
+def test_a_corpus_below_one_sequence_is_told_to_shorten_it() -> None:
+    with pytest.raises(UserError, match=r"Lower prepare\.sequence_length and prepare\.token_budget to less than \d"):
+        sampled(corpus(), config(sequence_length=10**7, token_budget=10**7))
 
 
 def test_unknown_domain_is_named() -> None:

@@ -61,7 +61,7 @@ class SourceConfig(Section):
     """How an s3:// uri is reached; default: as [storage] of the recipe says."""
     format: Literal["parquet", "jsonl", "arrow"] | None = None
     """Default: by file name."""
-    text_column: str = "text"
+    text_column: Annotated[str, Field(min_length=1)] = "text"
     input_ids_column: str | None = None
     """Column of token ids (list of integers) of documents already tokenised; then text_column is not read."""
     domain_column: str = "domain"
@@ -124,7 +124,7 @@ class PrepareConfig(Section):
 
     sequence_length: Positive
     """Tokens of one packed sequence."""
-    token_budget: Positive
+    token_budget: Annotated[int, Field(gt=0, le=2**62)]
     """Tokens to pack; rounded down to whole sequences."""
     separator: Literal["<s>", "bos_eos", "none"] = "<s>"
     separator_encoding: Literal["pieces", "token"] = "pieces"
@@ -141,13 +141,13 @@ class PrepareConfig(Section):
     """Copies of a document above long_above_tokens that enter the draw."""
     max_repeats: Annotated[int, Field(ge=1)] = 4
     """Copies it may have where a domain cannot meet its budget otherwise."""
-    domain_mix: dict[str, PositiveFloat] | None = None
+    domain_mix: Annotated[dict[str, PositiveFloat], Field(min_length=1)] | None = None
     """Share of tokens per domain (normalised to 1); default: the corpus's own shares before sampling."""
     holdout_sequences: NonNegative = 0
     """Sequences of one long document each, kept out of training for the perplexity-by-position curve."""
     holdout_ids: tuple[str, ...] = ()
     """Ids of documents held out besides, whatever their length: the same ones in every recipe of a series."""
-    seed: int = 42
+    seed: NonNegative = 42
     num_workers: Positive | None = operational(None)
     """Parallel tasks; default: all CPUs of the cluster."""
     keep_tokens: bool = operational(False)

@@ -13,6 +13,7 @@ An *item* is a copy with its separators. Items are cut into *pieces*, tokens [lo
 from __future__ import annotations
 
 import heapq
+import math
 from bisect import bisect_left, insort
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
@@ -23,6 +24,7 @@ from numpy.typing import NDArray
 from ultralong_ray.data.sample import Copies
 
 IntColumn = NDArray[np.int64]
+BEGINNINGS = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,8 +100,8 @@ class _Pieces:
 def plan_concatenated(copies: Copies, separators: Separators, sequence_length: int, num_sequences: int) -> PackPlan:
     """One stream of the copies in their order, cut every `sequence_length` tokens.
 
-    A copy that would share a sequence with the end of an earlier copy of its document waits for a later sequence; it
-    is placed last when no later sequence comes. The stream may end with the start of a `before` separator whose
+    A copy that would share a sequence with the end of an earlier copy of its document waits for a later sequence
+    (`copies_apart`). The stream may end with the start of a `before` separator whose
     document is cut off whole. Raises ValueError when it is shorter than the sequences by more than that.
     """
     copies = copies.take(copies_apart(copies, separators.tokens, sequence_length))
@@ -125,13 +127,28 @@ def plan_concatenated(copies: Copies, separators: Separators, sequence_length: i
 
 def copies_apart(copies: Copies, separator_tokens: int, sequence_length: int) -> IntColumn:
     """The order of the copies in the stream: each held back until its document's earlier copy lies in an earlier
-    sequence. int64 [copies]."""
+    sequence. int64 [copies].
+
+    Copies that still wait when the stream ends would share its last sequence. Then the stream is tried with other
+    beginnings, and the first order that keeps all apart is taken, else that of the first try.
+    """
+    found = np.arange(len(copies))
     lengths = copies.num_tokens + separator_tokens
     if _are_apart(copies.row, lengths, sequence_length):
-        return np.arange(len(copies))
-    rows, counts = np.unique(copies.row, return_counts=True)
-    repeated = np.isin(copies.row, rows[counts > 1])
-    waiting = _Waiting(copies.row.tolist(), lengths.tolist(), sequence_length)
+        return found
+    for begin in range(BEGINNINGS):
+        turned = np.roll(np.arange(len(copies)), -(begin * len(copies) // BEGINNINGS))
+        order = turned[_held_back(copies.row[turned], lengths[turned], sequence_length)]
+        if _are_apart(copies.row[order], lengths[order], sequence_length):
+            return order
+        found = order if begin == 0 else found
+    return found
+
+
+def _held_back(rows: IntColumn, lengths: IntColumn, sequence_length: int) -> IntColumn:
+    several, counts = np.unique(rows, return_counts=True)
+    repeated = np.isin(rows, several[counts > 1])
+    waiting = _Waiting(rows.tolist(), lengths.tolist(), sequence_length)
     for index, matters in enumerate(repeated.tolist()):
         waiting.add(index, matters)
     return np.array(waiting.finish(), np.int64)
@@ -215,15 +232,22 @@ def long_first(copies: Copies, sequence_length: int) -> Copies:
 def plan_whole(
     copies: Copies, separators: Separators, sequence_length: int, max_sequences: int | None = None
 ) -> PackPlan:
-    """Best fit in the order given. With `max_sequences`, it ends at the first copy that does not fit any more."""
+    """Best fit in the order given, not beside another copy of the same document where there is other room.
+
+    With `max_sequences`, it ends at the first copy that does not fit any more.
+    """
     pieces: list[tuple[int, int, int, int, int]] = []  # as in _Pieces
-    num_sequences = 0
+    num_sequences, limit = 0, math.inf if max_sequences is None else max_sequences
+    holding: dict[int, set[int]] = {}  # document -> sequences with the rest of one of its copies
     rooms: list[tuple[int, int]] = []  # (free tokens, -sequence) ascending: the tightest room, then the latest sequence
     for item, length in enumerate((copies.num_tokens + separators.tokens).tolist()):
         whole, rest = divmod(length, sequence_length)
-        fit = bisect_left(rooms, (rest, -num_sequences)) if rest else len(rooms)
-        opened = whole + (1 if rest and fit == len(rooms) else 0)
-        if max_sequences is not None and num_sequences + opened > max_sequences:
+        tightest = bisect_left(rooms, (rest, -num_sequences)) if rest else len(rooms)
+        beside = holding.setdefault(int(copies.row[item]), set())
+        apart = next((n for n in range(tightest, len(rooms)) if -rooms[n][1] not in beside), len(rooms))
+        allowed = (n for n in (apart, tightest) if num_sequences + whole + bool(rest and n == len(rooms)) <= limit)
+        fit = next(allowed, None)
+        if fit is None:
             break
         for piece in range(whole):
             pieces.append((item, piece * sequence_length, (piece + 1) * sequence_length, num_sequences, 0))
@@ -236,6 +260,7 @@ def plan_whole(
                 room, sequence = sequence_length, num_sequences
                 num_sequences += 1
             pieces.append((item, length - rest, length, sequence, sequence_length - room))
+            beside.add(sequence)
             if room > rest:
                 insort(rooms, (room - rest, -sequence))
     columns = np.array(pieces, np.int64).reshape(-1, 5)

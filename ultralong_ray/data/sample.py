@@ -329,10 +329,14 @@ def _shortage(
             f"(x short_keep {config.short_keep}), {int(tokens.sum()) - short - long:,} between, {long:,} above "
             f"{config.long_above_tokens} (x up to {min(config.max_repeats, config.num_sequences)} copies)"
         )
-    possible = min(drawn.groups[g].available_tokens / drawn.shares[g] for g in lacking)
+    possible = int(min(drawn.groups[g].available_tokens / drawn.shares[g] for g in lacking))
+    sequences = possible // config.sequence_length
+    smaller = f"prepare.token_budget to {sequences * config.sequence_length:,} or less"
+    if not sequences:
+        smaller = f"prepare.sequence_length and prepare.token_budget to less than {possible:,}"
     return (
         f"corpus: too small for prepare.token_budget {config.token_budget:,} "
         f"({config.num_sequences} sequences of {config.sequence_length})\n" + "\n".join(lines) + "\n"
-        f"Lower prepare.token_budget to about {int(possible):,}, raise prepare.short_keep or prepare.max_repeats, or "
-        f"ask for less of these domains in prepare.domain_mix"
+        f"Lower {smaller}, raise prepare.short_keep or prepare.max_repeats, or ask for less of these domains in "
+        f"prepare.domain_mix"
     )

@@ -103,7 +103,7 @@ def read_counts(folder: Location, name: str) -> dict[str, Any] | None:
     """What `write_token_shard` recorded, or None when the shard is not whole."""
     try:
         return (folder / f"{name}.json").read_json()
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):  # where a file is in the way, writing will say so
         return None
 
 
