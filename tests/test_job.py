@@ -1,6 +1,7 @@
 """The scripts of jobs/ as a user runs them: exit statuses, messages, what is skipped and what a failure leaves."""
 
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -66,11 +67,17 @@ def test_a_flag_of_several_words_gives_them_to_the_action(monkeypatch: pytest.Mo
 
 
 def test_a_stage_without_its_input_names_it(tmp_path: Path):
-    done = run_script("pretrain", QUICKSTART, "--workdir", str(tmp_path))
+    words = [QUICKSTART, "--workdir", f"{tmp_path}/a b", "--prepare.seed", "7"]
+    done = run_script("pretrain", *words)
     assert done.returncode == 2
     assert "prepare-" in done.stderr
-    assert f"python jobs/extend.py {QUICKSTART}" in done.stderr
+    assert f"python jobs/extend.py {shlex.join(words)}\n" in done.stderr, "without the overrides it makes another"
     assert "Traceback" not in done.stderr
+
+
+def test_a_stage_that_the_recipe_lacks_says_so(tmp_path: Path):
+    done = run_script("sft", QUICKSTART, "--workdir", str(tmp_path), "--sft", "null")
+    assert done.returncode == 0 and "no [sft] section: nothing to do" in done.stdout
 
 
 def test_a_store_out_of_reach_is_said(tmp_path: Path):

@@ -15,7 +15,7 @@ import pytest
 import yaml
 
 from ultralong_ray.config import Recipe
-from ultralong_ray.manifests import PLATFORMS, hardware_overrides, render, train_nodes
+from ultralong_ray.manifests import NODE_SHARE, PLATFORMS, hardware_overrides, render, train_nodes
 from ultralong_ray.plan import plan_stages
 from ultralong_ray.planner.hardware import parse_cluster
 from ultralong_ray.planner.plan import Planned
@@ -259,6 +259,10 @@ def test_planted_faults_are_caught(crds: tuple[Any, Any]) -> None:
         ),
         (["--cluster.host_memory_gib_per_node", "64"], "gpu-generic", "64"),
         ([], "cpu-small", "the recipe trains with GPUs"),
+        (["--cluster.gpu", "H200"], "aws-p5", "selects nodes with H100s, the plan is for cluster.gpu H200"),
+        (["--cluster.gpu", "B200"], "gke-a3", "--platform gpu-generic"),
+        (["--cluster.image", "Registry/U:1 2"], "gpu-generic", "cluster.image 'Registry/U:1 2'"),
+        (["--cluster.image", "a/b@sha256:abc"], "gpu-generic", "cluster.image 'a/b@sha256:abc'"),
     ],
 )
 def test_what_cannot_be_is_refused_in_words(words: list[str], platform: str, said: str) -> None:
@@ -272,6 +276,17 @@ def test_an_image_without_a_tag_is_refused(image: str | None) -> None:
     words = [] if image is None else ["--cluster.image", image]
     with pytest.raises(UserError, match=r"cluster\.image"):
         render(load_recipe(str(RECIPES / "llama31_8b_1m.toml"), words), "", [], "gpu-generic", "../cluster")
+
+
+def test_pods_fit_the_nodes_that_the_platform_selects() -> None:
+    """2,048 GiB, the vendor's own server, are more than an a3 node has; what is planned there is pinned for the run."""
+    recipe = load_recipe(str(RECIPES / "llama31_8b_4m.toml"), [*IMAGE, "--cluster.num_workers=8"])
+    files = render(recipe, "", [], "gke-a3", "../cluster")
+    memory = int(re.findall(r"value: (\d+)Gi # pretrain", files["plan/numbers.yaml"])[0])
+    assert memory <= NODE_SHARE * 1743 < train_nodes(recipe).memory_gib
+    assert "--cluster.host_memory_gib_per_node 1743" in files["plan/settings.yaml"]
+    digest = load_recipe(str(RECIPES / "llama31_8b_1m.toml"), ["--cluster.image", "r.io:5000/a/b@sha256:" + 64 * "0"])
+    assert render(digest, "", [], "gke-a3", "../cluster")
 
 
 def test_the_same_recipe_gives_the_same_text_and_says_where_memory_comes_from() -> None:

@@ -93,6 +93,10 @@ def test_published_values(tag: str, factor: int, window: int, max_positions: int
         (["--prepare.token_budget", "1" + 30 * "0"], ["prepare.token_budget", "less than or equal to"]),
         (["--prepare.domain_mix", "{}"], ["prepare.domain_mix", "at least 1"]),
         (["--prepare.domain_mix", '{"code": Infinity}'], ["prepare.domain_mix", "finite"]),
+        (["--pretrain.learning_rate", "inf"], ["pretrain.learning_rate", "finite"]),
+        (["--model.rope.factor", "1e400"], ["model.rope.factor", "finite"]),
+        (["--pretrain.keep_attention_rows", "2"], ["  pretrain.keep_attention_rows = 2: "]),
+        (["--workdir", ""], ["workdir", "at least 1"]),
         (["--corpus.sources.0.text_column", ""], ["text_column", "at least 1"]),
     ],
 )

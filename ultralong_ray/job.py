@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import shlex
 import signal
 import sys
 import time
@@ -66,9 +67,14 @@ def run_stages(*names: str) -> None:
     """
 
     def each(run: Callable[..., Any]) -> Action:
-        return lambda recipe, path, _, *more: [
-            run(recipe, name, path, *more) for name in names if name in stages(recipe)
-        ]
+        def action(recipe: Recipe, path: str, overrides: list[str], *more: Any) -> None:
+            there = [name for name in names if name in stages(recipe)]
+            if not there:
+                log.info("the recipe has no [%s] section: nothing to do", names[0])
+            for name in there:
+                run(recipe, name, shlex.join([path, *overrides]), *more)
+
+        return action
 
     only, trains = None, set(names) <= {"pretrain", "sft"}
     if "prepare" in names:

@@ -8,6 +8,7 @@ kustomize 5.5. The groups of cluster/base/raycluster.yaml are, in this order: da
 from __future__ import annotations
 
 import math
+import re
 import shlex
 from dataclasses import dataclass
 
@@ -21,6 +22,9 @@ from ultralong_ray.types import UserError
 PLATFORMS = ("cpu-small", "gpu-generic", "aws-p5", "gke-a3")
 QUEUES = ("kueue", "volcano")
 EXTRAS = ("watching", "tls")
+# GPU and GiB of host memory of the nodes that cluster/platforms/ selects there
+PLATFORM_NODES = {"aws-p5": ("H100", 2048), "gke-a3": ("H100", 1743)}
+IMAGE = re.compile(r"[a-z0-9][a-z0-9._:/-]*?(:\w[\w.-]{0,127})?(@sha256:[0-9a-f]{64})?", re.ASCII)
 SHM_GIB = 16  # /dev/shm of a training pod: Ray's object store (8 GiB in the base) and NCCL's buffers [chosen]
 RAY_GIB = 8  # Ray's own processes, and the 4 GiB that the preflight check wants free [chosen]
 NODE_SHARE = 0.95  # of a node's memory that pods can have: the rest is the system's [chosen]
@@ -161,18 +165,37 @@ def render(
         raise UserError(
             f"--platform {platform}: the recipe trains with {has} (cluster.gpus_per_worker); take {fitting}"
         )
-    if recipe.cluster.image is None:
+    image = recipe.cluster.image
+    if image is None:
         raise UserError("cluster.image is not given; name the image that cluster/Dockerfile built, with its tag")
+    if not IMAGE.fullmatch(image):
+        raise UserError(f"cluster.image {image!r} is no image: name it lower-case, then :tag or @sha256: and 64 digits")
+    recipe = _on_nodes_of(recipe, platform)
     nodes = train_nodes(recipe)
     return {
-        "kustomization.yaml": _kustomization(
-            recipe.cluster.image, platform, base, queue, _replicas(recipe, nodes), extras
-        ),
+        "kustomization.yaml": _kustomization(image, platform, base, queue, _replicas(recipe, nodes), extras),
         "plan/kustomization.yaml": PLAN_COMPONENT,
         "plan/numbers.yaml": _plan_patch(recipe, nodes),
         "plan/settings.yaml": _settings([*overrides, *_pinned(recipe)]),
         "plan/recipe.toml": recipe_text,
     }
+
+
+def _on_nodes_of(recipe: Recipe, platform: str) -> Recipe:
+    """The recipe planned for no more host memory than a node of the platform has. Raises UserError for another GPU."""
+    hardware = hardware_of(recipe)
+    if hardware is None or platform not in PLATFORM_NODES:
+        return recipe
+    gpu, host_gib = PLATFORM_NODES[platform]
+    if hardware.gpu.name != gpu:
+        raise UserError(
+            f"--platform {platform} selects nodes with {gpu}s, the plan is for cluster.gpu {hardware.gpu.name}; take "
+            f"--cluster ...x{gpu} or --platform gpu-generic"
+        )
+    if hardware.host_memory_gib_per_node <= host_gib:
+        return recipe
+    cluster = recipe.cluster.model_copy(update={"host_memory_gib_per_node": float(host_gib)})
+    return recipe.model_copy(update={"cluster": cluster})
 
 
 def _replicas(recipe: Recipe, nodes: TrainNodes) -> dict[str, tuple[int, int]]:

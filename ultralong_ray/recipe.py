@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ from pydantic import ValidationError
 
 from ultralong_ray.config import Recipe
 from ultralong_ray.types import UserError
+
+UNION_MEMBER = re.compile(r"constrained-\w+|literal\[.*\]|function-.*")  # what pydantic adds to the place of a fault
 
 
 def load_recipe(path: str, overrides: list[str] | None = None) -> Recipe:
@@ -133,7 +136,7 @@ def explain(error: ValidationError, path: str) -> str:
     for fault in faults:
         if fault["type"] == "too_short" and any(_is_within(other["loc"], fault["loc"]) for other in faults):
             continue  # pydantic does not count what is not valid: the list is as long as it was written
-        key = ".".join(str(part) for part in fault["loc"]) or "recipe"
+        key = ".".join(str(part) for part in fault["loc"] if not UNION_MEMBER.fullmatch(str(part))) or "recipe"
         message = fault["msg"].removeprefix("Value error, ")
         if fault["type"] == "extra_forbidden":
             message = "unknown key; remove it or correct its spelling"

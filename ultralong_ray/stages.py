@@ -138,7 +138,10 @@ def _decontamination(recipe: Recipe) -> dict[str, Any]:
 
 
 def require_inputs(recipe: Recipe, stage: str, recipe_path: str) -> None:
-    """Refuse to run `stage` before its inputs are there, naming each and the command that makes it."""
+    """Refuse to run `stage` before its inputs are there, naming each and the command that makes it.
+
+    `recipe_path`: with the overrides of the command line behind it, which decide where the inputs lie.
+    """
     names = [name for name in inputs(recipe, stage) if not _holds_nothing_for(recipe, stage, name)]
     found = [stage_directory(recipe, name) for name in names]
     if stage == "report" and any(directory.done for directory in found):

@@ -5,10 +5,13 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+import torch
 
 from tests.planner.shapes import LLAMA_8B, llama_recipe
+from ultralong_ray.parallel.kernels import cudnn, flash_attn_3, flash_attn_4
+from ultralong_ray.parallel.kernels.kernel import Setting
 from ultralong_ray.planner.choose import fastest, fit, legal
-from ultralong_ray.planner.hardware import parse_cluster
+from ultralong_ray.planner.hardware import GPUS, NOT_ON, parse_cluster
 from ultralong_ray.planner.plan import Planned, hardware_of, plan_training
 from ultralong_ray.planner.predict import Prediction
 from ultralong_ray.planner.section import section_of
@@ -132,6 +135,21 @@ def test_an_unknown_gpu_or_kernel_is_said() -> None:
     assert made.prediction is None and "give cluster.gpu" in made.notes[0]
     math = planned("1m", "8xH100", "pretrain.attention=math")
     assert math.prediction is None and '"math"' in math.notes[0]
+    named = plan_training(llama_recipe("1m", "cluster.gpu=A100-40GB"), "pretrain", None)
+    assert "cluster.gpu 'A100-40GB' is not in the planner's table" in named.notes[0]
+    wide = planned("1m", "32xH200", "pretrain.precision=float32")
+    assert wide.prediction is None and 'pretrain.precision = "float32"' in wide.notes[0]
+
+
+def test_kernels_are_refused_where_they_say_they_do_not_run() -> None:
+    capabilities = {"A100": (8, 0), "H100": (9, 0), "H200": (9, 0), "B200": (10, 0)}
+    assert capabilities.keys() == GPUS.keys()
+    for kernel, room in (("flash_attn_4", flash_attn_4), ("flash_attn_3", flash_attn_3), ("cudnn", cudnn)):
+        for gpu, capability in capabilities.items():
+            said = room.refusal(Setting("cuda", capability, torch.bfloat16, 128)) or ""
+            assert ("needs sm_" in said) == (gpu in NOT_ON[kernel]), f"{kernel} on {gpu}: {said}"
+    with pytest.raises(UserError, match=r'pretrain.attention = "flash_attn_3" does not run on cluster.gpu B200'):
+        planned("1m", "8xB200", "pretrain.attention=flash_attn_3")
 
 
 def test_the_cluster_of_a_recipe() -> None:

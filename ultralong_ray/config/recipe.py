@@ -29,7 +29,7 @@ class Recipe(Section):
     """A whole run."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
-    workdir: str
+    workdir: Annotated[str, Field(min_length=1)]
     """Where stages write: local path or any pyarrow / fsspec URI (s3://bucket/prefix)."""
     storage: StorageConfig = StorageConfig()
     model: ModelConfig

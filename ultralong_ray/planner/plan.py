@@ -9,7 +9,7 @@ from typing import Any, Literal
 from ultralong_ray.config import Recipe
 from ultralong_ray.flops import ModelShape
 from ultralong_ray.planner.choose import ROW_STEPS, fastest, fit, keep_policy, legal
-from ultralong_ray.planner.hardware import Hardware, cluster_of, find_gpu
+from ultralong_ray.planner.hardware import GPUS, NOT_ON, Hardware, cluster_of, find_gpu
 from ultralong_ray.planner.predict import Prediction, kernel_of, predict_work
 from ultralong_ray.planner.refuse import no_degrees, refusal
 from ultralong_ray.planner.section import Section, section_of
@@ -38,17 +38,31 @@ def plan_training(
     section = section_of(recipe, name, shape)
     workers = hardware.num_gpus if hardware is not None else recipe.cluster.num_workers
     if hardware is None:
-        unknown = "the GPU is not known here, so nothing is predicted: give cluster.gpu (H100, H200, A100 or B200)"
-        notes = (unknown,) if recipe.cluster.gpus_per_worker else ()
+        gpu = recipe.cluster.gpu
+        unknown = "the GPU is not known here" if gpu is None else f"cluster.gpu {gpu!r} is not in the planner's table"
+        note = f"{unknown}, so nothing is predicted: give cluster.gpu ({', '.join(GPUS)})"
+        notes = (note,) if recipe.cluster.gpus_per_worker else ()
         return Planned(section, _unpredicted(section, workers), None, notes)
-    if kernel_of(section.train.attention, hardware) is None:
-        note = f'no speed is known for {name}.attention = "{section.train.attention}": nothing is predicted'
+    if (unrated := _unrated(section, hardware)) is not None:
+        note = f"no speed is known for {unrated}: nothing is predicted"
         return Planned(section, _unpredicted(section, workers), None, (note,))
     best = fastest(section, hardware)
     if best is None:
         raise refusal(section, hardware)
     best = _with_snapshot(section, best)
     return Planned(section, best.work.plan, best, (*_why(section, best), *_assumed(section, best)))
+
+
+def _unrated(section: Section, hardware: Hardware) -> str | None:
+    """What of a section no kernel was timed with. Raises UserError for a kernel that does not run on the GPU."""
+    attention, gpu = section.train.attention, hardware.gpu.name
+    if gpu in NOT_ON.get(attention, ()):
+        raise UserError(f'{section.name}.attention = "{attention}" does not run on cluster.gpu {gpu}; give "auto"')
+    if kernel_of(attention, hardware) is None:
+        return f'{section.name}.attention = "{attention}"'
+    if section.train.precision == "float32":
+        return f'{section.name}.precision = "float32", which the timed kernels do not take'
+    return None
 
 
 def hardware_of(recipe: Recipe, gpu_name: str | None = None, host_memory_gib: float | None = None) -> Hardware | None:
