@@ -79,10 +79,13 @@ def test_messages_nested_or_as_json() -> None:
     ("value", "complaint"),
     [
         ("{", "not valid JSON"),
+        pytest.param("[" * 100_000, "not valid JSON", id="nested too deep"),
         (None, "empty or no list"),
         ([], "empty or no list"),
         (["hello"], "messages\\[0\\] is str"),
         ([{"role": "user", "content": None}], "messages\\[0\\].content is NoneType"),
+        ('[{"role": "user", "content": "\\ud83d"}]', "messages\\[0\\].content is not valid Unicode"),
+        ('[{"role": "\\udc00", "content": "x"}]', "messages\\[0\\].role is not valid Unicode"),
         ([{"role": "user", "content": "x"}], "no turn of role assistant"),
         ([{"role": "assistant", "content": "x"}], "opens with the assistant"),
     ],

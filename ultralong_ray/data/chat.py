@@ -26,7 +26,7 @@ def parse_messages(value: Any) -> list[dict[str, str]]:
     if isinstance(value, str):
         try:
             value = json.loads(value)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:  # RecursionError: brackets nested thousands deep
             raise ValueError(f"messages is not valid JSON ({error})") from None
     if not isinstance(value, list) or not value:
         raise ValueError("messages is empty or no list of {role, content}")
@@ -41,10 +41,17 @@ def parse_messages(value: Any) -> list[dict[str, str]]:
 def _parse_message(index: int, message: Any) -> dict[str, str]:
     if not isinstance(message, dict):
         raise ValueError(f"messages[{index}] is {type(message).__name__}, not {{role, content}}")
-    for key in ("role", "content"):
-        if not isinstance(message.get(key), str):
-            raise ValueError(f"messages[{index}].{key} is {type(message.get(key)).__name__}, not a string")
-    return {"role": message["role"], "content": message["content"]}
+    return {key: _parse_text(f"messages[{index}].{key}", message.get(key)) for key in ("role", "content")}
+
+
+def _parse_text(name: str, value: Any) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"{name} is {type(value).__name__}, not a string")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:  # half of a surrogate pair, which JSON can spell and no tokenizer takes
+        raise ValueError(f"{name} is not valid Unicode ({error.reason})") from None
+    return value
 
 
 def check_template(tokenizer: Any) -> None:
