@@ -85,8 +85,23 @@ def assistant_spans(tokenizer: Any, messages: Sequence[Message]) -> tuple[str, l
                 f"differently from the same start within the whole (turn {i}), so the assistant's tokens cannot be "
                 f"found. Use a template that only appends, or split such samples at that turn"
             )
-        spans.append((len(before), _end_of_turn(tokenizer, after, len(before))))
+        start = len(before) + _header_characters(tokenizer, messages[:i], message, before)
+        spans.append((start, _end_of_turn(tokenizer, after, start)))
     return whole, spans
+
+
+def _header_characters(tokenizer: Any, earlier: Sequence[Message], message: Message, before: str) -> int:
+    """Length of the role header that a turn opens with although `before`, the prompt for the turn, lacks it.
+
+    0 for a template that writes a generation prompt, which is the header, and for one that has no headers: white space
+    alone is none, and stays with the word that it is tokenised with.
+    """
+    if _render(tokenizer, earlier, prompt=False) != before:
+        return 0
+    # a mark in place of the content: an answer such as "a" may stand in the header itself
+    marked = _render(tokenizer, [*earlier, {**message, "content": "\0"}], prompt=False)
+    header, mark, _ = marked[len(before) :].partition("\0")
+    return len(header.rstrip(" ")) if mark and header.strip() else 0
 
 
 def _render(tokenizer: Any, messages: Sequence[Message], *, prompt: bool) -> str:
@@ -94,7 +109,7 @@ def _render(tokenizer: Any, messages: Sequence[Message], *, prompt: bool) -> str
 
     try:
         return tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=prompt)
-    except TemplateError as error:
+    except (TemplateError, TypeError) as error:  # TypeError: an expression in it, such as text + number
         raise ValueError(f"messages refused by the chat template ({error})") from None
 
 
