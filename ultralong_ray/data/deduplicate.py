@@ -1,9 +1,9 @@
 """Prompts in, the samples that repeat another one's prompt out: exactly, or nearly by MinHash. Pure.
 
-A prompt is what the user says in all turns of a conversation; an empty one repeats nothing. Exact: equal after lower-casing and collapsing white
-space, as in AceMath (arXiv 2412.15084). Near: an estimated Jaccard similarity of word n-grams at or above a threshold;
-signatures are cut into bands so that only samples which share a band are compared (Broder 1997; Leskovec et al.,
-"Mining of Massive Datasets", section 3.4).
+A prompt is what the user says in all turns of a conversation; an empty one repeats nothing. Exact: equal after
+lower-casing and collapsing white space, as in AceMath (arXiv 2412.15084). Near: an estimated Jaccard similarity of word
+n-grams at or above a threshold; signatures are cut into bands so that only samples which share a band are compared
+(Broder 1997; Leskovec et al., "Mining of Massive Datasets", section 3.4).
 
 Samples are taken in the order of their ids, and one is dropped when it repeats one that was kept: so what survives is a
 function of the set of samples, never of their order in the files, and everything dropped has a survivor like it.
