@@ -126,6 +126,15 @@ def test_every_answer_replaces_the_last_turn_and_is_asked_once(
     assert len(server.requests) == 50, "a finished job asks nothing"
 
 
+def test_conversations_in_another_column(recipe: Callable[..., Recipe], tmp_path: Path) -> None:
+    chats = [chat(i) for i in range(8)]
+    rows = [{"id": c["id"], "domain": c["domain"], "conversations": c["messages"]} for c in chats]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "other.parquet")
+    source = {"uri": str(tmp_path / "other.parquet"), "text_column": "conversations"}
+    refined = samples_of(refine(recipe(sources=[source])).location)
+    assert {i: row["messages"][0] for i, row in refined.items()} == {c["id"]: c["messages"][0] for c in chats}
+
+
 def test_faults_of_the_server_are_tried_again(server: ChatServer, recipe: Callable[..., Recipe]) -> None:
     faults = ["cut", "garbage", (429, "{}", {}), (500, "", {}), (503, "busy", {"Retry-After": "0"})]
     failed: dict[str, int] = {}
@@ -402,6 +411,7 @@ def test_a_torn_line_of_the_log_is_passed_over(tmp_path: Path) -> None:
         ({"base_url": "host/v1"}, "is no address"),
         ({"budget_usd": 5.0}, r"needs refine\.usd_per_million"),
         ({"refusals": ["("]}, "is no regular expression"),
+        ({"sources": [{"uri": "x", "input_ids_column": "ids"}]}, "input_ids_column 'ids' is for documents"),
     ],
 )
 def test_settings_that_are_refused(recipe: Callable[..., Recipe], changes: dict[str, Any], message: str) -> None:

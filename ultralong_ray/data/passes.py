@@ -39,7 +39,6 @@ from ultralong_ray.types import Document, IntArray, PackedSequence, TokenizedDoc
 
 TASK_TOKENS_PER_PART = 2**21  # at most: of synthetic documents
 BATCH_CHARACTERS = 2**20  # texts tokenised in one call
-MESSAGES_COLUMN = "messages"
 
 Kind = Literal["text", "input_ids", "chat", "tasks"]
 
@@ -137,7 +136,7 @@ def tokenize_items(
                 items.append(_named(blank, max_tokens=longest, first_task=tasks_before + first, num_tasks=count))
             tasks_before += source.num_documents
             continue
-        columns = DocumentColumns.of(source, MESSAGES_COLUMN if reading == "chat" else None)
+        columns = DocumentColumns.of(source, source.messages_column if reading == "chat" else None)
         kind = "input_ids" if source.input_ids_column and reading == "text" else reading
         if kind == "input_ids" and screening is not None:
             raise UserError(

@@ -28,7 +28,6 @@ import pyarrow.parquet as pq
 from ultralong_ray.config import Recipe, RefineConfig
 from ultralong_ray.data.chat import parse_messages
 from ultralong_ray.data.corpus import list_parts, list_shards
-from ultralong_ray.data.passes import MESSAGES_COLUMN
 from ultralong_ray.data.refine_answers import (
     Answer,
     AnswerLog,
@@ -117,7 +116,9 @@ class _Samples(Collection[ChatSample]):
     """The samples of all sources in their order, read again at each iteration; `num_samples` of them by hash."""
 
     def __init__(self, recipe: Recipe, config: RefineConfig) -> None:
-        sources = [(s, DocumentColumns.of(s, MESSAGES_COLUMN)) for s in materialise(config.sources, recipe, chat=True)]
+        sources = [
+            (s, DocumentColumns.of(s, s.messages_column)) for s in materialise(config.sources, recipe, chat=True)
+        ]
         self._parts = [(p, columns) for s, columns in sources for p in list_parts(list_shards(s), columns.names)[0]]
         ids = [sample.id for sample in self._read()]
         self._chosen = set(ids)
