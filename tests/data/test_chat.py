@@ -55,6 +55,46 @@ def test_first_token_is_never_a_target(tokenizer: Any) -> None:
     assert sample.loss_weight[0] == 0 and sample.loss_weight[1:].all()
 
 
+WITHOUT_PROMPT = "{% for m in messages %}{{ '<|turn|>' + m['role'] + '\\n' + m['content'] + '<|end|>\\n' }}{% endfor %}"
+NAMED = "{% for m in messages %}{{ m['role'] | upper + ': ' + m['content'] + '<|end|>' }}{% endfor %}"
+WITHOUT_HEADER = (
+    "{% for m in messages %}{% if m['role'] == 'user' %}{{ '[INST] ' + m['content'] + ' [/INST]' }}"
+    "{% else %}{{ ' ' + m['content'] + '<|end|>' }}{% endif %}{% endfor %}"
+)
+
+
+@pytest.mark.parametrize(
+    ("template", "expected"),
+    [
+        (WITHOUT_PROMPT, "over the dog<|end|>lazy<|end|>"),
+        (NAMED, " over the dog<|end|> lazy<|end|>"),
+        (WITHOUT_HEADER, " over the dog<|end|> lazy<|end|>"),
+    ],
+    ids=["ChatML", "named", "no header"],
+)
+def test_headers_are_no_targets_of_a_template_without_generation_prompt(
+    tokenizer: Any, template: str, expected: str
+) -> None:
+    bare = copy.deepcopy(tokenizer)
+    bare.chat_template = template
+    assert targets(bare, MESSAGES) == expected
+
+
+@pytest.mark.parametrize("answer", ["a", "assistant", "turn", "end"])
+def test_an_answer_that_its_header_holds_is_told_apart(tokenizer: Any, answer: str) -> None:
+    bare = copy.deepcopy(tokenizer)
+    bare.chat_template = WITHOUT_PROMPT
+    messages = [{"role": "user", "content": "x"}, {"role": "assistant", "content": answer}]
+    assert targets(bare, messages) == f"{answer}<|end|>"
+
+
+def test_template_that_fails_refuses_the_messages(tokenizer: Any) -> None:
+    broken = copy.deepcopy(tokenizer)
+    broken.chat_template = "{% for m in messages %}{{ m['content'] + 1 }}{% endfor %}"
+    with pytest.raises(ValueError, match="refused by the chat template"):
+        tokenize_chat(broken, "s", "d", MESSAGES)
+
+
 def test_template_that_rewrites_earlier_turns_is_refused(tokenizer: Any) -> None:
     rewriting = copy.deepcopy(tokenizer)
     rewriting.chat_template = (
@@ -79,10 +119,13 @@ def test_messages_nested_or_as_json() -> None:
     ("value", "complaint"),
     [
         ("{", "not valid JSON"),
+        pytest.param("[" * 100_000, "not valid JSON", id="nested too deep"),
         (None, "empty or no list"),
         ([], "empty or no list"),
         (["hello"], "messages\\[0\\] is str"),
         ([{"role": "user", "content": None}], "messages\\[0\\].content is NoneType"),
+        ('[{"role": "user", "content": "\\ud83d"}]', "messages\\[0\\].content is not valid Unicode"),
+        ('[{"role": "\\udc00", "content": "x"}]', "messages\\[0\\].role is not valid Unicode"),
         ([{"role": "user", "content": "x"}], "no turn of role assistant"),
         ([{"role": "assistant", "content": "x"}], "opens with the assistant"),
     ],

@@ -56,6 +56,15 @@ def test_the_prompt_is_what_the_user_says() -> None:
     assert prompt_text(messages) == "one\nthree"
 
 
+def test_the_user_may_have_another_name() -> None:
+    """A source that calls the user "human" has prompts too; a system prompt is one only where it stands alone."""
+    system, answer = {"role": "system", "content": "Be kind."}, {"role": "assistant", "content": "two"}
+    assert prompt_text([system, {"role": "human", "content": "one"}, answer]) == "one"
+    assert prompt_text([system, answer]) == "Be kind."
+    asked = {f"c{i}": prompt_text([{"role": "human", "content": f"question {i}"}, answer]) for i in range(5)}
+    assert duplicates(asked) == ({}, {})
+
+
 def test_near_duplicates_are_those_above_the_threshold() -> None:
     """100 pairs well above the threshold and 100 well below: no pair is missed, none is made up."""
     rng = random.Random(0)
@@ -110,6 +119,8 @@ def test_short_and_empty_prompts() -> None:
     prompts = {"a": "Hello", "b": "hello!", "c": "Hi", "d": "???", "e": "!!!", "f": ""}
     assert duplicates(prompts) == ({}, {"b": "a"})
     assert duplicates({}) == ({}, {})
+    nothing_asked = {"a": "", "b": " \n", "c": ""}
+    assert duplicates(nothing_asked) == duplicates(nothing_asked, DeduplicateConfig(near_threshold=None)) == ({}, {})
 
 
 @pytest.mark.parametrize("threshold", [0.5, 0.7, 0.8, 0.9, 1.0])

@@ -417,3 +417,27 @@ def test_sft_refusals(tmp_path: Path, tokenizer_folder: Path) -> None:
     mute = {**CHATS[0], "messages": [{"role": "user", "content": "hello"}]}
     assert "line 2: messages has no turn of role assistant" in message([CHATS[1], mute])
     assert "1 bad rows of 2 read" in message([CHATS[1], mute])
+
+
+@pytest.mark.parametrize("name", ["chats.parquet", "chats.jsonl"])
+def test_conversations_in_another_column(tmp_path: Path, tokenizer_folder: Path, name: str) -> None:
+    """text_column names it. The recipe as the report writes it, with every default, reads the same."""
+    chats = [{"id": c["id"], "domain": c["domain"], "conversations": c["messages"]} for c in CHATS]
+    if name.endswith("parquet"):
+        pq.write_table(pa.Table.from_pylist(chats), tmp_path / name)
+    else:
+        (tmp_path / name).write_text("".join(json.dumps(c) + "\n" for c in chats))
+    source = {"uri": str(tmp_path / name)}
+    settings = recipe(tmp_path, tokenizer_folder, tmp_path, {"sources": [{**source, "text_column": "conversations"}]})
+    written = Recipe.model_validate(settings.model_dump(mode="json"))
+    assert prepare_sft(written, stage_directory(written, "prepare_sft"))["documents"] == 39
+    by_default = recipe(tmp_path, tokenizer_folder, tmp_path, {"sources": [source]})
+    written = Recipe.model_validate(by_default.model_dump(mode="json"))
+    with pytest.raises(UserError, match="'messages'; it has id, domain, conversations"):
+        prepare_sft(written, stage_directory(written, "prepare_sft"))
+
+
+def test_conversations_have_no_token_ids(tmp_path: Path, tokenizer_folder: Path) -> None:
+    source = {"uri": str(tmp_path), "input_ids_column": "ids"}
+    with pytest.raises(ValueError, match=r"sft\.sources[\s\S]*input_ids_column 'ids' is for documents"):
+        recipe(tmp_path, tokenizer_folder, tmp_path, {"sources": [source]})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import signal
@@ -124,6 +125,43 @@ def test_every_answer_replaces_the_last_turn_and_is_asked_once(
     assert summary["usd"] == pytest.approx((500 * 2 + 250 * 8) / 1e6) and summary["models"] == ["served"]
     refine(settings)
     assert len(server.requests) == 50, "a finished job asks nothing"
+
+
+def test_conversations_in_another_column(recipe: Callable[..., Recipe], tmp_path: Path) -> None:
+    chats = [chat(i) for i in range(8)]
+    rows = [{"id": c["id"], "domain": c["domain"], "conversations": c["messages"]} for c in chats]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "other.parquet")
+    source = {"uri": str(tmp_path / "other.parquet"), "text_column": "conversations"}
+    refined = samples_of(refine(recipe(sources=[source])).location)
+    assert {i: row["messages"][0] for i, row in refined.items()} == {c["id"]: c["messages"][0] for c in chats}
+
+
+def test_bad_rows_and_shards_as_their_source_asks(
+    server: ChatServer, recipe: Callable[..., Recipe], tmp_path: Path
+) -> None:
+    """Too many bad rows and bad shards stop the run before anything is asked, or are left out and reported."""
+    mute = {**chat(90), "messages": chat(90)["messages"][:1]}
+    half = {**chat(91), "messages": [{"role": "user", "content": "\ud83d"}, chat(91)["messages"][1]]}
+    rows = [*map(chat, range(18)), mute, half]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "empty.jsonl").touch()
+    cut = gzip.compress("".join(json.dumps(chat(i)) + "\n" for i in range(30, 40)).encode())[:-20]
+    (tmp_path / "cut.jsonl.gz").write_bytes(cut)
+    files = {"uri": str(tmp_path / "*.jsonl*"), "max_bad_rows_share": 0.1}
+    with pytest.raises(
+        UserError, match=r"2 bad rows of 20 read, max_bad_rows_share 0\.05 allows 1\. The first: .*no turn of role"
+    ):
+        refine(recipe(sources=[{"uri": str(tmp_path / "a.jsonl"), "max_bad_rows_share": 0.05}]))
+    with pytest.raises(UserError, match=r"empty\.jsonl: the shard is empty"):
+        refine(recipe(sources=[files]))
+    with pytest.raises(UserError, match=r"hold no sample\. The first that was left out: .*empty\.jsonl"):
+        refine(recipe(sources=[{"uri": str(tmp_path / "empty.jsonl"), "on_bad_shard": "skip"}]))
+    assert not server.requests
+    stage = refine(recipe(sources=[{**files, "on_bad_shard": "skip"}]))
+    assert list(samples_of(stage.location)) == [f"s/{i}" for i in range(18)]
+    lines = [json.loads(line) for line in (stage.location / "set_aside.jsonl").read_bytes().splitlines()]
+    assert [(line["id"], line["reason"]) for line in lines] == [(None, "bad_shard")] * 2 + [(None, "bad_row")] * 2
+    assert stage.summary()["set_aside"] == {"bad_row": 2, "bad_shard": 2}
 
 
 def test_faults_of_the_server_are_tried_again(server: ChatServer, recipe: Callable[..., Recipe]) -> None:
@@ -402,6 +440,7 @@ def test_a_torn_line_of_the_log_is_passed_over(tmp_path: Path) -> None:
         ({"base_url": "host/v1"}, "is no address"),
         ({"budget_usd": 5.0}, r"needs refine\.usd_per_million"),
         ({"refusals": ["("]}, "is no regular expression"),
+        ({"sources": [{"uri": "x", "input_ids_column": "ids"}]}, "input_ids_column 'ids' is for documents"),
     ],
 )
 def test_settings_that_are_refused(recipe: Callable[..., Recipe], changes: dict[str, Any], message: str) -> None:

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 from pydantic import Field, field_validator, model_validator
 
 from ultralong_ray.config.base import NonNegative, Positive, PositiveFloat, Section, operational, server_address
-from ultralong_ray.config.sections import SourceConfig
+from ultralong_ray.config.sections import ChatSource
 
 DEFAULT_PROMPT = """Below are a question and an answer to it. Write a better answer: correct, complete, well explained \
 and in the same language. Show the steps where there are any, and keep a final result that is right. Reply with the \
@@ -33,7 +33,7 @@ REFUSALS = (
 class RefineConfig(Section):
     """UltraLong refined its responses with GPT-4o and GPT-4o-mini (arXiv 2504.06214, section 3.2)."""
 
-    sources: Annotated[tuple[SourceConfig, ...], Field(min_length=1)]
+    sources: Annotated[tuple[ChatSource, ...], Field(min_length=1)]
     """Chat samples, as [[sft.sources]]. The last assistant turn of each is rewritten."""
     num_samples: Positive | None = None
     """Samples to rewrite, chosen by hash; default: all."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Annotated, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from ultralong_ray.config.base import NonNegative, Positive, PositiveFloat, Section, Share, operational
 from ultralong_ray.config.screening import DeduplicateConfig
@@ -49,6 +49,9 @@ TaskKind = Literal[
 ]
 
 
+TEXT_COLUMN, MESSAGES_COLUMN = "text", "messages"
+
+
 class SourceConfig(Section):
     """One source of documents."""
 
@@ -61,9 +64,12 @@ class SourceConfig(Section):
     """How an s3:// uri is reached; default: as [storage] of the recipe says."""
     format: Literal["parquet", "jsonl", "arrow"] | None = None
     """Default: by file name."""
-    text_column: Annotated[str, Field(min_length=1)] = "text"
+    text_column: Annotated[str, Field(min_length=1)] = TEXT_COLUMN
+    """Column of the texts. In [[sft.sources]] and [[refine.sources]] that of the conversations, by default "messages";
+    "text" there means the default."""
     input_ids_column: str | None = None
-    """Column of token ids (list of integers) of documents already tokenised; then text_column is not read."""
+    """Column of token ids (list of integers) of documents already tokenised; then text_column is not read. Not for
+    conversations."""
     domain_column: str = "domain"
     id_column: str = "id"
     domain: str | None = None
@@ -86,6 +92,12 @@ class SourceConfig(Section):
     """tasks: length of the longest document, in tokens."""
     task_mix: dict[TaskKind, PositiveFloat] | None = None
     """tasks: share of documents of each kind (normalised to 1); default: passkey 0.4, key_value 0.3, repetition 0.3."""
+
+    @property
+    def messages_column(self) -> str:
+        """Column of the conversations, where the source gives such."""
+        # not by model_fields_set: a written recipe.json spells every default out, and has to mean the same
+        return MESSAGES_COLUMN if self.text_column == TEXT_COLUMN else self.text_column
 
     @model_validator(mode="after")
     def _fields_fit_kind(self) -> SourceConfig:
@@ -113,6 +125,18 @@ class SourceConfig(Section):
         if groups < 1:
             raise ValueError(f"domain_pattern {value!r} has no group (...) to take the domain from")
         return value
+
+
+def _without_token_ids(source: SourceConfig) -> SourceConfig:
+    if source.input_ids_column is not None:
+        raise ValueError(
+            f"input_ids_column {source.input_ids_column!r} is for documents of [[corpus.sources]]; the chat template "
+            f'makes tokens of conversations. Remove it; text_column names their column if it is not "{MESSAGES_COLUMN}"'
+        )
+    return source
+
+
+ChatSource = Annotated[SourceConfig, AfterValidator(_without_token_ids)]
 
 
 class CorpusConfig(Section):
@@ -265,8 +289,8 @@ class PretrainConfig(TrainConfig):
 class SftConfig(TrainConfig):
     """Short supervised fine-tuning that restores the skills: chat template, loss on assistant tokens only."""
 
-    sources: Annotated[tuple[SourceConfig, ...], Field(min_length=1)]
-    """Rows with `messages` ([{role, content}, ...]) and a domain."""
+    sources: Annotated[tuple[ChatSource, ...], Field(min_length=1)]
+    """Rows with `messages` ([{role, content}, ...]; text_column names another column) and a domain."""
     sequence_length: Positive
     """Tokens of one packed sequence."""
     max_sample_tokens: Positive = 8192

@@ -26,7 +26,7 @@ def parse_messages(value: Any) -> list[dict[str, str]]:
     if isinstance(value, str):
         try:
             value = json.loads(value)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:  # RecursionError: brackets nested thousands deep
             raise ValueError(f"messages is not valid JSON ({error})") from None
     if not isinstance(value, list) or not value:
         raise ValueError("messages is empty or no list of {role, content}")
@@ -41,10 +41,17 @@ def parse_messages(value: Any) -> list[dict[str, str]]:
 def _parse_message(index: int, message: Any) -> dict[str, str]:
     if not isinstance(message, dict):
         raise ValueError(f"messages[{index}] is {type(message).__name__}, not {{role, content}}")
-    for key in ("role", "content"):
-        if not isinstance(message.get(key), str):
-            raise ValueError(f"messages[{index}].{key} is {type(message.get(key)).__name__}, not a string")
-    return {"role": message["role"], "content": message["content"]}
+    return {key: _parse_text(f"messages[{index}].{key}", message.get(key)) for key in ("role", "content")}
+
+
+def _parse_text(name: str, value: Any) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"{name} is {type(value).__name__}, not a string")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:  # half of a surrogate pair, which JSON can spell and no tokenizer takes
+        raise ValueError(f"{name} is not valid Unicode ({error.reason})") from None
+    return value
 
 
 def check_template(tokenizer: Any) -> None:
@@ -78,8 +85,23 @@ def assistant_spans(tokenizer: Any, messages: Sequence[Message]) -> tuple[str, l
                 f"differently from the same start within the whole (turn {i}), so the assistant's tokens cannot be "
                 f"found. Use a template that only appends, or split such samples at that turn"
             )
-        spans.append((len(before), _end_of_turn(tokenizer, after, len(before))))
+        start = len(before) + _header_characters(tokenizer, messages[:i], message, before)
+        spans.append((start, _end_of_turn(tokenizer, after, start)))
     return whole, spans
+
+
+def _header_characters(tokenizer: Any, earlier: Sequence[Message], message: Message, before: str) -> int:
+    """Length of the role header that a turn opens with although `before`, the prompt for the turn, lacks it.
+
+    0 for a template that writes a generation prompt, which is the header, and for one that has no headers: white space
+    alone is none, and stays with the word that it is tokenised with.
+    """
+    if _render(tokenizer, earlier, prompt=False) != before:
+        return 0
+    # a mark in place of the content: an answer such as "a" may stand in the header itself
+    marked = _render(tokenizer, [*earlier, {**message, "content": "\0"}], prompt=False)
+    header, mark, _ = marked[len(before) :].partition("\0")
+    return len(header.rstrip(" ")) if mark and header.strip() else 0
 
 
 def _render(tokenizer: Any, messages: Sequence[Message], *, prompt: bool) -> str:
@@ -87,7 +109,7 @@ def _render(tokenizer: Any, messages: Sequence[Message], *, prompt: bool) -> str
 
     try:
         return tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=prompt)
-    except TemplateError as error:
+    except (TemplateError, TypeError) as error:  # TypeError: an expression in it, such as text + number
         raise ValueError(f"messages refused by the chat template ({error})") from None
 
 

@@ -1,9 +1,9 @@
 """Prompts in, the samples that repeat another one's prompt out: exactly, or nearly by MinHash. Pure.
 
-A prompt is what the user says in all turns of a conversation. Exact: equal after lower-casing and collapsing white
-space, as in AceMath (arXiv 2412.15084). Near: an estimated Jaccard similarity of word n-grams at or above a threshold;
-signatures are cut into bands so that only samples which share a band are compared (Broder 1997; Leskovec et al.,
-"Mining of Massive Datasets", section 3.4).
+A prompt is what the user says in all turns of a conversation; an empty one repeats nothing. Exact: equal after
+lower-casing and collapsing white space, as in AceMath (arXiv 2412.15084). Near: an estimated Jaccard similarity of word
+n-grams at or above a threshold; signatures are cut into bands so that only samples which share a band are compared
+(Broder 1997; Leskovec et al., "Mining of Massive Datasets", section 3.4).
 
 Samples are taken in the order of their ids, and one is dropped when it repeats one that was kept: so what survives is a
 function of the set of samples, never of their order in the files, and everything dropped has a survivor like it.
@@ -50,13 +50,18 @@ class Duplicates:
 
 
 def prompt_text(messages: Sequence[Mapping[str, str]]) -> str:
-    """What the user says, turn after turn; a system prompt is shared by many samples and says nothing here."""
-    return "\n".join(message["content"] for message in messages if message["role"] == "user")
+    """What the user says, turn after turn, whatever a source calls the user ("human").
+
+    A system prompt is shared by many samples and says nothing here, unless nobody else speaks to the assistant.
+    """
+    speakers = {message["role"] for message in messages} - {"assistant"}
+    asking = speakers & {"user"} or speakers - {"system"} or speakers
+    return "\n".join(message["content"] for message in messages if message["role"] in asking)
 
 
 def describe_prompt(text: str, config: DeduplicateConfig) -> Prompt:
     """Digest and MinHash signature of a prompt; the signature is empty when near duplicates are not asked for."""
-    digest = hashlib.blake2b(" ".join(text.lower().split()).encode("utf-8", "replace"), digest_size=16).digest()
+    digest = _digest(text)
     if config.near_threshold is None:
         return Prompt(digest, np.empty(0, np.uint32))
     found = words(text)
@@ -67,6 +72,10 @@ def describe_prompt(text: str, config: DeduplicateConfig) -> Prompt:
     return Prompt(digest, minhash.hashvalues)
 
 
+def _digest(text: str) -> bytes:
+    return hashlib.blake2b(" ".join(text.lower().split()).encode("utf-8", "replace"), digest_size=16).digest()
+
+
 @lru_cache(maxsize=2)
 def _empty_minhash(permutations: int) -> Any:
     from datasketch import MinHash
@@ -75,10 +84,14 @@ def _empty_minhash(permutations: int) -> Any:
 
 
 def find_duplicates(prompts: Mapping[str, Prompt], config: DeduplicateConfig) -> Duplicates:
-    """Which samples to drop. Near duplicates are looked for among the survivors of the exact ones."""
+    """Which samples to drop. Near duplicates are looked for among the survivors of the exact ones.
+
+    Samples with an empty prompt all stay: that nothing was asked does not make their answers alike.
+    """
     exact: dict[str, str] = {}
     first: dict[bytes, str] = {}
-    for sample_id in sorted(prompts):
+    empty = _digest("")
+    for sample_id in sorted(name for name, prompt in prompts.items() if prompt.digest != empty):
         survivor = first.setdefault(prompts[sample_id].digest, sample_id)
         if survivor != sample_id:
             exact[sample_id] = survivor

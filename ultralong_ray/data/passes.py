@@ -37,12 +37,14 @@ from ultralong_ray.packed import file_name, write_sequences
 from ultralong_ray.storage import Location
 from ultralong_ray.types import Document, IntArray, PackedSequence, TokenizedDocument, UserError
 
-TOKENS_VERSION = 2  # of the content of a token shard
 TASK_TOKENS_PER_PART = 2**21  # at most: of synthetic documents
 BATCH_CHARACTERS = 2**20  # texts tokenised in one call
-MESSAGES_COLUMN = "messages"
 
 Kind = Literal["text", "input_ids", "chat", "tasks"]
+
+# Of the content of a token shard and of what lies beside it. Raised where a kind changes, so that kept shards of the
+# others stay of use.
+TOKENS_VERSION: dict[Kind, int] = {"text": 2, "input_ids": 2, "chat": 3, "tasks": 2}
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,7 +136,7 @@ def tokenize_items(
                 items.append(_named(blank, max_tokens=longest, first_task=tasks_before + first, num_tasks=count))
             tasks_before += source.num_documents
             continue
-        columns = DocumentColumns.of(source, MESSAGES_COLUMN if reading == "chat" else None)
+        columns = DocumentColumns.of(source, source.messages_column if reading == "chat" else None)
         kind = "input_ids" if source.input_ids_column and reading == "text" else reading
         if kind == "input_ids" and screening is not None:
             raise UserError(
@@ -158,7 +160,7 @@ def _named(item: TokenizeItem, **fields: Any) -> TokenizeItem:
     if item.part is not None:
         part = item.part
         content["part"] = (part.shard.location.uri, part.shard.format, part.version, part.start, part.end)
-    digest = hashlib.sha256(repr((TOKENS_VERSION, sorted(content.items()))).encode()).hexdigest()[:24]
+    digest = hashlib.sha256(repr((TOKENS_VERSION[item.kind], sorted(content.items()))).encode()).hexdigest()[:24]
     return dataclasses.replace(item, name=digest)
 
 

@@ -3,7 +3,8 @@
     <workdir>/refine-answers/           every answer as it came, see ultralong_ray/data/refine_answers.py
     <workdir>/refine-<fingerprint>/
         samples/part-NNNNN.parquet      id, domain, messages: a source for [[sft.sources]]
-        set_aside.jsonl                 samples without a usable answer: id, domain, reason, detail, answer
+        set_aside.jsonl                 samples without a usable answer: id, domain, reason, detail, answer; and what
+                                        of the sources is no sample (bad_row, bad_shard), which has no id
         summary.json                    counts, tokens, cost
 
 No Ray: the work is waiting for a server, and one process holds as many open requests as any endpoint allows. Answers
@@ -21,14 +22,10 @@ from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ultralong_ray.config import Recipe, RefineConfig
-from ultralong_ray.data.chat import parse_messages
-from ultralong_ray.data.corpus import list_parts, list_shards
-from ultralong_ray.data.passes import MESSAGES_COLUMN
 from ultralong_ray.data.refine_answers import (
     Answer,
     AnswerLog,
@@ -38,10 +35,7 @@ from ultralong_ray.data.refine_answers import (
     last_assistant_turn,
     make_request,
 )
-from ultralong_ray.data.rows import DocumentColumns, Quarantine, read_checked, row_domain, row_id
-from ultralong_ray.data.sample import unit_hash
-from ultralong_ray.data.sources import materialise
-from ultralong_ray.data.token_shards import id_hash
+from ultralong_ray.data.refine_samples import ChatSample, Samples
 from ultralong_ray.stages import stage_directory, workdir
 from ultralong_ray.storage import Location, StageDirectory
 from ultralong_ray.types import UserError
@@ -64,15 +58,6 @@ _SCHEMA = pa.schema(
 )
 
 Ask = Callable[[Request], Awaitable[Answer]]
-
-
-@dataclass(frozen=True, slots=True)
-class ChatSample:
-    """One conversation of a source."""
-
-    id: str
-    domain: str
-    messages: list[dict[str, str]]
 
 
 @dataclass(slots=True)
@@ -103,7 +88,7 @@ def refine(recipe: Recipe) -> StageDirectory:
     if directory.done:
         log.info("refine is done already: %s", directory.location)
         return directory
-    samples = _Samples(recipe, recipe.refine)
+    samples = Samples(recipe, recipe.refine)
     answers = AnswerLog(workdir(recipe) / ANSWERS_FOLDER)
     asyncio.run(_ask_endpoint(recipe.refine, samples, answers))
     summary = write_output(samples, answers.read(), recipe.refine, directory.location)
@@ -113,50 +98,7 @@ def refine(recipe: Recipe) -> StageDirectory:
     return directory
 
 
-class _Samples(Collection[ChatSample]):
-    """The samples of all sources in their order, read again at each iteration; `num_samples` of them by hash."""
-
-    def __init__(self, recipe: Recipe, config: RefineConfig) -> None:
-        sources = [(s, DocumentColumns.of(s, MESSAGES_COLUMN)) for s in materialise(config.sources, recipe, chat=True)]
-        self._parts = [(p, columns) for s, columns in sources for p in list_parts(list_shards(s), columns.names)[0]]
-        ids = [sample.id for sample in self._read()]
-        self._chosen = set(ids)
-        if len(self._chosen) < len(ids):
-            repeated = [i for i, count in Counter(ids).items() if count > 1]
-            raise UserError(
-                f"refine.sources: {len(repeated)} ids are used more than once, the first is {repeated[0]!r}. Ids must "
-                f"be unique over all sources: set id_column, or rename them"
-            )
-        if config.num_samples is not None:
-            order = np.argsort(unit_hash("refine", 0, np.array([id_hash(i) for i in ids], np.uint64)), kind="stable")
-            self._chosen = {ids[i] for i in order[: config.num_samples].tolist()}
-
-    def __len__(self) -> int:
-        return len(self._chosen)
-
-    def __contains__(self, sample: object) -> bool:
-        return isinstance(sample, ChatSample) and sample.id in self._chosen
-
-    def __iter__(self) -> Iterator[ChatSample]:
-        return (sample for sample in self._read() if sample.id in self._chosen)
-
-    def _read(self) -> Iterator[ChatSample]:
-        for part, named in self._parts:
-            columns, quarantine = named.for_part(part), Quarantine(part)
-
-            def sample(row: dict[str, Any], columns: DocumentColumns = columns) -> ChatSample:
-                return ChatSample(row_id(row, columns), row_domain(row, columns), parse_messages(row[columns.text]))
-
-            yield from read_checked(part, columns, sample, quarantine)
-            if quarantine.bad:
-                raise UserError(
-                    f"{part.shard.location}: {len(quarantine.bad)} bad rows of {quarantine.rows}, the first: "
-                    f"{quarantine.bad[0].reason} in {quarantine.bad[0].excerpt}. Mend or drop them before paying for "
-                    f"the others"
-                )
-
-
-async def _ask_endpoint(config: RefineConfig, samples: _Samples, answers: AnswerLog) -> None:
+async def _ask_endpoint(config: RefineConfig, samples: Samples, answers: AnswerLog) -> None:
     from ultralong_ray.data.refine_client import ChatClient
 
     async with ChatClient(config) as client:
@@ -254,7 +196,7 @@ def _count_answer(answer: Answer, config: RefineConfig, progress: Progress) -> N
 
 
 def write_output(
-    samples: Iterable[ChatSample], answers: dict[str, Answer], config: RefineConfig, folder: Location
+    samples: Samples, answers: dict[str, Answer], config: RefineConfig, folder: Location
 ) -> dict[str, Any]:
     """Write samples, what was set aside and the summary, in the order of the sources; returns the summary."""
     reasons: Counter[str] = Counter()
@@ -270,6 +212,10 @@ def write_output(
         rows.clear()
 
     with (folder / "set_aside.jsonl").open_for_write() as aside:
+        for left in samples.left_out:
+            reasons[left.reason] += 1
+            line = {"id": None, "domain": None, "reason": left.reason, "detail": left.detail, "answer": None}
+            aside.write(json.dumps(line).encode() + b"\n")
         for sample in samples:
             counts["samples"] += 1
             answer = answers[make_request(sample.messages, config).key]
