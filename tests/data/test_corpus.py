@@ -159,6 +159,26 @@ def test_truncated_shard(tmp_path: Path, name: str) -> None:
     assert name in message and "truncated" in message
 
 
+def test_an_arrow_stream_that_is_not_whole(tmp_path: Path) -> None:
+    path = tmp_path / "a.arrow"
+    whole = write_arrow(path, ROWS, stream=True).read_bytes()
+    with pa.ipc.open_stream(str(path)) as reader:
+        first_batch = len(reader.schema.serialize())
+        size = pa.ipc.get_record_batch_size(reader.read_next_batch())
+    second = first_batch + size
+    assert read_all(SourceConfig(uri=str(path))) == DOCUMENTS
+    for content, complaint in (
+        (whole[:second], f"stops at byte {second:,} of {second:,} without its end mark"),
+        (whole[:-8], "gets its mark when pyarrow.ipc reads and writes it"),
+        (whole[:second] + bytes(16) + whole[second + 16 :], "without its end mark"),
+        (whole[: second + 4] + bytes(4) + whole[second + 8 :], f"ends at byte {second + 8:,} of {len(whole):,}"),
+        (whole + whole, f"ends at byte {len(whole):,} of {2 * len(whole):,}; streams that were joined"),
+    ):
+        path.write_bytes(content)
+        message = refused(path)
+        assert "a.arrow: cannot be read as arrow" in message and complaint in message, message
+
+
 def test_wrong_format(tmp_path: Path) -> None:
     (tmp_path / "a.parquet").write_bytes(jsonl(ROWS))
     assert "cannot be read as parquet" in refused(tmp_path / "a.parquet")

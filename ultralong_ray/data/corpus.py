@@ -213,7 +213,7 @@ def _parquet_parts(shard: Shard, columns: tuple[str, ...], version: str) -> list
 
 
 def _arrow_parts(shard: Shard, columns: tuple[str, ...], version: str, size: int) -> list[ShardPart]:
-    reader = open_arrow(shard, columns)
+    reader, _ = open_arrow(shard, columns)
     if isinstance(reader, ipc.RecordBatchStreamReader):
         return [ShardPart(shard, version=version)]
     batches = reader.num_record_batches
@@ -233,8 +233,10 @@ def open_parquet(shard: Shard, columns: tuple[str, ...]) -> pq.ParquetFile:
     return file
 
 
-def open_arrow(shard: Shard, columns: tuple[str, ...]) -> ipc.RecordBatchFileReader | ipc.RecordBatchStreamReader:
-    """The reader of an IPC file or stream, for the named columns alone. Raises as `open_parquet` does."""
+def open_arrow(
+    shard: Shard, columns: tuple[str, ...]
+) -> tuple[ipc.RecordBatchFileReader | ipc.RecordBatchStreamReader, pa.NativeFile]:
+    """(reader of an IPC file or stream, for the named columns alone; what it reads). Raises as `open_parquet` does."""
     location = shard.location
     try:
         source = location.open_input()
@@ -250,7 +252,7 @@ def open_arrow(shard: Shard, columns: tuple[str, ...]) -> ipc.RecordBatchFileRea
     except (pa.ArrowException, OSError) as error:
         raise unreadable(shard, error) from error
     _check_columns(location, reader.schema.names, columns)
-    return reader
+    return reader, source
 
 
 def _check_columns(location: Location, names: list[str], columns: tuple[str, ...]) -> None:

@@ -31,6 +31,7 @@ from ultralong_ray.types import Document, IntArray, TokenizedDocument
 ROWS_PER_BATCH = 64  # rows decoded at a time: a long document is megabytes
 READ_BYTES = 2**20
 EXCERPT_CHARACTERS = 200
+STREAM_END = b"\xff\xff\xff\xff\x00\x00\x00\x00"  # the last bytes of an Arrow IPC stream
 ALL_BAD_ROWS = 16  # as many rows without one good one among them: the mapping of columns is wrong, not the rows
 
 Row = TypeVar("Row")
@@ -175,9 +176,9 @@ def _parquet_rows(part: ShardPart, columns: DocumentColumns, quarantine: Quarant
 
 
 def _arrow_rows(part: ShardPart, columns: DocumentColumns, quarantine: Quarantine) -> Rows:
-    reader = open_arrow(part.shard, columns.names)
+    reader, source = open_arrow(part.shard, columns.names)
     if isinstance(reader, ipc.RecordBatchStreamReader):
-        batches: Iterator[pa.RecordBatch] = iter(reader)
+        batches = _whole_stream(reader, source)
     else:
         batches = (reader.get_batch(i) for i in range(part.start, part.end or reader.num_record_batches))
     number = 0
@@ -186,6 +187,24 @@ def _arrow_rows(part: ShardPart, columns: DocumentColumns, quarantine: Quarantin
             batch = whole.slice(start, ROWS_PER_BATCH)
             yield from _batch_rows(batch, number, columns, quarantine)
             number += batch.num_rows
+
+
+def _whole_stream(reader: ipc.RecordBatchStreamReader, source: pa.NativeFile) -> Iterator[pa.RecordBatch]:
+    """The batches of an IPC stream. Raises ArrowInvalid where it stops without its end mark, or has more behind it.
+
+    The reader takes the end of the file and any word of zeros for the end of the stream.
+    """
+    yield from reader
+    end, size = source.tell(), source.size()
+    if source.read_at(len(STREAM_END), max(0, end - len(STREAM_END))) != STREAM_END:
+        raise pa.ArrowInvalid(
+            f"the stream stops at byte {end:,} of {size:,} without its end mark, so rows may be missing; a whole one "
+            f"of an old writer gets its mark when pyarrow.ipc reads and writes it"
+        )
+    if end != size:
+        raise pa.ArrowInvalid(
+            f"the stream ends at byte {end:,} of {size:,}; streams that were joined have to be files of their own"
+        )
 
 
 def _batch_rows(batch: pa.RecordBatch, first: int, columns: DocumentColumns, quarantine: Quarantine) -> Rows:
