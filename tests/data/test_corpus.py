@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -179,6 +180,19 @@ def test_an_arrow_stream_that_is_not_whole(tmp_path: Path) -> None:
         assert "a.arrow: cannot be read as arrow" in message and complaint in message, message
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_arrow_offsets_out_of_bounds(tmp_path: Path, stream: bool) -> None:
+    path = tmp_path / "a.arrow"
+    whole = write_arrow(path, ROWS, stream=stream, rows_per_batch=7).read_bytes()
+    offsets = pa.array([row["text"] for row in ROWS]).buffers()[1]
+    assert offsets is not None and whole.count(offsets.to_pybytes()) == 1
+    backwards = np.frombuffer(offsets, np.int32).copy()
+    backwards[3] = -5
+    path.write_bytes(whole.replace(offsets.to_pybytes(), backwards.tobytes()))
+    message = refused(path)
+    assert "a.arrow: cannot be read as arrow" in message and "offset" in message
+
+
 def test_wrong_format(tmp_path: Path) -> None:
     (tmp_path / "a.parquet").write_bytes(jsonl(ROWS))
     assert "cannot be read as parquet" in refused(tmp_path / "a.parquet")
@@ -248,9 +262,12 @@ def test_wrong_types_and_encodings(tmp_path: Path) -> None:
     texts = pa.array([b"good", b"\xff\xfe", b"fine"]).view(pa.string())
     table = pa.Table.from_pylist(ROWS[:3]).set_column(2, "text", texts)
     pq.write_table(table, tmp_path / "d.parquet")
-    documents, bad = read_with_bad(SourceConfig(uri=str(tmp_path / "d.parquet")))
-    assert [d.text for d in documents] == ["good", "fine"]
-    assert bad == [(1, "text is not valid UTF-8 (invalid start byte)")]
+    with pa.ipc.new_file(str(tmp_path / "e.arrow"), table.schema) as writer:
+        writer.write_table(table)
+    for name in ("d.parquet", "e.arrow"):
+        documents, bad = read_with_bad(SourceConfig(uri=str(tmp_path / name)))
+        assert [d.text for d in documents] == ["good", "fine"]
+        assert bad == [(1, "text is not valid UTF-8 (invalid start byte)")]
 
 
 def test_an_excerpt_is_short_whatever_the_row(tmp_path: Path) -> None:

@@ -183,6 +183,8 @@ def _arrow_rows(part: ShardPart, columns: DocumentColumns, quarantine: Quarantin
         batches = (reader.get_batch(i) for i in range(part.start, part.end or reader.num_record_batches))
     number = 0
     for whole in batches:
+        for name in columns.names:
+            _check_column(whole.column(name))
         for start in range(0, whole.num_rows, ROWS_PER_BATCH):
             batch = whole.slice(start, ROWS_PER_BATCH)
             yield from _batch_rows(batch, number, columns, quarantine)
@@ -205,6 +207,18 @@ def _whole_stream(reader: ipc.RecordBatchStreamReader, source: pa.NativeFile) ->
         raise pa.ArrowInvalid(
             f"the stream ends at byte {end:,} of {size:,}; streams that were joined have to be files of their own"
         )
+
+
+def _check_column(column: pa.Array) -> None:
+    """Raises ArrowInvalid for a damaged column: pyarrow follows its offsets unchecked, out of its memory if need be.
+
+    Text that is no UTF-8 is a fault of its row alone, and found there.
+    """
+    try:
+        column.validate(full=True)
+    except pa.ArrowInvalid as error:
+        if "UTF8" not in str(error):
+            raise
 
 
 def _batch_rows(batch: pa.RecordBatch, first: int, columns: DocumentColumns, quarantine: Quarantine) -> Rows:
