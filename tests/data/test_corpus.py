@@ -86,23 +86,6 @@ def test_last_line_needs_no_newline_and_lines_may_straddle_blocks(
     assert read_all(SourceConfig(uri=str(tmp_path / "a.jsonl"))) == DOCUMENTS
 
 
-def test_folder_and_glob_take_shards_only(tmp_path: Path) -> None:
-    (tmp_path / "code").mkdir()
-    for name in ("x-0.parquet", "x-1.parquet", "code/y-0.parquet"):
-        write_parquet(tmp_path / name, ROWS)
-    (tmp_path / "README.md").write_text("not a shard")
-    (tmp_path / "_SUCCESS.json").write_text("{}")
-    (tmp_path / "stats.json").write_text("{}")
-
-    def names(uri: str) -> list[str]:
-        return [str(s.location).removeprefix(f"{tmp_path}/") for s in list_shards(SourceConfig(uri=uri))]
-
-    assert names(str(tmp_path)) == ["code/y-0.parquet", "x-0.parquet", "x-1.parquet"]
-    assert names(f"{tmp_path}/*.parquet") == ["x-0.parquet", "x-1.parquet"]
-    assert names(f"{tmp_path}/**/*-0.parquet") == ["code/y-0.parquet", "x-0.parquet"]
-    assert names(f"{tmp_path}/x-[1-9].parquet") == ["x-1.parquet"]
-
-
 def test_large_parquet_is_cut_by_row_groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(corpus, "PART_BYTES", 1)
     path = write_parquet(tmp_path / "a.parquet", ROWS, row_group_size=3)
