@@ -86,6 +86,19 @@ def test_last_line_needs_no_newline_and_lines_may_straddle_blocks(
     assert read_all(SourceConfig(uri=str(tmp_path / "a.jsonl"))) == DOCUMENTS
 
 
+def test_a_wanted_column_that_is_there_twice(tmp_path: Path) -> None:
+    table = pa.Table.from_pylist(ROWS)
+    table = table.append_column("text", table["text"])
+    pq.write_table(table, tmp_path / "a.parquet")
+    for name, new in (("b.arrow", pa.ipc.new_file), ("c.arrow", pa.ipc.new_stream)):
+        with new(str(tmp_path / name), table.schema) as writer:
+            writer.write_table(table)
+    for name in ("a.parquet", "b.arrow", "c.arrow"):
+        assert f"{name}: has 2 columns 'text'. Name another column of id, domain, text, text" in refused(
+            tmp_path / name
+        )
+
+
 def test_large_parquet_is_cut_by_row_groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(corpus, "PART_BYTES", 1)
     path = write_parquet(tmp_path / "a.parquet", ROWS, row_group_size=3)
@@ -206,7 +219,7 @@ def test_missing_column_names_what_is_there(tmp_path: Path) -> None:
     assert "no column 'content'" in refused(tmp_path / "a.arrow", text_column="content")
     (tmp_path / "b.jsonl").write_bytes(jsonl(ROWS * 3))
     message = refused(tmp_path / "b.jsonl", text_column="content")
-    assert "line 0: no field 'content'; it has id, domain, text" in message
+    assert "line 1: no field 'content'; it has id, domain, text" in message
 
 
 @pytest.mark.parametrize(
@@ -238,7 +251,7 @@ def test_wrong_types_and_encodings(tmp_path: Path) -> None:
         "a JSON list",
         "text is not valid Unicode",
         "no field 'domain', 'text'",
-        "not valid JSON",
+        "not JSON that can be read",
     ]
     assert [row for row, _ in bad] == [1, 2, 3, 4, 5]
     assert all(reason.startswith(start) for (_, reason), start in zip(bad, reasons, strict=True)), bad
@@ -251,6 +264,14 @@ def test_wrong_types_and_encodings(tmp_path: Path) -> None:
         documents, bad = read_with_bad(SourceConfig(uri=str(tmp_path / name)))
         assert [d.text for d in documents] == ["good", "fine"]
         assert bad == [(1, "text is not valid UTF-8 (invalid start byte)")]
+
+
+def test_json_beyond_what_python_reads_is_one_bad_row(tmp_path: Path) -> None:
+    deep, long = b'{"id": ' + b"[" * 100_000 + b"]" * 100_000 + b"}\n", b'{"id": ' + b"9" * 5_000 + b"}\n"
+    (tmp_path / "a.jsonl").write_bytes(deep + jsonl(ROWS) + long)
+    documents, bad = read_with_bad(SourceConfig(uri=str(tmp_path / "a.jsonl")))
+    assert documents == DOCUMENTS and [row for row, _ in bad] == [0, 8]
+    assert all(reason.startswith("not JSON that can be read (") for _, reason in bad)
 
 
 def test_an_excerpt_is_short_whatever_the_row(tmp_path: Path) -> None:

@@ -65,8 +65,12 @@ class ShardPart:
 
     @property
     def row_unit(self) -> str:
-        """Rows of Parquet and Arrow count from 0, lines from 1."""
         return "line" if self.shard.format == "jsonl" else "row"
+
+    @property
+    def first_number(self) -> int:
+        """Rows of Parquet and Arrow count from 0, lines from 1."""
+        return 1 if self.row_unit == "line" else 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -294,6 +298,12 @@ def _check_columns(location: Location, names: list[str], columns: tuple[str, ...
             f"{location}: no column {', '.join(map(repr, missing))}; it has {', '.join(names)}. "
             f"Set text_column (or input_ids_column), domain_column (or domain, domain_pattern) and id_column of this "
             f"source"
+        )
+    twice = [c for c in columns if names.count(c) > 1]
+    if twice:
+        raise UserError(
+            f"{location}: has {names.count(twice[0])} columns {twice[0]!r}. Name another column of {', '.join(names)}, "
+            f"or write the shard again with names that differ"
         )
 
 

@@ -67,10 +67,11 @@ class Quarantine:
             raise BadShard(f"{location}: the shard holds no rows. Remove it or write it again")
         if self.rows >= ALL_BAD_ROWS and len(self.bad) == self.rows:
             first = self.bad[0]
+            number = first.row + (self.part.first_row or 0) + self.part.first_number
             raise BadShard(
-                f"{location}: every one of its {self.rows} rows is bad, the first is {self.part.row_unit} "
-                f"{first.row + (self.part.first_row or 0)}: {first.reason}. Check the columns that the source names, "
-                f'or leave such shards out with on_bad_shard = "skip"'
+                f"{location}: every one of its {self.rows} rows is bad, the first is {self.part.row_unit} {number}: "
+                f"{first.reason}. Check the columns that the source names, or leave such shards out with "
+                f'on_bad_shard = "skip"'
             )
 
 
@@ -259,8 +260,8 @@ def _jsonl_rows(part: ShardPart, columns: DocumentColumns, quarantine: Quarantin
 def _parse_line(number: int, line: bytes, columns: tuple[str, ...], quarantine: Quarantine) -> dict[str, Any] | None:
     try:
         value = json.loads(line)
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        quarantine.add(number, f"not valid JSON ({error})", line[:EXCERPT_CHARACTERS])
+    except (ValueError, RecursionError) as error:  # a number of too many digits, a value nested too deep
+        quarantine.add(number, f"not JSON that can be read ({error})", line[:EXCERPT_CHARACTERS])
         return None
     if not isinstance(value, dict):
         quarantine.add(number, f"a JSON {type(value).__name__}, not an object", value)
