@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -85,21 +86,17 @@ def test_last_line_needs_no_newline_and_lines_may_straddle_blocks(
     assert read_all(SourceConfig(uri=str(tmp_path / "a.jsonl"))) == DOCUMENTS
 
 
-def test_folder_and_glob_take_shards_only(tmp_path: Path) -> None:
-    (tmp_path / "code").mkdir()
-    for name in ("x-0.parquet", "x-1.parquet", "code/y-0.parquet"):
-        write_parquet(tmp_path / name, ROWS)
-    (tmp_path / "README.md").write_text("not a shard")
-    (tmp_path / "_SUCCESS.json").write_text("{}")
-    (tmp_path / "stats.json").write_text("{}")
-
-    def names(uri: str) -> list[str]:
-        return [str(s.location).removeprefix(f"{tmp_path}/") for s in list_shards(SourceConfig(uri=uri))]
-
-    assert names(str(tmp_path)) == ["code/y-0.parquet", "x-0.parquet", "x-1.parquet"]
-    assert names(f"{tmp_path}/*.parquet") == ["x-0.parquet", "x-1.parquet"]
-    assert names(f"{tmp_path}/**/*-0.parquet") == ["code/y-0.parquet", "x-0.parquet"]
-    assert names(f"{tmp_path}/x-[1-9].parquet") == ["x-1.parquet"]
+def test_a_wanted_column_that_is_there_twice(tmp_path: Path) -> None:
+    table = pa.Table.from_pylist(ROWS)
+    table = table.append_column("text", table["text"])
+    pq.write_table(table, tmp_path / "a.parquet")
+    for name, new in (("b.arrow", pa.ipc.new_file), ("c.arrow", pa.ipc.new_stream)):
+        with new(str(tmp_path / name), table.schema) as writer:
+            writer.write_table(table)
+    for name in ("a.parquet", "b.arrow", "c.arrow"):
+        assert f"{name}: has 2 columns 'text'. Name another column of id, domain, text, text" in refused(
+            tmp_path / name
+        )
 
 
 def test_large_parquet_is_cut_by_row_groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -159,6 +156,39 @@ def test_truncated_shard(tmp_path: Path, name: str) -> None:
     assert name in message and "truncated" in message
 
 
+def test_an_arrow_stream_that_is_not_whole(tmp_path: Path) -> None:
+    path = tmp_path / "a.arrow"
+    whole = write_arrow(path, ROWS, stream=True).read_bytes()
+    with pa.ipc.open_stream(str(path)) as reader:
+        first_batch = len(reader.schema.serialize())
+        size = pa.ipc.get_record_batch_size(reader.read_next_batch())
+    second = first_batch + size
+    assert read_all(SourceConfig(uri=str(path))) == DOCUMENTS
+    for content, complaint in (
+        (whole[:second], f"stops at byte {second:,} of {second:,} without its end mark"),
+        (whole[:-8], "gets its mark when pyarrow.ipc reads and writes it"),
+        (whole[:second] + bytes(16) + whole[second + 16 :], "without its end mark"),
+        (whole[: second + 4] + bytes(4) + whole[second + 8 :], f"ends at byte {second + 8:,} of {len(whole):,}"),
+        (whole + whole, f"ends at byte {len(whole):,} of {2 * len(whole):,}; streams that were joined"),
+    ):
+        path.write_bytes(content)
+        message = refused(path)
+        assert "a.arrow: cannot be read as arrow" in message and complaint in message, message
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_arrow_offsets_out_of_bounds(tmp_path: Path, stream: bool) -> None:
+    path = tmp_path / "a.arrow"
+    whole = write_arrow(path, ROWS, stream=stream, rows_per_batch=7).read_bytes()
+    offsets = pa.array([row["text"] for row in ROWS]).buffers()[1]
+    assert offsets is not None and whole.count(offsets.to_pybytes()) == 1
+    backwards = np.frombuffer(offsets, np.int32).copy()
+    backwards[3] = -5
+    path.write_bytes(whole.replace(offsets.to_pybytes(), backwards.tobytes()))
+    message = refused(path)
+    assert "a.arrow: cannot be read as arrow" in message and "offset" in message
+
+
 def test_wrong_format(tmp_path: Path) -> None:
     (tmp_path / "a.parquet").write_bytes(jsonl(ROWS))
     assert "cannot be read as parquet" in refused(tmp_path / "a.parquet")
@@ -189,7 +219,7 @@ def test_missing_column_names_what_is_there(tmp_path: Path) -> None:
     assert "no column 'content'" in refused(tmp_path / "a.arrow", text_column="content")
     (tmp_path / "b.jsonl").write_bytes(jsonl(ROWS * 3))
     message = refused(tmp_path / "b.jsonl", text_column="content")
-    assert "line 0: no field 'content'; it has id, domain, text" in message
+    assert "line 1: no field 'content'; it has id, domain, text" in message
 
 
 @pytest.mark.parametrize(
@@ -221,16 +251,27 @@ def test_wrong_types_and_encodings(tmp_path: Path) -> None:
         "a JSON list",
         "text is not valid Unicode",
         "no field 'domain', 'text'",
-        "not valid JSON",
+        "not JSON that can be read",
     ]
     assert [row for row, _ in bad] == [1, 2, 3, 4, 5]
     assert all(reason.startswith(start) for (_, reason), start in zip(bad, reasons, strict=True)), bad
     texts = pa.array([b"good", b"\xff\xfe", b"fine"]).view(pa.string())
     table = pa.Table.from_pylist(ROWS[:3]).set_column(2, "text", texts)
     pq.write_table(table, tmp_path / "d.parquet")
-    documents, bad = read_with_bad(SourceConfig(uri=str(tmp_path / "d.parquet")))
-    assert [d.text for d in documents] == ["good", "fine"]
-    assert bad == [(1, "text is not valid UTF-8 (invalid start byte)")]
+    with pa.ipc.new_file(str(tmp_path / "e.arrow"), table.schema) as writer:
+        writer.write_table(table)
+    for name in ("d.parquet", "e.arrow"):
+        documents, bad = read_with_bad(SourceConfig(uri=str(tmp_path / name)))
+        assert [d.text for d in documents] == ["good", "fine"]
+        assert bad == [(1, "text is not valid UTF-8 (invalid start byte)")]
+
+
+def test_json_beyond_what_python_reads_is_one_bad_row(tmp_path: Path) -> None:
+    deep, long = b'{"id": ' + b"[" * 100_000 + b"]" * 100_000 + b"}\n", b'{"id": ' + b"9" * 5_000 + b"}\n"
+    (tmp_path / "a.jsonl").write_bytes(deep + jsonl(ROWS) + long)
+    documents, bad = read_with_bad(SourceConfig(uri=str(tmp_path / "a.jsonl")))
+    assert documents == DOCUMENTS and [row for row, _ in bad] == [0, 8]
+    assert all(reason.startswith("not JSON that can be read (") for _, reason in bad)
 
 
 def test_an_excerpt_is_short_whatever_the_row(tmp_path: Path) -> None:

@@ -247,3 +247,13 @@ def test_the_index_has_another_name_when_rules_or_files_change(tmp_path: Path, f
     assert first == name() and first != name(min_item_words=9)
     (files / "c.txt").write_text("another text altogether\n")
     assert name() != first
+
+
+def test_a_benchmark_with_a_byte_order_mark_is_read(tmp_path: Path) -> None:
+    file = tmp_path / "bench.jsonl"
+    config = DecontaminateConfig(benchmarks=(BenchmarkConfig(name="bench", uri=str(file)),))
+    file.write_bytes(b"\xef\xbb\xbf" + json.dumps({"question": sentence(random.Random(0), 40)}).encode())
+    assert write_index(config, Location.of(tmp_path / "index"))["bench"]["items"] == 1
+    file.write_bytes(b'{"question": ' + b"[" * 100_000 + b"]" * 100_000 + b"}")
+    with pytest.raises(UserError, match=r"bench\.jsonl cannot be read .*recursion"):
+        write_index(config, Location.of(tmp_path / "index"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import random
 import subprocess
 import sys
@@ -23,6 +24,42 @@ from ultralong_ray.types import Document
 # letters, marks, digits, punctuation, all kinds of white space, an apostrophe, Chinese, what a special token looks like
 ALPHABET = ["a", "b", "Z", "\u00e9", "e\u0301", "7", "42", ".", ",", "'", "'s", " ", "  ", "\n", "\r\n", "\t", "\u00a0"]
 ALPHABET += ["\u4f60", "\u597d", "\u3002", "\uff0c", "<|end|>", "|||IP_ADDRESS|||", "-", "\u200b"]
+# other scripts, with marks of their own; numbers of other kinds; what only some take for white space; emoji
+ALPHABET += [
+    "\u0416",
+    "\u0435\u0449\u0451",
+    "\ud55c\uad6d",
+    "\u1112\u1161",
+    "\u3044",
+    "\u0915\u093f",
+    "\u0e01\u0e32",
+    "\u0627",
+]
+ALPHABET += [
+    "\u00b2",
+    "\u2167",
+    "\u0663",
+    "_",
+    "\u2019",
+    "/",
+    "!",
+    "\u3001",
+    "\uff01",
+    "\uff1f",
+    "\u060c",
+    "\u061f",
+    "\u0964",
+]
+ALPHABET += ["\x1c", "\x85", "\u180e", "\u2028", "\u3000", "\u200d", "\U0001f642", "\u0301"]
+
+SENTENCES = {
+    "Russian": "\u0421\u044a\u0435\u0448\u044c \u0435\u0449\u0451 \u0431\u0443\u043b\u043e\u043a, \u0434\u0430. ",
+    "Arabic": "\u0646\u0635 \u062d\u0643\u064a\u0645\u060c \u0648\u0630\u0648 \u0634\u0623\u0646 ",
+    "Japanese": "\u3044\u308d\u306f\u306b\u307b\u3078\u3068\u3001\u3061\u308a\u306c\u308b\u3092\u3002",
+    "Korean": "\ub2e4\ub78c\uc950 \ud5cc \uccc7\ubc14\ud034\uc5d0 \ud0c0\uace0\ud30c. ",
+    "Hindi": "\u092f\u0939 \u090f\u0915 \u0935\u093e\u0915\u094d\u092f \u0939\u0948\u0964 ",
+    "digits": "123 456 7890, ",
+}
 
 
 def same_tokens(tokenizer: Any, text: str) -> int:
@@ -59,6 +96,29 @@ def test_random_text_has_the_same_tokens_in_pieces(tokenizer: Any, tmp_path: Pat
         assert sum(same_tokens(exact, "".join(rng.choices(ALPHABET, k=60))) for _ in range(300)) > 900
 
 
+@pytest.mark.usefixtures("short_pieces")
+@pytest.mark.parametrize("normalizer", [None, normalizers.NFC()])
+@pytest.mark.parametrize("pattern", sorted(pieces.KNOWN_PATTERNS))
+def test_the_known_patterns_split_pieces_as_they_split_the_whole(tokenizer: Any, pattern: str, normalizer: Any) -> None:
+    words = pre_tokenizers.Split(Regex(pattern), "isolated")
+    by_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    known = copy.deepcopy(tokenizer)
+    known.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence([words, by_bytes])
+    if normalizer is not None:
+        known.backend_tokenizer.normalizer = normalizer
+    assert pieces.cuts_are_exact(known)
+    rng = random.Random(0)
+    assert sum(same_tokens(known, "".join(rng.choices(ALPHABET, k=60))) for _ in range(300)) > 900
+
+
+@pytest.mark.parametrize("script", SENTENCES)
+def test_long_texts_of_every_script_are_cut(tokenizer: Any, script: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pieces, "PIECE_CHARACTERS", 1000)
+    text = SENTENCES[script] * 1000
+    assert max(map(len, pieces.pieces(text, exact=True))) < 1000 + len(SENTENCES[script])
+    assert same_tokens(tokenizer, text) > 10
+
+
 def changed(**parts: Any) -> Any:
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -79,6 +139,9 @@ def test_tokenizers_that_look_beyond_a_word_are_told_apart() -> None:
     swallowing = changed()
     swallowing.add_tokens([AddedToken("fox", rstrip=True)])
     assert not pieces.cuts_are_exact(swallowing)
+    across = changed()
+    across.add_tokens(["\u4f60\uff0c\u597d"])
+    assert not pieces.cuts_are_exact(across)
 
 
 def test_a_text_stays_whole_where_cuts_are_not_exact_or_there_is_no_place() -> None:

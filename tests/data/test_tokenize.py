@@ -63,3 +63,7 @@ def test_loading(tokenizer: Any, tokenizer_folder: Path, tmp_path: Path) -> None
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="no tokenizer could be loaded"):
         load_tokenizer(str(tmp_path / "empty"))
+    for content in ("{}", "[]", "null"):
+        (tmp_path / "empty" / "tokenizer.json").write_text(content)
+        with pytest.raises(UserError, match="no tokenizer could be loaded"):
+            load_tokenizer(str(tmp_path / "empty"))

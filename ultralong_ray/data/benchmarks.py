@@ -193,7 +193,7 @@ def _items(benchmark: BenchmarkConfig, options: StorageOptions) -> Iterator[tupl
     for file in _files(benchmark, options):
         try:
             yield from _file_items(benchmark, file)
-        except (pa.ArrowException, OSError, ValueError) as error:
+        except (pa.ArrowException, OSError, ValueError, RecursionError) as error:
             raise UserError(
                 f"decontaminate.benchmarks {benchmark.name!r}: {file} cannot be read ({error}). Check that it is whole "
                 f"and that its name says its format"
@@ -230,7 +230,7 @@ def _rows(file: Location) -> Iterator[dict[str, Any]]:
     if _suffix(file) == ".parquet":
         yield from pq.read_table(pa.BufferReader(content)).to_pylist()
         return
-    for line in content.decode().split("\n"):
+    for line in content.decode("utf-8-sig").split("\n"):
         if line.strip():
             row = {"text": line} if _suffix(file) == ".txt" else json.loads(line)
             if not isinstance(row, dict):

@@ -37,6 +37,7 @@ _SUFFIXES = {
     "arrow": (".arrow", ".feather", ".ipc"),
     "jsonl": tuple(name + zipped for name in (".jsonl", ".ndjson", ".json") for zipped in ("", ".gz", ".zst")),
 }
+_WILDCARD = re.compile(r"[*?\[]")
 Format = Literal["parquet", "jsonl", "arrow"]
 
 
@@ -64,8 +65,12 @@ class ShardPart:
 
     @property
     def row_unit(self) -> str:
-        """Rows of Parquet and Arrow count from 0, lines from 1."""
         return "line" if self.shard.format == "jsonl" else "row"
+
+    @property
+    def first_number(self) -> int:
+        """Rows of Parquet and Arrow count from 0, lines from 1."""
+        return 1 if self.row_unit == "line" else 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +84,8 @@ class SkippedShard:
 def list_shards(source: SourceConfig) -> list[Shard]:
     """The files of a source of kind "files", sorted by path.
 
-    Raises UserError when nothing is there, when a folder or glob holds no shard, or when a file's format is unclear.
+    Raises UserError when uri is no address, when nothing is there, when a folder or glob holds no shard, or when a
+    file's format is unclear.
     """
     assert source.uri is not None
     options = (source.storage or StorageConfig()).options
@@ -87,29 +93,40 @@ def list_shards(source: SourceConfig) -> list[Shard]:
         found = _find(source, Location.of(source.uri, options))
     except OSError as error:
         raise explained(error, f"corpus source {source.uri}") from error
+    except ValueError as error:  # pyarrow's ArrowInvalid is one
+        raise UserError(
+            f"corpus source: uri {source.uri!r} is no address ({error}). Write a path, or scheme://bucket/folder"
+        ) from error
     if not found:
         raise UserError(
             f"corpus source {source.uri}: holds no shard (looked for .parquet, .arrow, .feather, .ipc, "
             f".jsonl, .jsonl.gz, .jsonl.zst). "
-            f"Point uri at the shards, or set format where file names do not say it"
+            f"Point uri at the shards. Files of other names are taken by a glob with format set, as in "
+            f'uri = "folder/*", format = "parquet"'
         )
     return [_shard(f, source) for f in found]
 
 
 def _find(source: SourceConfig, location: Location) -> list[Location]:
     assert source.uri is not None
-    if re.search(r"[*?\[]", source.uri) and not location.exists():
-        pattern = _glob_pattern(location.path)
-        files = [f for f in _fixed_parent(location).files(recursive=True) if pattern.fullmatch(f.path)]
+    if _WILDCARD.search(source.uri) and not location.exists():
+        folder = _fixed_parent(location)
+        pattern = re.escape(folder.path) + _glob_pattern(location.path[len(folder.path) :])
+        files = [f for f in folder.files(recursive=True) if re.fullmatch(pattern, f.path)]
         return [f for f in files if source.format or _format_of(f)]
     if location.is_dir():
         default = (*_SUFFIXES["parquet"], *_SUFFIXES["arrow"], ".jsonl", ".ndjson")
         wanted = _SUFFIXES[source.format] if source.format else default
-        plain = [(f, f.name.removesuffix(".gz").removesuffix(".zst")) for f in location.files(recursive=True)]
-        return [f for f, name in plain if name.endswith(wanted) and not f.name.startswith(("_", "."))]
+        shown = [f for f in location.files(recursive=True) if not _is_hidden(f.path.removeprefix(location.path))]
+        return [f for f in shown if f.name.removesuffix(".gz").removesuffix(".zst").endswith(wanted)]
     if location.exists():
         return [location]
     raise UserError(f"corpus source {source.uri}: nothing is there. Check the path, the bucket and its credentials")
+
+
+def _is_hidden(path: str) -> bool:
+    """Whether a file or a folder of this path is one of those that tools leave for themselves (`_temporary/0/`)."""
+    return any(segment.startswith(("_", ".")) for segment in path.split("/"))
 
 
 def _shard(location: Location, source: SourceConfig) -> Shard:
@@ -125,17 +142,36 @@ def _format_of(location: Location) -> Format | None:
 
 
 def _fixed_parent(location: Location) -> Location:
-    """The folder above the first path segment that holds a wildcard."""
+    """The folder above the first path segment that holds a wildcard and is no folder of this very name (`run[1]`)."""
     segments = location.uri.split("/")
-    first = next(i for i, segment in enumerate(segments) if re.search(r"[*?\[]", segment))
-    return replace(location, uri="/".join(segments[:first]))
+    for i, segment in enumerate(segments):
+        if _WILDCARD.search(segment) and not replace(location, uri="/".join(segments[: i + 1])).is_dir():
+            return replace(location, uri="/".join(segments[:i]))
+    return location.parent
 
 
-def _glob_pattern(path: str) -> re.Pattern[str]:
-    """Shell wildcards: * and ? stay within a folder, ** crosses folders."""
-    parts = re.split(r"(\*\*/|\*\*|\*|\?|\[[^\]]+\])", path)
+def _glob_pattern(path: str) -> str:
+    """Shell wildcards as a regular expression: * and ? stay within a folder, ** crosses folders.
+
+    Raises UserError for a set that is none.
+    """
+    parts = re.split(r"(\*\*/|\*\*|\*|\?|\[[!^]?[^/][^\]/]*\])", path)
     known = {"**/": "(?:.*/)?", "**": ".*", "*": "[^/]*", "?": "[^/]"}
-    return re.compile("".join(known.get(p) or (p if p.startswith("[") else re.escape(p)) for p in parts))
+    return "".join((known.get(p) or _glob_set(p)) if i % 2 else re.escape(p) for i, p in enumerate(parts))
+
+
+def _glob_set(part: str) -> str:
+    """`[a-c]`, or `[!a-c]` for any other character that is no slash."""
+    negated = part[1] in "!^" and len(part) > 3
+    characters = re.sub(r"([\\\[\]^&~|])", r"\\\1", part[1 + negated : -1])
+    pattern = f"(?!/)[{'^' * negated}{characters}]"
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise UserError(
+            f"corpus source: the set {part} in uri is none ({error}). Write the lower end of a range first, as in [a-z]"
+        ) from error
+    return pattern
 
 
 def shard_domain(shard: Shard, pattern: str) -> str:
@@ -213,7 +249,7 @@ def _parquet_parts(shard: Shard, columns: tuple[str, ...], version: str) -> list
 
 
 def _arrow_parts(shard: Shard, columns: tuple[str, ...], version: str, size: int) -> list[ShardPart]:
-    reader = open_arrow(shard, columns)
+    reader, _ = open_arrow(shard, columns)
     if isinstance(reader, ipc.RecordBatchStreamReader):
         return [ShardPart(shard, version=version)]
     batches = reader.num_record_batches
@@ -233,8 +269,10 @@ def open_parquet(shard: Shard, columns: tuple[str, ...]) -> pq.ParquetFile:
     return file
 
 
-def open_arrow(shard: Shard, columns: tuple[str, ...]) -> ipc.RecordBatchFileReader | ipc.RecordBatchStreamReader:
-    """The reader of an IPC file or stream, for the named columns alone. Raises as `open_parquet` does."""
+def open_arrow(
+    shard: Shard, columns: tuple[str, ...]
+) -> tuple[ipc.RecordBatchFileReader | ipc.RecordBatchStreamReader, pa.NativeFile]:
+    """(reader of an IPC file or stream, for the named columns alone; what it reads). Raises as `open_parquet` does."""
     location = shard.location
     try:
         source = location.open_input()
@@ -250,7 +288,7 @@ def open_arrow(shard: Shard, columns: tuple[str, ...]) -> ipc.RecordBatchFileRea
     except (pa.ArrowException, OSError) as error:
         raise unreadable(shard, error) from error
     _check_columns(location, reader.schema.names, columns)
-    return reader
+    return reader, source
 
 
 def _check_columns(location: Location, names: list[str], columns: tuple[str, ...]) -> None:
@@ -260,6 +298,12 @@ def _check_columns(location: Location, names: list[str], columns: tuple[str, ...
             f"{location}: no column {', '.join(map(repr, missing))}; it has {', '.join(names)}. "
             f"Set text_column (or input_ids_column), domain_column (or domain, domain_pattern) and id_column of this "
             f"source"
+        )
+    twice = [c for c in columns if names.count(c) > 1]
+    if twice:
+        raise UserError(
+            f"{location}: has {names.count(twice[0])} columns {twice[0]!r}. Name another column of {', '.join(names)}, "
+            f"or write the shard again with names that differ"
         )
 
 

@@ -1,14 +1,16 @@
 """Long texts in, pieces out that have the same tokens: where byte-level BPE can be cut. Pure.
 
 Memory of a tokenizer grows with the text of one call, some 100 bytes per character, so a document of 100M characters
-has to be cut. A cut is made between a Latin letter (or Chinese character) and the space, line feed or Chinese comma or
-full stop behind it, and leaves the tokens as they are when
+has to be cut. A cut is made before a space that follows anything but white space, and between a letter or digit of any
+script and the line feed or the Chinese, Japanese, Arabic or Indic punctuation behind it. It leaves the tokens as they
+are when
 
 - text is split into words by one of the known patterns below, and BPE works within words: no alternative of these
-  patterns takes a letter together with such a character behind it, so a word ends there with and without the rest of
-  the text; and none looks behind, so the words after the cut are those of the rest alone;
+  patterns takes a space but at its start or among other white space, nor a letter or digit together with a line feed or
+  punctuation behind it, so a word ends there with and without the rest of the text; and none looks behind, so the words
+  after the cut are those of the rest alone;
 - the normaliser is none or NFC: none of the characters on either side of a cut composes with the other;
-- no added token contains white space or swallows it (`lstrip`, `rstrip`), so none lies across a cut.
+- no added token contains white space or a cut, or swallows white space (`lstrip`, `rstrip`): none lies across a cut.
 
 Other tokenizers (SentencePiece-like ones look at whole texts) get a text whole up to `WHOLE_CHARACTERS`; beyond that
 the same cuts are made, and the tokens next to a cut may differ from those of one call. The patterns are GPT-2's (built
@@ -24,7 +26,7 @@ from typing import Any
 
 PIECE_CHARACTERS = 2**20
 WHOLE_CHARACTERS = 2**24
-_CUT = re.compile("[A-Za-z\u4e00-\u9fff](?=[ \n\u3002\uff0c])")
+_CUT = re.compile(r"\S(?= )|[^\W_](?=[\n\u3002\uff0c\u3001\uff01\uff1f\u060c\u061f\u0964])")
 
 _CONTRACTION = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -53,8 +55,12 @@ def cuts_are_exact(tokenizer: Any) -> bool:
         parts["model"]["type"] == "BPE"
         and (normalizer is None or normalizer["type"] == "NFC")
         and _splits_words(splitters)
-        and not any(token["lstrip"] or token["rstrip"] or re.search(r"\s", token["content"]) for token in added)
+        and not any(token["lstrip"] or token["rstrip"] or _may_lie_across(token["content"]) for token in added)
     )
+
+
+def _may_lie_across(added_token: str) -> bool:
+    return bool(re.search(r"\s", added_token) or _CUT.search(added_token))
 
 
 def _splits_words(splitters: list[dict[str, Any]]) -> bool:

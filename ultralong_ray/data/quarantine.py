@@ -92,6 +92,6 @@ def _bad_rows(items: Sequence[TokenizeItem], results: Results) -> Iterator[tuple
         first = passed if item.part.first_row is None else item.part.first_row
         if result.get("bad_rows"):
             for row in read_bad_rows(item.folder, item.name):
-                number = first + row["row"] + (1 if unit == "line" else 0)
+                number = first + row["row"] + item.part.first_number
                 yield item.source, {"shard": address, **row, "row": number, "unit": unit}
         passed += result.get("lines" if unit == "line" else "rows", 0)

@@ -31,6 +31,7 @@ from ultralong_ray.types import Document, IntArray, TokenizedDocument
 ROWS_PER_BATCH = 64  # rows decoded at a time: a long document is megabytes
 READ_BYTES = 2**20
 EXCERPT_CHARACTERS = 200
+STREAM_END = b"\xff\xff\xff\xff\x00\x00\x00\x00"  # the last bytes of an Arrow IPC stream
 ALL_BAD_ROWS = 16  # as many rows without one good one among them: the mapping of columns is wrong, not the rows
 
 Row = TypeVar("Row")
@@ -66,10 +67,11 @@ class Quarantine:
             raise BadShard(f"{location}: the shard holds no rows. Remove it or write it again")
         if self.rows >= ALL_BAD_ROWS and len(self.bad) == self.rows:
             first = self.bad[0]
+            number = first.row + (self.part.first_row or 0) + self.part.first_number
             raise BadShard(
-                f"{location}: every one of its {self.rows} rows is bad, the first is {self.part.row_unit} "
-                f"{first.row + (self.part.first_row or 0)}: {first.reason}. Check the columns that the source names, "
-                f'or leave such shards out with on_bad_shard = "skip"'
+                f"{location}: every one of its {self.rows} rows is bad, the first is {self.part.row_unit} {number}: "
+                f"{first.reason}. Check the columns that the source names, or leave such shards out with "
+                f'on_bad_shard = "skip"'
             )
 
 
@@ -175,17 +177,49 @@ def _parquet_rows(part: ShardPart, columns: DocumentColumns, quarantine: Quarant
 
 
 def _arrow_rows(part: ShardPart, columns: DocumentColumns, quarantine: Quarantine) -> Rows:
-    reader = open_arrow(part.shard, columns.names)
+    reader, source = open_arrow(part.shard, columns.names)
     if isinstance(reader, ipc.RecordBatchStreamReader):
-        batches: Iterator[pa.RecordBatch] = iter(reader)
+        batches = _whole_stream(reader, source)
     else:
         batches = (reader.get_batch(i) for i in range(part.start, part.end or reader.num_record_batches))
     number = 0
     for whole in batches:
+        for name in columns.names:
+            _check_column(whole.column(name))
         for start in range(0, whole.num_rows, ROWS_PER_BATCH):
             batch = whole.slice(start, ROWS_PER_BATCH)
             yield from _batch_rows(batch, number, columns, quarantine)
             number += batch.num_rows
+
+
+def _whole_stream(reader: ipc.RecordBatchStreamReader, source: pa.NativeFile) -> Iterator[pa.RecordBatch]:
+    """The batches of an IPC stream. Raises ArrowInvalid where it stops without its end mark, or has more behind it.
+
+    The reader takes the end of the file and any word of zeros for the end of the stream.
+    """
+    yield from reader
+    end, size = source.tell(), source.size()
+    if source.read_at(len(STREAM_END), max(0, end - len(STREAM_END))) != STREAM_END:
+        raise pa.ArrowInvalid(
+            f"the stream stops at byte {end:,} of {size:,} without its end mark, so rows may be missing; a whole one "
+            f"of an old writer gets its mark when pyarrow.ipc reads and writes it"
+        )
+    if end != size:
+        raise pa.ArrowInvalid(
+            f"the stream ends at byte {end:,} of {size:,}; streams that were joined have to be files of their own"
+        )
+
+
+def _check_column(column: pa.Array) -> None:
+    """Raises ArrowInvalid for a damaged column: pyarrow follows its offsets unchecked, out of its memory if need be.
+
+    Text that is no UTF-8 is a fault of its row alone, and found there.
+    """
+    try:
+        column.validate(full=True)
+    except pa.ArrowInvalid as error:
+        if "UTF8" not in str(error):
+            raise
 
 
 def _batch_rows(batch: pa.RecordBatch, first: int, columns: DocumentColumns, quarantine: Quarantine) -> Rows:
@@ -226,8 +260,8 @@ def _jsonl_rows(part: ShardPart, columns: DocumentColumns, quarantine: Quarantin
 def _parse_line(number: int, line: bytes, columns: tuple[str, ...], quarantine: Quarantine) -> dict[str, Any] | None:
     try:
         value = json.loads(line)
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        quarantine.add(number, f"not valid JSON ({error})", line[:EXCERPT_CHARACTERS])
+    except (ValueError, RecursionError) as error:  # a number of too many digits, a value nested too deep
+        quarantine.add(number, f"not JSON that can be read ({error})", line[:EXCERPT_CHARACTERS])
         return None
     if not isinstance(value, dict):
         quarantine.add(number, f"a JSON {type(value).__name__}, not an object", value)

@@ -35,10 +35,12 @@ def load_tokenizer(base: str, revision: str | None = None, options: StorageOptio
         if not tokenizer.is_fast:
             raise ValueError("it is no `tokenizers` one: tokenizer.json is missing")
         return tokenizer
-    except (OSError, ValueError, ImportError) as error:
+    except (OSError, ValueError, ImportError, LookupError, TypeError, AttributeError) as error:
+        # the last three: transformers looks into a tokenizer.json of other content unchecked
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
         raise UserError(
-            f"model.base {base!r}: no tokenizer could be loaded ({str(error).splitlines()[0]}). Give a folder that "
-            f"holds tokenizer.json, or a hub id that this machine can reach"
+            f"model.base {base!r}: no tokenizer could be loaded ({reason}). Give a folder that holds a whole "
+            f"tokenizer.json, or a hub id that this machine can reach"
         ) from error
 
 
