@@ -17,7 +17,13 @@ import torch
 from numpy.typing import NDArray
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
-from ultralong_ray.eval.chunk_attention import CHUNK_ATTENTION, Attention, register_chunk_attention, usual_attention
+from ultralong_ray.eval.chunk_attention import (
+    CHUNK_ATTENTION,
+    Attention,
+    register_chunk_attention,
+    sees_all_tokens,
+    usual_attention,
+)
 from ultralong_ray.eval.decode_together import (
     HeldPrompt,
     can_decode_together,
@@ -56,6 +62,7 @@ class Engine:
         dtype = getattr(torch, precision)
         attention = attention or usual_attention(config, self.device.type)
         self.batch_tokens = batch_tokens if can_decode_together(config) else 1
+        self._can_rewind = sees_all_tokens(config)
         self._passed: dict[str, Any] = {}  # to every call of the model
         if attention == CHUNK_ATTENTION:
             register_chunk_attention()
@@ -85,10 +92,12 @@ class Engine:
 
         Whole chunks that the prompt shares with the one before it are not run again: passkey prompts share all noise
         before the needle. Chunks start at fixed positions, so the result does not depend on what was asked before.
+        A model that cannot be taken back to an earlier token runs all of them.
         """
         ids = np.asarray(input_ids, dtype=np.int64)  # [seq]
         # The last chunk always runs, for its logits.
-        keep = min(common_prefix(self._prompt, ids), len(ids) - 1) // self.chunk_tokens * self.chunk_tokens
+        shared = min(common_prefix(self._prompt, ids), len(ids) - 1) if self._can_rewind else 0
+        keep = shared // self.chunk_tokens * self.chunk_tokens
         if keep:
             # Negative: how many tokens to drop. transformers 5.23 refuses the positive form that 5.17 also takes.
             self._cache.crop(keep - self._cache.get_seq_length())
@@ -153,6 +162,9 @@ class Engine:
         """Of each continuation: its log-probability behind the prompt in nats, and whether it is the greedy one."""
 
         def rewind() -> None:
+            if not self._can_rewind:
+                self.prefill(prompt)
+                return
             self._cache.crop(len(prompt) - self._cache.get_seq_length())
 
         return scored_continuations(self.prefill(prompt), self._decode, rewind, continuations)
@@ -239,17 +251,21 @@ def scored_continuations(
 ) -> list[tuple[float, bool]]:
     """Log-probability of each continuation of a prompt with `logits` [vocab], and whether it is the greedy one.
 
-    `decode` takes a token and gives the logits after it; `rewind` forgets all tokens that it took.
+    `decode` takes a token and gives the logits after it; `rewind` forgets all tokens that it took. It may read the
+    whole prompt anew, and so is called only where more is decoded afterwards.
     """
     scores = []
+    behind = False  # tokens of an earlier continuation stand behind the prompt
     for ids in continuations:
+        if behind and len(ids) > 1:
+            rewind()
+            behind = False
         total, greedy, row = 0.0, True, logits
         for place, token in enumerate(ids):
             row = (decode(ids[place - 1]) if place else row).float().log_softmax(-1)  # [vocab]
             total += float(row[token])
             greedy = greedy and int(row.argmax()) == token
-        if len(ids) > 1:
-            rewind()
+        behind = behind or len(ids) > 1
         scores.append((total, greedy))
     return scores
 
