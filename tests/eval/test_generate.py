@@ -143,6 +143,32 @@ def test_a_sliding_window_is_read_anew_for_every_prompt(tiny_llama: Path, tmp_pa
     np.testing.assert_allclose(losses, expected.numpy(), rtol=1e-4, atol=1e-4)
 
 
+DYNAMIC = {"rope_type": "dynamic", "rope_theta": 10_000.0, "factor": 2.0}
+LONGROPE = {
+    **{"rope_type": "longrope", "rope_theta": 10_000.0, "factor": 4.0, "original_max_position_embeddings": 64},
+    **{"short_factor": [1.0] * 4, "long_factor": [1.0, 2.0, 4.0, 6.0]},
+}
+
+
+@pytest.mark.parametrize("rope", [DYNAMIC, LONGROPE])
+def test_angles_by_length_are_those_of_the_prompt_alone(
+    tiny_llama: Path, tmp_path: Path, ids: torch.Tensor, rope: dict[str, Any]
+) -> None:
+    """Not of its chunks, and not of what was asked before; some prompts stay within the window, one grows out of it."""
+    folder = changed_copy(tiny_llama, tmp_path / "by_length", rope_parameters=rope)
+    first, other = ids.tolist()
+    ours = engine(folder, 50)
+    for prompt in (first, first[:100], other[:60], other[:100], other[:30], first[:180]):
+        assert ours.answer(prompt, 12, stop=()) == transformers_answer(folder, prompt, 12), len(prompt)
+    continuations = [[7, 8, 9], [11], [7, 8, 9]]
+    alone = [engine(folder, 50).continuation_scores(first, [each])[0] for each in continuations]
+    assert ours.continuation_scores(first, continuations) == alone
+    losses = ours.token_losses(ids[0, :150].numpy().astype(np.int32))
+    whole = whole_logits(engine(folder, 1000).model, ids[:1, :149])[0]
+    expected = torch.nn.functional.cross_entropy(whole, ids[0, 1:150], reduction="none")
+    np.testing.assert_allclose(losses, expected.numpy(), rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("chunk", [1000, 50])
 def test_token_losses_equal_one_pass(tiny_llama: Path, ids: torch.Tensor, chunk: int) -> None:
     ours = engine(tiny_llama, chunk)

@@ -32,12 +32,13 @@ from ultralong_ray.eval.decode_together import (
     next_logits,
 )
 from ultralong_ray.eval.engine import Request, cut_answer, is_finished
-from ultralong_ray.model.angles import install_angles
+from ultralong_ray.model.angles import install_angles, reset_angles, rope_type_by_length
 from ultralong_ray.parallel.kernels.choose import choose_kernel
 
 logger = logging.getLogger(__name__)
 
 LOSS_TILE_TOKENS = 1024  # rows of [vocabulary] logits that exist at a time
+WHOLE_PROMPT = 2**40  # as a chunk: beyond any prompt
 
 
 class Engine:
@@ -62,7 +63,10 @@ class Engine:
         dtype = getattr(torch, precision)
         attention = attention or usual_attention(config, self.device.type)
         self.batch_tokens = batch_tokens if can_decode_together(config) else 1
-        self._can_rewind = sees_all_tokens(config)
+        self._angles_by_length = rope_type_by_length(config) is not None
+        if self._angles_by_length:
+            self.chunk_tokens = WHOLE_PROMPT
+        self._can_rewind = sees_all_tokens(config) and not self._angles_by_length
         self._passed: dict[str, Any] = {}  # to every call of the model
         if attention == CHUNK_ATTENTION:
             register_chunk_attention()
@@ -92,7 +96,8 @@ class Engine:
 
         Whole chunks that the prompt shares with the one before it are not run again: passkey prompts share all noise
         before the needle. Chunks start at fixed positions, so the result does not depend on what was asked before.
-        A model that cannot be taken back to an earlier token runs all of them.
+        A model that cannot be taken back to an earlier token runs all of them, and one whose angles follow from the
+        length of a forward runs a prompt in one, as `model.generate` does.
         """
         ids = np.asarray(input_ids, dtype=np.int64)  # [seq]
         # The last chunk always runs, for its logits.
@@ -104,10 +109,16 @@ class Engine:
         else:
             self._cache = DynamicCache(config=self.model.config)
         self._prompt = ids
+        self._forget_angles()
         output: Any = None
         for chunk in torch.from_numpy(ids[None, keep:]).to(self.device).split(self.chunk_tokens, dim=1):  # [1, chunk]
             output = self._run(self.model, chunk, self._cache, logits_to_keep=1)
         return output.logits[0, -1]
+
+    def _forget_angles(self) -> None:
+        """Where they follow from lengths: those of the prompt before, so that none decides over the next one."""
+        if self._angles_by_length:
+            reset_angles(self.model)
 
     @torch.inference_mode()
     def answer(
@@ -182,6 +193,7 @@ class Engine:
     def token_losses(self, input_ids: NDArray[np.int32]) -> NDArray[np.float32]:
         """Cross-entropy of every token after the first, in nats. input_ids: [seq]. Returns: float32 [seq - 1]."""
         self.forget()
+        self._forget_angles()
         ids = torch.from_numpy(input_ids.astype(np.int64))[None].to(self.device)  # [1, seq]
         cache = DynamicCache(config=self.model.config)
         losses: list[torch.Tensor] = []
