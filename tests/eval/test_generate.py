@@ -16,6 +16,7 @@ from transformers import Llama4TextConfig, LlamaConfig, MistralConfig, Qwen2Conf
 from ultralong_ray.eval import chunk_attention
 from ultralong_ray.eval.chunk_attention import usual_attention
 from ultralong_ray.eval.generate import Engine
+from ultralong_ray.types import UserError
 
 LENGTH = 192  # tokens: three times the window that the model claims
 
@@ -176,6 +177,13 @@ def test_token_losses_equal_one_pass(tiny_llama: Path, ids: torch.Tensor, chunk:
     expected = torch.nn.functional.cross_entropy(whole_logits(ours.model, ids)[0, :-1], ids[0, 1:], reduction="none")
     assert losses.shape == (LENGTH - 1,) and losses.dtype == np.float32
     np.testing.assert_allclose(losses, expected.numpy(), rtol=1e-4, atol=1e-4)
+
+
+def test_losses_of_a_family_that_scales_its_logits_are_refused(tiny_llama: Path, tmp_path: Path) -> None:
+    granite = {"model_type": "granite", "architectures": ["GraniteForCausalLM"], "logits_scaling": 4.0}
+    folder = changed_copy(tiny_llama, tmp_path / "granite", **granite)
+    with pytest.raises(UserError, match=r"model_type is 'granite'.*llama, qwen2, qwen3, mistral"):
+        engine(folder, 50).token_losses(np.arange(10, 40, dtype=np.int32))
 
 
 def test_answers_are_transformers_greedy_answers(tiny_llama: Path, ids: torch.Tensor) -> None:

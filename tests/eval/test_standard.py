@@ -163,7 +163,7 @@ def test_a_template_without_a_system_role_is_asked_as_the_harness_does(
         theirs = harness(engine, folder, name, chat=True)
         assert [row["prompt_end"] for row in ours] == [prompt[-400:] for prompt in theirs["prompts"]], name
     monkeypatch.setattr(engine.tokenizer, "chat_template", "{{ raise_exception('nothing pleases me') }}")
-    with pytest.raises(UserError, match="nothing pleases me.*chat_template = false"):
+    with pytest.raises(UserError, match=r"nothing pleases me.*chat_template = false"):
         evaluated(engine, folder, "mmlu", chat=True)
 
 

@@ -33,7 +33,9 @@ from ultralong_ray.eval.decode_together import (
 )
 from ultralong_ray.eval.engine import Request, cut_answer, is_finished
 from ultralong_ray.model.angles import install_angles, reset_angles, rope_type_by_length
+from ultralong_ray.model.extend import MODEL_CLASSES
 from ultralong_ray.parallel.kernels.choose import choose_kernel
+from ultralong_ray.types import UserError
 
 logger = logging.getLogger(__name__)
 
@@ -191,7 +193,11 @@ class Engine:
 
     @torch.inference_mode()
     def token_losses(self, input_ids: NDArray[np.int32]) -> NDArray[np.float32]:
-        """Cross-entropy of every token after the first, in nats. input_ids: [seq]. Returns: float32 [seq - 1]."""
+        """Cross-entropy of every token after the first, in nats. input_ids: [seq]. Returns: float32 [seq - 1].
+
+        Raises: UserError, see `check_losses`.
+        """
+        check_losses(self.model.config)
         self.forget()
         self._forget_angles()
         ids = torch.from_numpy(input_ids.astype(np.int64))[None].to(self.device)  # [1, seq]
@@ -207,6 +213,16 @@ class Engine:
                 logits = self.model.lm_head(rows).float()  # [tile, vocab]
                 losses.append(torch.nn.functional.cross_entropy(logits, wanted, reduction="none").cpu())
         return torch.cat(losses).numpy()
+
+
+def check_losses(config: Any) -> None:
+    """Raises: UserError for a family whose logits may be more than `lm_head` of the hidden states: some scale them."""
+    if config.model_type not in MODEL_CLASSES:
+        raise UserError(
+            f"config.json: model_type is {config.model_type!r}, and losses are exact only for "
+            f"{', '.join(MODEL_CLASSES)}; take tasks of kind perplexity out of evaluate.tasks and hold no documents "
+            f"out (prepare.holdout_sequences, holdout_ids), or evaluate a model of one of these families"
+        )
 
 
 class GreedyAnswer:

@@ -22,7 +22,14 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from ultralong_ray.config.degrees import heads_can_split, length_unit
 from ultralong_ray.eval.engine import Request
-from ultralong_ray.eval.generate import LOSS_TILE_TOKENS, common_prefix, greedy_answer, scored_continuations, stop_ids
+from ultralong_ray.eval.generate import (
+    LOSS_TILE_TOKENS,
+    check_losses,
+    common_prefix,
+    greedy_answer,
+    scored_continuations,
+    stop_ids,
+)
 from ultralong_ray.eval.kv_cache import KVSlice, Positions
 from ultralong_ray.eval.partial_attention import decode_kernel
 from ultralong_ray.eval.sharded_attention import SHARDED_ATTENTION, ShardedPass, register_sharded_attention
@@ -135,7 +142,11 @@ class ShardedModel:
 
     @torch.inference_mode()
     def token_losses(self, input_ids: NDArray[np.int32]) -> NDArray[np.float32]:
-        """Cross-entropy of every token after the first, in nats. input_ids: [seq]. Returns: float32 [seq - 1]."""
+        """Cross-entropy of every token after the first, in nats. input_ids: [seq]. Returns: float32 [seq - 1].
+
+        Raises: UserError, see `generate.check_losses`.
+        """
+        check_losses(self._causal_lm.config)
         self.forget()
         ids = input_ids.astype(np.int64)
         losses = torch.zeros(len(ids) - 1, device=self.device)  # [seq - 1]
