@@ -69,7 +69,7 @@ HEAVY: dict[str, str] = {
     "aiohttp": r"endpoint\.py",
     "lm_eval": r"eval/standard\.py",
     "datasets": r"eval/standard\.py",
-    "jinja2": r"report/.*|data/chat\.py",
+    "jinja2": r"report/.*|data/chat\.py|eval/(standard|tasks/prompt)\.py",
 }
 
 

@@ -106,7 +106,11 @@ def test_a_request_is_made_when_its_group_is_filled(tiny_llama: Path) -> None:
 
 @pytest.mark.parametrize(
     "change",
-    [{"sliding_window": 64}, {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 10_000.0, "factor": 2.0}}],
+    [
+        {"sliding_window": 64},
+        {"attention_chunk_size": 64},
+        {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 10_000.0, "factor": 2.0}},
+    ],
 )
 def test_models_that_cannot_decode_together_answer_one_at_a_time(
     tiny_llama: Path, monkeypatch: pytest.MonkeyPatch, change: dict[str, Any]

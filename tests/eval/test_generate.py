@@ -11,11 +11,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import LlamaConfig, MistralConfig, Qwen2Config
+from transformers import Llama4TextConfig, LlamaConfig, MistralConfig, Qwen2Config
 
 from ultralong_ray.eval import chunk_attention
 from ultralong_ray.eval.chunk_attention import usual_attention
 from ultralong_ray.eval.generate import Engine
+from ultralong_ray.types import UserError
 
 LENGTH = 192  # tokens: three times the window that the model claims
 
@@ -75,6 +76,7 @@ def test_gpus_get_our_attention_unless_a_window_slides() -> None:
     assert usual_attention(llama, "cuda") == usual_attention(MistralConfig(sliding_window=None), "cuda") != "sdpa"
     assert usual_attention(mistral, "cuda") == usual_attention(llama, "cpu") == "sdpa"
     assert usual_attention(Qwen2Config(sliding_window=4096, use_sliding_window=False), "cuda") != "sdpa"
+    assert usual_attention(Llama4TextConfig(attention_chunk_size=64), "cuda") == "sdpa"
 
 
 def test_a_shared_beginning_is_not_run_again_and_changes_nothing(tiny_llama: Path, ids: torch.Tensor) -> None:
@@ -96,6 +98,78 @@ def test_a_shared_beginning_is_not_run_again_and_changes_nothing(tiny_llama: Pat
         ours.answer(prompt, 3)  # leaves tokens of its answer in the cache
 
 
+def changed_copy(tiny_llama: Path, folder: Path, **changes: Any) -> Path:
+    """The same weights and tokenizer under another config.json."""
+    shutil.copytree(tiny_llama, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | changes))
+    return folder
+
+
+SLIDING = {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": 40}
+
+
+def transformers_answer(folder: Path, prompt: list[int], new_tokens: int) -> str:
+    """By transformers alone, of a model that was asked nothing before."""
+    fresh = engine(folder, 1000)
+    eos = sorted(fresh.stop_ids)
+    asked: dict[str, Any] = {"max_new_tokens": new_tokens, "do_sample": False, "eos_token_id": eos}
+    ids = torch.tensor([prompt])
+    written: Any = fresh.model.generate(ids, attention_mask=torch.ones_like(ids), **asked)
+    return fresh.tokenizer.decode(written[0, len(prompt) :], skip_special_tokens=True)
+
+
+def transformers_scores(folder: Path, prompt: list[int], continuations: list[list[int]]) -> list[float]:
+    """Each in one pass behind the prompt, without a cache."""
+    model = engine(folder, 1000).model
+    scores = []
+    for ids in continuations:
+        rows = whole_logits(model, torch.tensor([prompt + ids]))[0].log_softmax(-1)  # [seq, vocab]
+        scores.append(sum(float(rows[len(prompt) - 1 + place, token]) for place, token in enumerate(ids)))
+    return scores
+
+
+def test_a_sliding_window_is_read_anew_for_every_prompt(tiny_llama: Path, tmp_path: Path, ids: torch.Tensor) -> None:
+    """Its cache has dropped what a shorter beginning would need."""
+    folder = changed_copy(tiny_llama, tmp_path / "sliding", **SLIDING)
+    first, other = ids.tolist()
+    ours = engine(folder, 50)
+    for prompt in (first, first[:130] + other[130:180], first[:100], first):
+        assert ours.answer(prompt, 12, stop=()) == transformers_answer(folder, prompt, 12)
+    continuations = [[7, 8, 9], [11], [12, 13], [14, 15, 16, 17]]
+    scores = [score for score, _ in ours.continuation_scores(first, continuations)]
+    np.testing.assert_allclose(scores, transformers_scores(folder, first, continuations), atol=1e-3)
+    losses = ours.token_losses(ids[0].numpy().astype(np.int32))
+    expected = torch.nn.functional.cross_entropy(whole_logits(ours.model, ids)[0, :-1], ids[0, 1:], reduction="none")
+    np.testing.assert_allclose(losses, expected.numpy(), rtol=1e-4, atol=1e-4)
+
+
+DYNAMIC = {"rope_type": "dynamic", "rope_theta": 10_000.0, "factor": 2.0}
+LONGROPE = {
+    **{"rope_type": "longrope", "rope_theta": 10_000.0, "factor": 4.0, "original_max_position_embeddings": 64},
+    **{"short_factor": [1.0] * 4, "long_factor": [1.0, 2.0, 4.0, 6.0]},
+}
+
+
+@pytest.mark.parametrize("rope", [DYNAMIC, LONGROPE])
+def test_angles_by_length_are_those_of_the_prompt_alone(
+    tiny_llama: Path, tmp_path: Path, ids: torch.Tensor, rope: dict[str, Any]
+) -> None:
+    """Not of its chunks, and not of what was asked before; some prompts stay within the window, one grows out of it."""
+    folder = changed_copy(tiny_llama, tmp_path / "by_length", rope_parameters=rope)
+    first, other = ids.tolist()
+    ours = engine(folder, 50)
+    for prompt in (first, first[:100], other[:60], other[:100], other[:30], first[:180]):
+        assert ours.answer(prompt, 12, stop=()) == transformers_answer(folder, prompt, 12), len(prompt)
+    continuations = [[7, 8, 9], [11], [7, 8, 9]]
+    alone = [engine(folder, 50).continuation_scores(first, [each])[0] for each in continuations]
+    assert ours.continuation_scores(first, continuations) == alone
+    losses = ours.token_losses(ids[0, :150].numpy().astype(np.int32))
+    whole = whole_logits(engine(folder, 1000).model, ids[:1, :149])[0]
+    expected = torch.nn.functional.cross_entropy(whole, ids[0, 1:150], reduction="none")
+    np.testing.assert_allclose(losses, expected.numpy(), rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("chunk", [1000, 50])
 def test_token_losses_equal_one_pass(tiny_llama: Path, ids: torch.Tensor, chunk: int) -> None:
     ours = engine(tiny_llama, chunk)
@@ -103,6 +177,13 @@ def test_token_losses_equal_one_pass(tiny_llama: Path, ids: torch.Tensor, chunk:
     expected = torch.nn.functional.cross_entropy(whole_logits(ours.model, ids)[0, :-1], ids[0, 1:], reduction="none")
     assert losses.shape == (LENGTH - 1,) and losses.dtype == np.float32
     np.testing.assert_allclose(losses, expected.numpy(), rtol=1e-4, atol=1e-4)
+
+
+def test_losses_of_a_family_that_scales_its_logits_are_refused(tiny_llama: Path, tmp_path: Path) -> None:
+    granite = {"model_type": "granite", "architectures": ["GraniteForCausalLM"], "logits_scaling": 4.0}
+    folder = changed_copy(tiny_llama, tmp_path / "granite", **granite)
+    with pytest.raises(UserError, match=r"model_type is 'granite'.*llama, qwen2, qwen3, mistral"):
+        engine(folder, 50).token_losses(np.arange(10, 40, dtype=np.int32))
 
 
 def test_answers_are_transformers_greedy_answers(tiny_llama: Path, ids: torch.Tensor) -> None:

@@ -83,6 +83,14 @@ def test_a_chat_carries_messages_and_the_beginning_of_the_answer(server: Served)
         engine(server.address, api="chat").answers([request()])
 
 
+def test_a_server_gets_no_more_stop_texts_than_the_protocol_allows(server: Served) -> None:
+    """HumanEval has five; the answer ends at the fifth all the same."""
+    stop = ("\nclass", "\ndef", "\n#", "\nif", "\nprint")
+    server.reply = lambda body: "    return 1\nprint(2)"
+    assert engine(server.address).answers([request(stop=stop, exact=True)]) == ["    return 1"]
+    assert server.bodies[-1]["stop"] == list(stop[:4])
+
+
 def test_faults_that_pass_are_tried_again(server: Served) -> None:
     faults = iter([(429, "slow down"), (500, "oops"), "cut", "garbage"])
     server.fault = lambda: next(faults, None)

@@ -154,6 +154,7 @@ def refusals() -> list[str]:
         ("llama", 3, {}),
         ("llama", 4, {"num_attention_heads": 6, "hidden_size": 48}),
         ("mistral", 1, {"sliding_window": 16}),
+        ("llama", 1, {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 10_000.0, "factor": 2.0}}),
     ):
         with pytest.raises(UserError) as caught:
             sharded(family, ulysses, 16, **changes).prefill(ids_of(1))
@@ -191,6 +192,7 @@ def test_model_families_layouts_chunks_and_reuse(world: int, solved: Any) -> Non
         if world == 4:
             assert "ulysses_degree 3 cannot split 4 ranks" in said[0]
             assert "6 query heads" in said[1] and "sliding_window 16" in said[2]
+            assert "rope_type is 'dynamic'" in said[3] and "kind in_process" in said[3]
 
 
 @pytest.mark.parametrize("rows", [1, 7, 8, 19])

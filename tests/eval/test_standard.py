@@ -146,6 +146,27 @@ def test_numbers_are_the_harnesses_own(engine: Engine, tmp_path: Path, chat: boo
             assert 0 < sum(row["score"] for row in ours) < len(ours), "some are right and some are wrong"
 
 
+NO_SYSTEM_ROLE = (
+    "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+    "<{{ m['role'] }}>{{ m['content'] }}</>{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+def test_a_template_without_a_system_role_is_asked_as_the_harness_does(
+    engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    folder = write_files(tmp_path)
+    monkeypatch.setattr(engine.tokenizer, "chat_template", NO_SYSTEM_ROLE)
+    for name, subject in (("mmlu", "anatomy"), ("mmlu_pro", "law")):
+        ours = [row for row in rows_of(evaluated(engine, folder, name, chat=True)) if row["subject"] == subject]
+        theirs = harness(engine, folder, name, chat=True)
+        assert [row["prompt_end"] for row in ours] == [prompt[-400:] for prompt in theirs["prompts"]], name
+    monkeypatch.setattr(engine.tokenizer, "chat_template", "{{ raise_exception('nothing pleases me') }}")
+    with pytest.raises(UserError, match=r"nothing pleases me.*chat_template = false"):
+        evaluated(engine, folder, "mmlu", chat=True)
+
+
 def made_right(engine: Engine, folder: Path, chat: bool) -> None:
     """Give some questions the answer that the model gives, so that not all scores are 0."""
     for name, field in (("gsm8k", "answer"), ("math", "solution")):

@@ -11,7 +11,8 @@ from typing import Any, Literal
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
+from transformers.cache_utils import DynamicLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from ultralong_ray.eval.partial_attention import merge
@@ -24,9 +25,16 @@ CHUNK_ATTENTION: Attention = "ultralong_chunk"
 DECODE_BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]
 
 
+def sees_all_tokens(config: Any) -> bool:
+    """Whether every layer attends to all tokens before, and so keeps the keys and values of all of them. Layers that
+    slide, go by chunks or carry a state do not, and cannot be taken back to an earlier token either."""
+    layers = DynamicCache(config=config).layers
+    return all(type(layer) is DynamicLayer for layer in layers)  # those that slide are a subclass
+
+
 def usual_attention(config: Any, device_type: str) -> Attention:
     """Ours on GPUs. Models whose attention slides keep transformers' own, and so does the CPU, whose SDPA is right."""
-    return CHUNK_ATTENTION if device_type == "cuda" and not getattr(config, "sliding_window", None) else "sdpa"
+    return CHUNK_ATTENTION if device_type == "cuda" and sees_all_tokens(config) else "sdpa"
 
 
 def register_chunk_attention() -> None:

@@ -17,8 +17,9 @@ from torch.nn.attention import sdpa_kernel
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from ultralong_ray.eval.chunk_attention import DECODE_BACKENDS, no_mask
+from ultralong_ray.eval.chunk_attention import DECODE_BACKENDS, no_mask, sees_all_tokens
 from ultralong_ray.eval.engine import Request
+from ultralong_ray.model.angles import rope_type_by_length
 
 TOGETHER_ATTENTION = "ultralong_together"
 
@@ -26,8 +27,7 @@ TOGETHER_ATTENTION = "ultralong_together"
 def can_decode_together(config: Any) -> bool:
     """Not where attention slides, since a new token sees all keys here, nor where transformers computes the angles of
     all prompts by the length of the longest one."""
-    rope = getattr(config, "rope_parameters", None) or {}
-    return not getattr(config, "sliding_window", None) and rope.get("rope_type") not in ("dynamic", "longrope")
+    return sees_all_tokens(config) and not rope_type_by_length(config)
 
 
 class HeldPrompt:

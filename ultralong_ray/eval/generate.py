@@ -17,7 +17,13 @@ import torch
 from numpy.typing import NDArray
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
-from ultralong_ray.eval.chunk_attention import CHUNK_ATTENTION, Attention, register_chunk_attention, usual_attention
+from ultralong_ray.eval.chunk_attention import (
+    CHUNK_ATTENTION,
+    Attention,
+    register_chunk_attention,
+    sees_all_tokens,
+    usual_attention,
+)
 from ultralong_ray.eval.decode_together import (
     HeldPrompt,
     can_decode_together,
@@ -26,12 +32,15 @@ from ultralong_ray.eval.decode_together import (
     next_logits,
 )
 from ultralong_ray.eval.engine import Request, cut_answer, is_finished
-from ultralong_ray.model.angles import install_angles
+from ultralong_ray.model.angles import install_angles, reset_angles, rope_type_by_length
+from ultralong_ray.model.extend import MODEL_CLASSES
 from ultralong_ray.parallel.kernels.choose import choose_kernel
+from ultralong_ray.types import UserError
 
 logger = logging.getLogger(__name__)
 
 LOSS_TILE_TOKENS = 1024  # rows of [vocabulary] logits that exist at a time
+WHOLE_PROMPT = 2**40  # as a chunk: beyond any prompt
 
 
 class Engine:
@@ -56,6 +65,10 @@ class Engine:
         dtype = getattr(torch, precision)
         attention = attention or usual_attention(config, self.device.type)
         self.batch_tokens = batch_tokens if can_decode_together(config) else 1
+        self._angles_by_length = rope_type_by_length(config) is not None
+        if self._angles_by_length:
+            self.chunk_tokens = WHOLE_PROMPT
+        self._can_rewind = sees_all_tokens(config) and not self._angles_by_length
         self._passed: dict[str, Any] = {}  # to every call of the model
         if attention == CHUNK_ATTENTION:
             register_chunk_attention()
@@ -85,20 +98,29 @@ class Engine:
 
         Whole chunks that the prompt shares with the one before it are not run again: passkey prompts share all noise
         before the needle. Chunks start at fixed positions, so the result does not depend on what was asked before.
+        A model that cannot be taken back to an earlier token runs all of them, and one whose angles follow from the
+        length of a forward runs a prompt in one, as `model.generate` does.
         """
         ids = np.asarray(input_ids, dtype=np.int64)  # [seq]
         # The last chunk always runs, for its logits.
-        keep = min(common_prefix(self._prompt, ids), len(ids) - 1) // self.chunk_tokens * self.chunk_tokens
+        shared = min(common_prefix(self._prompt, ids), len(ids) - 1) if self._can_rewind else 0
+        keep = shared // self.chunk_tokens * self.chunk_tokens
         if keep:
             # Negative: how many tokens to drop. transformers 5.23 refuses the positive form that 5.17 also takes.
             self._cache.crop(keep - self._cache.get_seq_length())
         else:
             self._cache = DynamicCache(config=self.model.config)
         self._prompt = ids
+        self._forget_angles()
         output: Any = None
         for chunk in torch.from_numpy(ids[None, keep:]).to(self.device).split(self.chunk_tokens, dim=1):  # [1, chunk]
             output = self._run(self.model, chunk, self._cache, logits_to_keep=1)
         return output.logits[0, -1]
+
+    def _forget_angles(self) -> None:
+        """Where they follow from lengths: those of the prompt before, so that none decides over the next one."""
+        if self._angles_by_length:
+            reset_angles(self.model)
 
     @torch.inference_mode()
     def answer(
@@ -153,6 +175,9 @@ class Engine:
         """Of each continuation: its log-probability behind the prompt in nats, and whether it is the greedy one."""
 
         def rewind() -> None:
+            if not self._can_rewind:
+                self.prefill(prompt)
+                return
             self._cache.crop(len(prompt) - self._cache.get_seq_length())
 
         return scored_continuations(self.prefill(prompt), self._decode, rewind, continuations)
@@ -168,8 +193,13 @@ class Engine:
 
     @torch.inference_mode()
     def token_losses(self, input_ids: NDArray[np.int32]) -> NDArray[np.float32]:
-        """Cross-entropy of every token after the first, in nats. input_ids: [seq]. Returns: float32 [seq - 1]."""
+        """Cross-entropy of every token after the first, in nats. input_ids: [seq]. Returns: float32 [seq - 1].
+
+        Raises: UserError, see `check_losses`.
+        """
+        check_losses(self.model.config)
         self.forget()
+        self._forget_angles()
         ids = torch.from_numpy(input_ids.astype(np.int64))[None].to(self.device)  # [1, seq]
         cache = DynamicCache(config=self.model.config)
         losses: list[torch.Tensor] = []
@@ -183,6 +213,16 @@ class Engine:
                 logits = self.model.lm_head(rows).float()  # [tile, vocab]
                 losses.append(torch.nn.functional.cross_entropy(logits, wanted, reduction="none").cpu())
         return torch.cat(losses).numpy()
+
+
+def check_losses(config: Any) -> None:
+    """Raises: UserError for a family whose logits may be more than `lm_head` of the hidden states: some scale them."""
+    if config.model_type not in MODEL_CLASSES:
+        raise UserError(
+            f"config.json: model_type is {config.model_type!r}, and losses are exact only for "
+            f"{', '.join(MODEL_CLASSES)}; take tasks of kind perplexity out of evaluate.tasks and hold no documents "
+            f"out (prepare.holdout_sequences, holdout_ids), or evaluate a model of one of these families"
+        )
 
 
 class GreedyAnswer:
@@ -239,17 +279,21 @@ def scored_continuations(
 ) -> list[tuple[float, bool]]:
     """Log-probability of each continuation of a prompt with `logits` [vocab], and whether it is the greedy one.
 
-    `decode` takes a token and gives the logits after it; `rewind` forgets all tokens that it took.
+    `decode` takes a token and gives the logits after it; `rewind` forgets all tokens that it took. It may read the
+    whole prompt anew, and so is called only where more is decoded afterwards.
     """
     scores = []
+    behind = False  # tokens of an earlier continuation stand behind the prompt
     for ids in continuations:
+        if behind and len(ids) > 1:
+            rewind()
+            behind = False
         total, greedy, row = 0.0, True, logits
         for place, token in enumerate(ids):
             row = (decode(ids[place - 1]) if place else row).float().log_softmax(-1)  # [vocab]
             total += float(row[token])
             greedy = greedy and int(row.argmax()) == token
-        if len(ids) > 1:
-            rewind()
+        behind = behind or len(ids) > 1
         scores.append((total, greedy))
     return scores
 

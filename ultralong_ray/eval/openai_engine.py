@@ -27,6 +27,7 @@ from ultralong_ray.types import UserError
 logger = logging.getLogger(__name__)
 
 CUT_SHORT = "length, after"  # begins the finish reason of an answer that the server ended before it was asked to
+MOST_STOP_TEXTS = 4  # of the OpenAI API reference, "up to 4 sequences"
 MODELS_ATTEMPTS = 2  # a server that is not up is found out by the first prompt
 WINDOW_FIELDS = ("max_model_len", "max_context_length", "context_length", "context_window")  # of an entry of /models
 
@@ -157,7 +158,8 @@ class OpenAIEngine:
         # In chats too: max_completion_tokens, its newer name, is passed over by servers such as transformers 5.17.
         body["max_tokens"] = request.max_new_tokens
         if request.exact and request.stop:
-            body["stop"] = list(request.stop)  # only to save time: answers are cut here
+            # Only to save time, since answers are cut here: servers may refuse more than the protocol's limit.
+            body["stop"] = list(request.stop)[:MOST_STOP_TEXTS]
         if config.api == "completions":
             return {**body, "prompt": self._prompt(request)}
         if not request.messages:

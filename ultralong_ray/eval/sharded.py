@@ -18,15 +18,22 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from ultralong_ray.config.degrees import heads_can_split, length_unit
 from ultralong_ray.eval.engine import Request
-from ultralong_ray.eval.generate import LOSS_TILE_TOKENS, common_prefix, greedy_answer, scored_continuations, stop_ids
+from ultralong_ray.eval.generate import (
+    LOSS_TILE_TOKENS,
+    check_losses,
+    common_prefix,
+    greedy_answer,
+    scored_continuations,
+    stop_ids,
+)
 from ultralong_ray.eval.kv_cache import KVSlice, Positions
 from ultralong_ray.eval.partial_attention import decode_kernel
 from ultralong_ray.eval.sharded_attention import SHARDED_ATTENTION, ShardedPass, register_sharded_attention
-from ultralong_ray.model.angles import install_angles
+from ultralong_ray.model.angles import install_angles, rope_type_by_length
 from ultralong_ray.parallel.kernels.choose import choose_kernel
 from ultralong_ray.parallel.mesh import create_mesh
 from ultralong_ray.parallel.mlp import install_tiled_mlp
@@ -63,9 +70,10 @@ class ShardedModel:
         """`causal_lm`: Llama, Qwen or Mistral with attn_implementation SHARDED_ATTENTION, on this rank's device.
 
         The rest of the world's size is the ring degree. Raises UserError for a degree that does not divide the world
-        or cannot split the heads, for a kernel that cannot run, and for an MLP of another shape.
+        or cannot split the heads, for a kernel that cannot run, for an MLP of another shape, and see `check_angles`.
         """
         config = causal_lm.config
+        check_angles(config)
         heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
         world = dist.get_world_size()
@@ -134,7 +142,11 @@ class ShardedModel:
 
     @torch.inference_mode()
     def token_losses(self, input_ids: NDArray[np.int32]) -> NDArray[np.float32]:
-        """Cross-entropy of every token after the first, in nats. input_ids: [seq]. Returns: float32 [seq - 1]."""
+        """Cross-entropy of every token after the first, in nats. input_ids: [seq]. Returns: float32 [seq - 1].
+
+        Raises: UserError, see `generate.check_losses`.
+        """
+        check_losses(self._causal_lm.config)
         self.forget()
         ids = input_ids.astype(np.int64)
         losses = torch.zeros(len(ids) - 1, device=self.device)  # [seq - 1]
@@ -195,6 +207,18 @@ class ShardedModel:
         return logits
 
 
+def check_angles(config: Any) -> None:
+    """Raises: UserError for a RoPE whose frequencies follow from a forward's positions: each rank has only some."""
+    kind = rope_type_by_length(config)
+    if kind:
+        raise UserError(
+            f"config.json: rope_parameters.rope_type is {kind!r}, whose frequencies transformers chooses by the "
+            f"largest position of a forward; in evaluate.engine kind sharded each rank and chunk has another one, so "
+            f"that answers would be wrong. Evaluate it with kind in_process, or a model with rope_type yarn, linear "
+            f"or llama3"
+        )
+
+
 class ShardedEngine:
     """One model of a folder, ready to answer on all ranks of the default process group. Not thread-safe."""
 
@@ -209,10 +233,13 @@ class ShardedEngine:
         attention: str = "auto",
     ) -> None:
         """See ShardedModel for what is raised."""
+        config: Any = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        check_angles(config)  # before the weights are read
         register_sharded_attention()
         self.tokenizer: Any = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         causal_lm: Any = AutoModelForCausalLM.from_pretrained(
             folder,
+            config=config,
             dtype=getattr(torch, precision),
             trust_remote_code=False,
             use_safetensors=True,

@@ -25,6 +25,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import datasets
 import lm_eval
+from jinja2 import TemplateError
 from lm_eval.api.model import LM
 from lm_eval.api.samplers import ContextSampler
 from lm_eval.api.task import ConfigurableTask
@@ -75,12 +76,30 @@ class EngineLM(LM):
         return self._engine.tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"]
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        return self._engine.tokenizer.apply_chat_template(
-            chat_history,
-            tokenize=False,
-            add_generation_prompt=add_generation_prompt,
-            continue_final_message=not add_generation_prompt,
-        )
+        """Without the system turns where the template has no such role (Mistral, Gemma), as the harness does it.
+
+        Raises: UserError when the template refuses the others too.
+        """
+
+        def rendered(turns: list[dict[str, str]]) -> str:
+            return self._engine.tokenizer.apply_chat_template(
+                turns,
+                tokenize=False,
+                add_generation_prompt=add_generation_prompt,
+                continue_final_message=not add_generation_prompt,
+            )
+
+        try:
+            return rendered(chat_history)
+        except TemplateError:
+            others = [turn for turn in chat_history if turn["role"] != "system"]
+        try:
+            return rendered(others)
+        except TemplateError as error:
+            raise UserError(
+                f"evaluate.chat_template: the model's chat template refuses the turns of a standard test ({error}); "
+                f"set chat_template = false for this task in evaluate.tasks"
+            ) from error
 
     @property
     def tokenizer_name(self) -> str:

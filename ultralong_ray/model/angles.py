@@ -23,6 +23,7 @@ from ultralong_ray.types import UserError
 CONFIG_FIELD = "rotary_angles"  # in config.json: "exact" or "float32"
 TILE_ROWS = 2**16  # rows whose float64 angles exist at a time: 32 MiB a temporary at head_dim 128
 TURN = 2.0 * math.pi
+BY_LENGTH = ("dynamic", "longrope")  # transformers' RoPE types whose frequencies follow from the length of a forward
 FREQUENCY_TOLERANCE = 1e-5  # relative: far above float32 rounding, far below any other RoPE scheme
 
 
@@ -67,6 +68,27 @@ def install_angles(causal_lm: Any) -> None:
         raise UserError(f'config.json: {CONFIG_FIELD} is {kind!r}; it can be "exact" or "float32"')
     rotary = causal_lm.model.rotary_emb
     rotary.forward = functools.partial(_exact_forward, rotary.attention_scaling, _Frequencies(config, rotary.inv_freq))
+
+
+def rope_type_by_length(config: Any) -> str | None:
+    """The model's RoPE type where transformers chooses its frequencies anew in every forward, by the largest position
+    in it: angles then depend on how a prompt is cut into forwards, and with "dynamic" on longer prompts before it."""
+    block = getattr(config.get_text_config(decoder=True), "rope_parameters", None) or {}
+    blocks = [block, *(each for each in block.values() if isinstance(each, dict))]  # some have one a kind of layer
+    return next((each["rope_type"] for each in blocks if each.get("rope_type") in BY_LENGTH), None)
+
+
+def reset_angles(causal_lm: Any) -> None:
+    """Take rotary modules of `BY_LENGTH` back to the frequencies that they were made with."""
+    for module in causal_lm.modules():
+        if not hasattr(module, "original_max_seq_len"):
+            continue
+        for name, value in list(module.named_buffers(recurse=False)):
+            if name.endswith("original_inv_freq"):
+                # a copy, since longrope writes into it
+                setattr(module, name.replace("original_inv_freq", "inv_freq"), value.clone())
+        for name in [name for name in vars(module) if name.endswith("max_seq_len_cached")]:
+            setattr(module, name, module.original_max_seq_len)
 
 
 class _Frequencies:

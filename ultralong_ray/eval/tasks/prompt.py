@@ -11,6 +11,8 @@ from collections import Counter
 from dataclasses import replace
 from typing import Any
 
+from jinja2 import TemplateError
+
 from ultralong_ray.eval.tasks.sample import Sample
 from ultralong_ray.types import UserError
 
@@ -32,11 +34,17 @@ class Prompts:
         self._word_tokens: dict[str, int] = {}
 
     def text(self, sample: Sample) -> str:
-        """The whole prompt. Without a chat template, earlier turns are written as `User: ...` paragraphs."""
+        """The whole prompt. Without a chat template, earlier turns are written as `User: ...` paragraphs.
+
+        Raises: UserError when the chat template refuses the sample's turns.
+        """
         message = sample.context + sample.question
         if self.chat_template:
             turns = [{"role": role, "content": content} for role, content in self.messages(sample)]
-            opened = self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+            try:
+                opened = self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+            except TemplateError as error:
+                raise UserError(_refused(sample, error)) from error
             return opened + sample.answer_prefix
         if not sample.turns:
             return message + sample.answer_prefix
@@ -73,3 +81,13 @@ class Prompts:
             encoded = self.tokenizer([" " + word for word in batch], add_special_tokens=False, verbose=False)
             self._word_tokens.update(zip(batch, map(len, encoded["input_ids"]), strict=True))
         return sum(self._word_tokens[word] * count for word, count in words.items())
+
+
+def _refused(sample: Sample, error: TemplateError) -> str:
+    roles = ", ".join([*(turn.role for turn in sample.turns), "user"])
+    # of our tasks, only one prompt of InfiniteBench's gpt4 set has system turns
+    other = 'template = "yarn-mistral" or ' if any(turn.role == "system" for turn in sample.turns) else ""
+    return (
+        f"evaluate.chat_template: the model's chat template refuses the turns of {sample.task} ({roles}): {error}; set "
+        f"{other}chat_template = false for this task in evaluate.tasks"
+    )
