@@ -215,6 +215,30 @@ def test_a_limit_takes_the_first_rows_of_every_subject(engine: Engine, tmp_path:
     assert all(row["num_fewshot"] == 1 for row in rows_of(results))
 
 
+def test_a_subject_keeps_its_examples_however_its_name_is_written(engine: Engine, tmp_path: Path) -> None:
+    file = write_files(tmp_path) / "mmlu_pro" / "validation.jsonl"
+    asked = {**json.loads(file.read_text().splitlines()[0]), "category": "computer_science"}
+    lines(file, [{**asked, "category": "computer science", "question": f"shown {i}?"} for i in range(2)])
+    lines(file.with_name("test.jsonl"), [asked])
+    says = Says(engine.tokenizer, lambda request: "")
+    (row,) = rows_of(evaluated(says, tmp_path, "mmlu_pro"))
+    assert row["num_fewshot"] == 2 and all(f"shown {i}?" in says.asked[0].text for i in range(2))
+
+
+def test_too_few_examples_are_refused_before_anything_is_asked(tmp_path: Path) -> None:
+    write_files(tmp_path)
+    for name, message in (
+        ("mmlu", r"mmlu/dev\.jsonl: 3 examples of 'anatomy', and num_fewshot asks for 13"),
+        ("gsm8k", r"gsm8k/train\.jsonl: 12 examples, and num_fewshot asks for 13"),
+    ):
+        section = StandardTask(kind="standard", names=(name,), data_folder=str(tmp_path), num_fewshot=13)
+        with pytest.raises(UserError, match=message):
+            Maker({str(tmp_path): Location.of(tmp_path)}).num_samples(section, f"standard/{name}")
+    (tmp_path / "mmlu_pro" / "validation.jsonl").unlink()
+    section = StandardTask(kind="standard", names=("mmlu_pro",), data_folder=str(tmp_path))
+    assert Maker({str(tmp_path): Location.of(tmp_path)}).num_samples(section, "standard/mmlu_pro") == 4
+
+
 def test_vectors_of_the_harness(engine: Engine, tmp_path: Path) -> None:
     vectors = SHARED / "vectors" / "standard"
     if not vectors.exists():
@@ -237,6 +261,7 @@ def test_vectors_of_the_harness(engine: Engine, tmp_path: Path) -> None:
     ("test", "file", "changes", "message"),
     [
         ("mmlu", "test", {"answer": 4}, r"test.jsonl: row 2: answer must be 0, 1, 2 or 3, not 4"),
+        ("mmlu", "test", {"answer": 1.0}, r"test.jsonl: row 2: answer must be 0, 1, 2 or 3, not 1.0"),
         ("mmlu", "dev", {"choices": ["a"]}, r"dev.jsonl: row 2: choices must be a list of 4 texts"),
         ("mmlu_pro", "test", {"answer": "D"}, r"row 2: answer 'D' names none of the options"),
         ("math", "test", {"solution": "It is 3."}, r"row 2: solution has no \\boxed"),

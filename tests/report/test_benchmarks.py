@@ -111,6 +111,8 @@ def test_effective_length_is_the_longest_at_or_above_85_6() -> None:
     scores = _whole("final", "ruler", 13, RULER_LENGTHS, lambda k, length: 0.856 if length <= 32768 else 0.8559)
     table = benchmark_facts(scores, ["final"], {}, 4096)[0]["models"][0]
     assert table["effective_tokens"] == 32768
+    few = [score for score in scores if score.task != "ruler/task3"]
+    assert benchmark_facts(few, ["final"], {}, 4096)[0]["models"][0]["effective_tokens"] is None, "12 of 13 tasks"
 
 
 def test_lveval_averages_levels_of_sets_and_standard_tests_stand_under_their_names() -> None:
@@ -203,3 +205,25 @@ def test_half_a_character_of_an_answer_does_not_cost_the_page(tmp_path: Path) ->
     page = (tmp_path / directories["report"].location.name / "report.html").read_text(encoding="utf-8")
     assert re.search(r"^code \{[^}]*unicode-bidi: isolate", page, re.M), "answers may run from right to left"
     assert "cut \N{REPLACEMENT CHARACTER}</code>" in page and "\N{REPLACEMENT CHARACTER} lost" in page
+
+
+def test_a_limit_and_both_scores_of_gsm8k_are_said_in_both_reports(tmp_path: Path) -> None:
+    recipe = made_recipe(tmp_path, tasks=[RULER])
+    directories = write_run(recipe)
+    points: dict[tuple[str, str, int], list[float] | str | None] = {
+        ("base", "standard/gsm8k", 0): "out of memory",
+        ("final", "standard/gsm8k", 0): [1.0, 1.0, 0.0, 1.0],
+    }
+    write_tasks(directories["evaluate"], points)
+    file = directories["evaluate"].location / "cells/final/standard/gsm8k/0-shard0.json"
+    stored = file.read_json()
+    samples = [
+        {**sample, "metrics": {"exact_match,strict-match": float(i == 1), "exact_match,flexible-extract": 1.0}}
+        for i, sample in enumerate(stored["samples"])
+    ]
+    file.write_json({**stored, "samples": samples, "settings": {"section": {"limit": 4}}})
+    write_report(recipe, directories, directories["report"])
+    for name in ("report.html", "report.md"):
+        text = (Path(directories["report"].location.path) / name).read_text()
+        assert "the first 4 rows were asked and no others: published figures are of all rows" in text, name
+        assert "(strict-match) it is, in per cent: Base model 0.0; " in text and " 25.0.\n" in text.replace("</p>", "")

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.report.made_run import made_recipe, write_run, write_tasks
+from tests.report.made_run import RULER_SECTION, made_recipe, write_run, write_tasks
 from ultralong_ray.config import StorageConfig
 from ultralong_ray.report.compare import compare_command, comparison_facts, find_side, write_comparison
 from ultralong_ray.storage import Location, StageDirectory
@@ -47,6 +47,23 @@ def test_other_questions_are_not_paired(tmp_path: Path) -> None:
     file.write_json(stored)
     facts = comparison_facts(find_side(f"{stage.location}#base", None), find_side(f"{stage.location}#final", None))
     assert not facts["rows"][0]["paired"] and facts["rows"][0]["mixed_sources"] == []
+
+
+def test_other_lengths_and_tasks_of_a_section_are_no_other_settings(tmp_path: Path) -> None:
+    stage = _evaluation(tmp_path)
+    sections = {"base": {**RULER_SECTION, "fixed_order": True}, "final": {**RULER_SECTION, "fixed_order": True}}
+    sections["final"] |= {"context_lengths": [512], "names": ["vt"], "samples_per_cell": 8}
+
+    def same() -> bool:
+        for model, section in sections.items():
+            file = stage.location / f"cells/{model}/ruler/vt/512-shard0.json"
+            file.write_json({**file.read_json(), "settings": {"decoding": "greedy", "section": section}})
+        sides = [find_side(f"{stage.location}#{model}", None) for model in sections]
+        return comparison_facts(*sides)["rows"][0]["same_settings"]
+
+    assert same()
+    sections["final"]["fixed_order"] = False
+    assert not same()
 
 
 def test_questions_made_from_other_texts_are_named(tmp_path: Path) -> None:

@@ -64,6 +64,16 @@ def test_the_caption_of_a_narrow_grid_is_not_cut_off() -> None:
     assert 7 * len(caption.text or "") <= float(caption.get("x", "")) <= width
 
 
+def test_labels_of_depths_begin_within_the_figure() -> None:
+    depths = [0.0, 33.3333, 99.99, 100.0]
+    root = _parse(heatmap(_grid([[1.0]] * 4), _passkey([512], depths, 512)))
+    labels = [text for text in root.iter(f"{SVG}text") if (text.text or "").endswith(" %")]
+    assert [text.text for text in labels] == ["0 %", "33.3333 %", "99.99 %", "100 %"]
+    assert all(float(text.get("x", "")) - 6.5 * len(text.text or "") >= 0 for text in labels)
+    plain = _parse(heatmap(_grid([[1.0]] * 2), _passkey([512], [0.0, 100.0], 512)))
+    assert next(rect.get("x") for rect in plain.iter(f"{SVG}rect")) == "50.75", "short labels need no more room"
+
+
 def test_a_missing_cell_has_no_score_and_no_colour() -> None:
     cells = _titles(_parse(heatmap(_grid([[None]]), _passkey([512], [0.0], 512))))
     group = cells["512 tokens, depth 0 %: missing"]

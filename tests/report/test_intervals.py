@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from ultralong_ray.report.intervals import combined, difference, interval, wilson
+from ultralong_ray.report.intervals import combined, difference, interval, newcombe, wilson
 
 
 @pytest.mark.parametrize(
@@ -43,3 +43,22 @@ def test_pairs_make_a_difference_sharper() -> None:
     second = [min(1.0, score + 0.1) for score in first]
     paired, unpaired = difference(first, second, paired=True), difference(first, second, paired=False)
     assert paired[0] > 0 > unpaired[0] and unpaired[1] > paired[1]
+
+
+def test_newcombes_interval_of_a_difference_of_shares() -> None:
+    """His example (1998, table II, case a): 56 of 70 less 48 of 80."""
+    first, second = [1.0] * 48 + [0.0] * 32, [1.0] * 56 + [0.0] * 14
+    assert newcombe(first, second) == pytest.approx((0.0524, 0.3339), abs=5e-5)
+    assert newcombe([1.0] * 10, [0.0] * 10) == pytest.approx((-1.0, -0.6075), abs=5e-5)
+
+
+@pytest.mark.parametrize("paired", [False, True])
+def test_samples_that_all_agree_leave_doubt_about_a_difference(paired: bool) -> None:
+    low, high = difference([0.0] * 5, [1.0] * 5, paired=paired)
+    assert 0.2 < low < 0.5 and high == 1.0
+    assert difference([0.0] * 9, [0.0] * 9, paired=paired) == pytest.approx((-wilson(0, 9)[1], wilson(0, 9)[1]))
+    low, high = difference([1.0, 0.0, 1.0], [1.0, 0.0, 1.0], paired=True)
+    assert low == -high < -0.3
+    assert difference([0.25] * 3, [0.5] * 3, paired=paired) == (0.25, 0.25), "of other scores Wilson knows nothing"
+    some = [0.0] * 50 + [1.0] * 50
+    assert difference(some, [1.0] * 10 + some[10:], paired=True)[0] > 0.04, "pairs that do not all agree stay sharp"

@@ -41,7 +41,7 @@ from ultralong_ray.eval.tasks.ruler import RulerData, ruler_sample
 from ultralong_ray.eval.tasks.ruler_questions import load_hotpotqa, load_squad
 from ultralong_ray.eval.tasks.sample import Sample
 from ultralong_ray.eval.tasks.short_skills import short_skills_sample
-from ultralong_ray.eval.tasks.standard import Row, few_shot_rows, standard_rows
+from ultralong_ray.eval.tasks.standard import Row, check_examples, few_shot_rows, standard_rows
 from ultralong_ray.eval.tasks.words import load_words
 from ultralong_ray.storage import Location
 from ultralong_ray.types import UserError, sources_of
@@ -78,11 +78,18 @@ class Maker:
         return min(rows, section.samples_per_cell or rows)
 
     def standard(self, section: StandardTask, task: str) -> tuple[list[Row], list[dict[str, Any]]]:
-        """Rows of a standard test, and its few-shot examples. Raises: UserError for an absent file or a bad line."""
+        """Rows of a standard test, and its few-shot examples.
+
+        Raises: UserError for an absent file, a bad line, and a subject with too few examples.
+        """
         name, folder = task.split("/", 1)[1], self._files[section.data_folder]
-        return self._once(
-            (section, task), lambda: (standard_rows(name, folder, section.limit), few_shot_rows(name, folder))
-        )
+
+        def read() -> tuple[list[Row], list[dict[str, Any]]]:
+            rows, few_shot = standard_rows(name, folder, section.limit), few_shot_rows(name, folder)
+            check_examples(name, folder, rows, few_shot, section.num_fewshot)
+            return rows, few_shot
+
+        return self._once((section, task), read)
 
     def documents(
         self, section: PerplexityTask, length_tokens: int, tokenizer: Any, first: int, count: int

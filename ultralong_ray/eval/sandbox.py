@@ -2,7 +2,9 @@
 
 Each program gets a fresh interpreter (sandbox_child.py) in an empty folder, with no environment, a limit on wall-clock
 and CPU seconds and on memory, and a system call filter under which it cannot open a socket, start a program, send a
-signal or write a file. HumanEval's authors ask for such a place (github.com/openai/human-eval, execution.py).
+signal or write a file. It has the standard library alone and no installed packages (`-S`), unlike the harness, whose
+programs can import what stands beside it: one that imports numpy has not passed here. HumanEval's
+authors ask for such a place (github.com/openai/human-eval, execution.py).
 """
 
 from __future__ import annotations

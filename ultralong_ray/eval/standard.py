@@ -35,7 +35,7 @@ from lm_eval.tasks._yaml_loader import load_yaml
 from ultralong_ray.config.read_tasks import StandardTask
 from ultralong_ray.eval.engine import Engine, Request
 from ultralong_ray.eval.sandbox import Limits, run_program
-from ultralong_ray.eval.tasks.standard import OTHERS, TEXTS, Row
+from ultralong_ray.eval.tasks.standard import OTHERS, TEXTS, Row, examples_of
 from ultralong_ray.types import UserError
 
 logger = logging.getLogger(__name__)
@@ -160,8 +160,7 @@ def run_standard(
     stored: list[dict[str, Any]] = []
     for subject in dict.fromkeys(row.subject for row in rows):
         own = [row for row in rows if row.subject == subject]
-        examples = [dict(row) for row in few_shot if (row.get("subject") or row.get("category") or "") in ("", subject)]
-        task = make_task(section, test, own, examples, chat_template=chat_template)
+        task = make_task(section, test, own, examples_of(few_shot, subject), chat_template=chat_template)
         results: Any = evaluate(
             lm=lm,
             task_dict={"tasks": {task.task_name: task}, "groups": {}},

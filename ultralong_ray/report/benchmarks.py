@@ -75,6 +75,11 @@ def _suite(suite: str, scores: list[Score], models: Sequence[str], labels: dict[
         "summary_columns": list(dict.fromkeys(name for table in tables for name in table["summary"])),
         "samples_per_score": sorted({min(counts), max(counts)}),
         "limits": sorted({limit for score in scores if (limit := score.settings.get("section", {}).get("limit"))}),
+        "strict": {
+            labels.get(score.model, score.model): score.strict_percent
+            for score in scores
+            if score.strict_percent is not None
+        },
         "settings": list({str(score.settings): score.settings for score in scores if score.settings}.values()),
         "sources": sorted(sources := {source for score in scores for source in score.sources}),
         "stand_ins": stand_ins(sources),
@@ -138,7 +143,9 @@ def _cumulative(means: list[Mean]) -> list[float | None]:
 
 
 def _effective(columns: list[Column], means: list[Mean]) -> int | None:
-    reached = [c for c, mean in zip(columns, means, strict=True) if mean and mean["percent"] >= EFFECTIVE_PERCENT]
+    """Of lengths at which all tasks were asked: a few easy ones say nothing about the others."""
+    whole = [_of_all_tasks("ruler", mean) for mean in means]
+    reached = [c for c, mean in zip(columns, whole, strict=True) if mean and mean["percent"] >= EFFECTIVE_PERCENT]
     return max((c for c in reached if isinstance(c, int)), default=None)
 
 

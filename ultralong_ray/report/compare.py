@@ -19,7 +19,7 @@ from ultralong_ray.config import Recipe
 from ultralong_ray.recipe import load_recipe
 from ultralong_ray.report.benchmarks import depth_grids, mixed_sources
 from ultralong_ray.report.figures import heatmap
-from ultralong_ray.report.intervals import DRAWS, difference
+from ultralong_ray.report.intervals import DIFFERENCE_WORDS, difference
 from ultralong_ray.report.reading import StageReader
 from ultralong_ray.report.scores import DOCUMENTS, FAILED_ARE, PLAN_FILE, Score, read_scores
 from ultralong_ray.report.templates import rendered
@@ -27,10 +27,9 @@ from ultralong_ray.stages import stage_directory
 from ultralong_ray.storage import DEFAULT_OPTIONS, Location, StageDirectory, refusals_in_words
 from ultralong_ray.types import StorageOptions, UserError
 
-INTERVALS_ARE = (
-    f"95 % intervals of the difference B - A: percentile bootstrap ({DRAWS} draws, fixed seed), over pairs of samples "
-    "where both models were asked the same ones"
-)
+INTERVALS_ARE = f"95 % intervals of the difference B - A: {DIFFERENCE_WORDS}"
+# fields of a section of evaluate.tasks
+CHOOSES_CELLS = {"names", "levels", "context_lengths", "depths_percent", "samples_per_cell", "num_needles"}
 
 
 @dataclass(frozen=True)
@@ -177,6 +176,14 @@ def _row(a: Score, b: Score) -> dict[str, Any]:
         "low": spread[0],
         "high": spread[1],
         "paired": paired,
-        "same_settings": a.settings == b.settings,
+        "same_settings": _of_questions(a.settings) == _of_questions(b.settings),
         "mixed_sources": [] if paired else mixed_sources([a, b]),
     }
+
+
+def _of_questions(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings without what says only which cells their section has: those of a row are of one task and length."""
+    section = settings.get("section")
+    if not isinstance(section, dict):
+        return settings
+    return {**settings, "section": {name: value for name, value in section.items() if name not in CHOOSES_CELLS}}

@@ -23,6 +23,7 @@ PRINTED_VALUE_PIXELS = 26  # narrower cells have no room for "100"
 PASSKEY = "Passkey retrieval"
 CAPTION_PIXELS = 156.0  # about, of "context length, tokens"
 EDGE_LABEL_PIXELS = 8.0  # about, of a letter of the label of the base window
+LABEL_PIXELS = 6.5  # about, of a character at a tick
 MAX_POINTS = 600  # per drawn line; report.json keeps every step
 
 
@@ -53,7 +54,8 @@ def heatmap(
     lengths, depths = passkey["context_lengths_tokens"], passkey["depths_percent"]
     cell_width = 44 if len(lengths) <= 10 else 34 if len(lengths) <= 20 else 27
     cell_height = 32 if len(depths) <= 8 else 25
-    left, top, turned = 50, 24, cell_width < 40
+    left = max(50, 14 + LABEL_PIXELS * max((len(f"{depth:g} %") for depth in depths), default=0))
+    top, turned = 24, cell_width < 40
     right, bottom = left + cell_width * len(lengths), top + cell_height * len(depths)
     parts = []
     for row, depth in enumerate(depths):
@@ -103,8 +105,8 @@ def heatmap(
 
 
 def _turned_pixels(labels: Iterable[str]) -> float:
-    """Room below the axis for labels turned by 60 degrees, at about 6.5 pixels a character."""
-    return 22 + max(map(len, labels)) * 6.5 * math.sin(math.radians(60))
+    """Room below the axis for labels turned by 60 degrees."""
+    return 22 + max(map(len, labels)) * LABEL_PIXELS * math.sin(math.radians(60))
 
 
 def _length_label(text: str, x: float, y: float, turned: bool) -> str:

@@ -3,8 +3,9 @@
 Where every score is 0 or 1 the interval is Wilson's (JASA 22, 1927), which stays sensible at 0 and at 1 and for few
 samples. Where scores lie between it is the percentile bootstrap over samples (Efron, 1979) with a fixed seed. For means
 over tasks the tasks' own intervals are combined by Zou and Donner's method of variance estimates recovery (Statistics
-in Medicine 27, 2008), so that a mean of tasks which are all 0 does not look certain. Means over trainings with
-different seeds have Student's.
+in Medicine 27, 2008), so that a mean of tasks which are all 0 does not look certain. Differences have the bootstrap;
+where it has no width, of scores that are 0 or 1, they have Newcombe's hybrid of the two Wilson intervals (Statistics in
+Medicine 17, 1998, method 10). Means over trainings with different seeds have Student's.
 """
 
 from __future__ import annotations
@@ -23,6 +24,11 @@ DRAWS = 1000
 WORDS = (
     "95 % intervals: Wilson's where every sample is right or wrong, else the percentile bootstrap over samples "
     f"({DRAWS} draws, fixed seed); for means over tasks those of the tasks, combined by variance estimates recovery"
+)
+DIFFERENCE_WORDS = (
+    f"percentile bootstrap ({DRAWS} draws, fixed seed), over pairs of samples where both models were asked the same "
+    "ones; where all agree, so that it has no width, and every sample is right or wrong, Newcombe's from the two Wilson "
+    "intervals, without pairs"
 )
 Kind = Literal["wilson", "bootstrap"]
 
@@ -69,11 +75,26 @@ def combined(groups: Sequence[Sequence[float]]) -> tuple[float, float]:
 
 
 def difference(first: Sequence[float], second: Sequence[float], *, paired: bool) -> tuple[float, float]:
-    """Of mean(second) - mean(first). `paired`: scores at the same place are of the same question."""
+    """Of mean(second) - mean(first). `paired`: scores at the same place are of the same question.
+
+    A bootstrap of samples that all agree has no width, as if few of them left no doubt: where the scores are 0 or 1 it
+    is then Newcombe's, which is of independent samples and for pairs rather too wide than too narrow.
+    """
     rng = np.random.default_rng(0)
     if paired:
-        return _middle(_drawn_means([b - a for a, b in zip(first, second, strict=True)], rng))
-    return _middle(_drawn_means(second, rng) - _drawn_means(first, rng))
+        low, high = _middle(_drawn_means([b - a for a, b in zip(first, second, strict=True)], rng))
+    else:
+        low, high = _middle(_drawn_means(second, rng) - _drawn_means(first, rng))
+    if low == high and all(score in (0.0, 1.0) for score in (*first, *second)):
+        return newcombe(first, second)
+    return low, high
+
+
+def newcombe(first: Sequence[float], second: Sequence[float]) -> tuple[float, float]:
+    """Of the difference of two shares, from Wilson's interval of each; all scores are 0 or 1."""
+    a, b = sum(first) / len(first), sum(second) / len(second)
+    (a_low, a_high), (b_low, b_high) = (wilson(sum(scores), len(scores)) for scores in (first, second))
+    return b - a - math.hypot(b - b_low, a_high - a), b - a + math.hypot(b_high - b, a - a_low)
 
 
 def _drawn_means(scores: Sequence[float], rng: np.random.Generator) -> NDArray[np.float64]:

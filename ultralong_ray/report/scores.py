@@ -18,6 +18,7 @@ from ultralong_ray.types import sources_of
 
 PLAN_FILE, FAILED_FILE = "plan.json", "failed.json"
 CUT_SHORT = "length, after"  # begins the finish reason of such answers (eval/openai_engine.py)
+GSM8K, STRICT = "standard/gsm8k", "exact_match,strict-match"  # the metric beside the one that is its score
 DOCUMENTS = "perplexity"  # the suite whose scores are losses of documents
 EXAMPLES = 4  # samples of a score that the page can show, wrong ones first
 EXAMPLE_CHARACTERS = 400  # of each of its texts
@@ -45,6 +46,7 @@ class Score:
     losses: list[float] = field(default_factory=list)  # of documents, in nats per token; empty for questions
     bucket_ends: list[int] = field(default_factory=list)  # positions where the buckets of every document end
     bucket_losses: list[list[float]] = field(default_factory=list)  # [documents, buckets]
+    strict: list[float] = field(default_factory=list)  # of GSM8K: 1 where the answer is also written as "#### 18"
 
     @property
     def suite(self) -> str:
@@ -59,6 +61,13 @@ class Score:
             return round(100 * sum(self.points) / len(self.points), 2)
         value = 100 * (sum(self.points) / len(self.points))
         return round(value, 2) if self.suite == "ruler" else value
+
+    @property
+    def strict_percent(self) -> float | None:
+        """None where samples have no such metric."""
+        if not self.strict or len(self.strict) != len(self.points):
+            return None
+        return 100 * sum(self.strict) / len(self.strict)
 
     def loss_facts(self) -> dict[str, Any]:
         """Mean loss of the documents with its interval, and by position; empty for tasks of questions.
@@ -116,6 +125,7 @@ def read_scores(reader: StageReader, *, with_passkey: bool = False) -> list[Scor
         elif cell["file"] in failed:
             score.failed[name] = str(failed[cell["file"]])
             score.identities += [f"{cell['depth_percent']} failed"] * cell["num_samples"]
+            score.strict += [0.0] * cell["num_samples"] if score.task == GSM8K else []
             _count(score, [0.0] * cell["num_samples"], cell)
         else:
             score.num_missing += cell["num_samples"]
@@ -166,6 +176,7 @@ def _add(score: Score, stored: dict[str, Any], name: str, cell: dict[str, Any]) 
     _count(score, [float(sample["score"]) for sample in samples], cell)
     for sample in samples:
         _add_loss(score, sample)
+        _add_strict(score, sample)
     wrong_first = sorted([*score.examples, *(_example(sample, name) for sample in samples)], key=_points)
     # two wrong and two right tell more than four wrong
     score.examples = [*wrong_first[: EXAMPLES // 2], *wrong_first[EXAMPLES // 2 :][-EXAMPLES // 2 :]]
@@ -187,6 +198,13 @@ def _add_loss(score: Score, sample: dict[str, Any]) -> None:
         score.losses.append(float(sample["facts"]["loss"]))
         score.bucket_ends = list(sample["facts"]["bucket_end_tokens"])
         score.bucket_losses.append([float(loss) for loss in sample["facts"]["bucket_loss"]])
+
+
+def _add_strict(score: Score, sample: dict[str, Any]) -> None:
+    metrics = sample.get("metrics")
+    points = finite(metrics.get(STRICT)) if isinstance(metrics, dict) else None
+    if score.task == GSM8K and points is not None:
+        score.strict.append(points)
 
 
 def _facts(sample: dict[str, Any]) -> dict[str, Any]:

@@ -150,6 +150,14 @@ def test_squad_and_hotpotqa_forms(tmp_path: Path) -> None:
     assert named.paragraphs == ("T1\nx y", "T2\nz", "T3\nw") and named.questions[0].needed == (2,)
 
 
+def squad_answers(answers: Any, context: str = "c") -> dict[str, Any]:
+    return {"data": [{"paragraphs": [{"context": context, "qas": [{"question": "q", "answers": answers}]}]}]}
+
+
+def hotpotqa_row(**changes: Any) -> dict[str, Any]:
+    return {"question": "q", "answer": "a", "context": [["T", ["s"]]], **changes}
+
+
 @pytest.mark.parametrize(
     ("load", "value", "message"),
     [
@@ -165,6 +173,18 @@ def test_squad_and_hotpotqa_forms(tmp_path: Path) -> None:
         (load_hotpotqa, {}, "a list of questions is needed"),
         (load_hotpotqa, [{"question": "q"}], "row 0 needs `question`, `answer` and `context`"),
         (load_hotpotqa, [{"question": "q", "answer": 7, "context": []}], "row 0: `question` and `answer` must be text"),
+        (load_squad, {"data": [{"paragraphs": [3]}]}, r"data\[0\].paragraphs\[0\]: an object .* not int"),
+        (load_squad, {"data": [{"paragraphs": None}]}, r"data\[0\].paragraphs must be a list, not null"),
+        (load_squad, squad_answers(None), "`answers` of one of its qas is null and no list"),
+        (load_squad, squad_answers({"text": ["x"]}), "`answers` of one of its qas is dict and no list"),
+        (load_squad, squad_answers([{"text": " "}]), r"paragraphs\[0\]: one of its answers has .* a blank one"),
+        (load_squad, squad_answers([{"text": "x"}], context=" "), "a blank `context` cannot hold answers"),
+        (load_hotpotqa, [hotpotqa_row(answer=" ")], "row 0: `question` and `answer` must be text, and not blank"),
+        (load_hotpotqa, [hotpotqa_row(context=[])], "row 0: `context` must be a list .* and not empty"),
+        (load_hotpotqa, [hotpotqa_row(context=[["T", [1]]])], r"row 0: `context` must be a list of \[title, \[sent"),
+        (load_hotpotqa, [hotpotqa_row(context=[["T", "s"]])], r"row 0: `context` must be a list of \[title, \[sent"),
+        (load_hotpotqa, [hotpotqa_row(supporting_facts=[3])], "row 0: `supporting_facts` must be a list"),
+        (load_hotpotqa, [hotpotqa_row(supporting_facts={"title": ["T"]})], "row 0: `supporting_facts` must be a list"),
         (load_hotpotqa, [{"question": "q", "answer": "a", "context": {"title": ["T"]}}], r"list of \[title, \[sent"),
     ],
 )

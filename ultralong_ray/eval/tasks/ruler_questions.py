@@ -112,16 +112,38 @@ def _articles(value: Any, file: Location) -> list[list[dict[str, Any]]]:
     except (KeyError, TypeError) as error:
         raise UserError(f"{file}: not in SQuAD's form (data -> paragraphs -> context, qas): {error!r}") from error
     for number, article in enumerate(articles):
+        if not isinstance(article, list):
+            raise UserError(f"{file}: data[{number}].paragraphs must be a list, not {_kind(article)}; mend the file")
         for place, paragraph in enumerate(article):
-            where = f"{file}: data[{number}].paragraphs[{place}]"
-            if not isinstance(paragraph.get("context"), str) or not isinstance(paragraph.get("qas"), list):
-                raise UserError(f"{where}: a text `context` and a list `qas` are needed; mend the file")
-            if not all(isinstance(qa, dict) and isinstance(qa.get("question"), str) for qa in paragraph["qas"]):
-                raise UserError(f"{where}: one of its qas has no `question`; mend the file")
-            answers = [answer for qa in paragraph["qas"] for answer in qa.get("answers", ())]
-            if not all(isinstance(answer, dict) and isinstance(answer.get("text"), str) for answer in answers):
-                raise UserError(f"{where}: one of its answers has no text `text`; mend the file")
+            _check_paragraph(paragraph, f"{file}: data[{number}].paragraphs[{place}]")
     return articles
+
+
+def _check_paragraph(paragraph: Any, where: str) -> None:
+    """Raises: UserError naming `where`."""
+    if not isinstance(paragraph, dict):
+        raise UserError(f"{where}: an object with `context` and `qas` is needed, not {_kind(paragraph)}; mend the file")
+    if not isinstance(paragraph.get("context"), str) or not isinstance(paragraph.get("qas"), list):
+        raise UserError(f"{where}: a text `context` and a list `qas` are needed; mend the file")
+    if not all(isinstance(qa, dict) and isinstance(qa.get("question"), str) for qa in paragraph["qas"]):
+        raise UserError(f"{where}: one of its qas has no `question`; mend the file")
+    for qa in paragraph["qas"]:
+        answers = qa.get("answers", [])
+        if not isinstance(answers, list):
+            raise UserError(f"{where}: `answers` of one of its qas is {_kind(answers)} and no list; mend the file")
+        if not all(isinstance(answer, dict) and _is_text(answer.get("text")) for answer in answers):
+            raise UserError(f"{where}: one of its answers has no text `text`, or a blank one; mend the file")
+    if not paragraph["context"].strip() and any(qa.get("answers") for qa in paragraph["qas"]):
+        raise UserError(f"{where}: a blank `context` cannot hold answers; mend or remove the paragraph")
+
+
+def _is_text(value: Any) -> bool:
+    """Whether there is something to read: a blank answer would be found in whatever a model says."""
+    return isinstance(value, str) and bool(value.strip())
+
+
+def _kind(value: Any) -> str:
+    return "null" if value is None else type(value).__name__
 
 
 def load_hotpotqa(file: Location, distractors: Sequence[str] = ()) -> QuestionPool:
@@ -132,15 +154,7 @@ def load_hotpotqa(file: Location, distractors: Sequence[str] = ()) -> QuestionPo
     rows = read_json(file)
     if not isinstance(rows, list) or not rows:
         raise UserError(f"{file}: a list of questions is needed, as in hotpot_dev_distractor_v1.json")
-    for number, row in enumerate(rows):
-        if not isinstance(row, dict) or not {"question", "answer", "context"} <= set(row):
-            raise UserError(f"{file}: row {number} needs `question`, `answer` and `context`; mend the file")
-        if not isinstance(row["question"], str) or not isinstance(row["answer"], str):
-            raise UserError(f"{file}: row {number}: `question` and `answer` must be text; mend the file")
-    try:
-        written = [[f"{title}\n{''.join(sentences)}" for title, sentences in row["context"]] for row in rows]
-    except (TypeError, ValueError) as error:
-        raise UserError(f"{file}: a `context` is no list of [title, [sentences]] ({error}); mend the file") from error
+    written = [_hotpotqa_paragraphs(row, f"{file}: row {number}") for number, row in enumerate(rows)]
     pool = sorted({paragraph for row in written for paragraph in row} | set(distractors))
     index = {paragraph: i for i, paragraph in enumerate(pool)}
     questions = []
@@ -148,6 +162,26 @@ def load_hotpotqa(file: Location, distractors: Sequence[str] = ()) -> QuestionPo
         gold = tuple(index[paragraph] for paragraph in paragraphs)
         questions.append(Question(row["question"], (row["answer"],), gold, (), _supporting(row, gold)))
     return QuestionPool(file.name, tuple(pool), tuple(questions))
+
+
+def _hotpotqa_paragraphs(row: Any, where: str) -> list[str]:
+    """The paragraphs of a row as they are shown. Raises: UserError naming `where` for any of its fields."""
+    if not isinstance(row, dict) or not {"question", "answer", "context"} <= set(row):
+        raise UserError(f"{where} needs `question`, `answer` and `context`; mend the file")
+    if not _is_text(row["question"]) or not _is_text(row["answer"]):
+        raise UserError(f"{where}: `question` and `answer` must be text, and not blank; mend the file")
+    context, facts = row["context"], row.get("supporting_facts") or []
+    if not isinstance(context, list) or not context or not all(map(_is_titled, context)):
+        raise UserError(f"{where}: `context` must be a list of [title, [sentences]], and not empty; mend the file")
+    if not isinstance(facts, list) or not all(isinstance(f, list) and f and isinstance(f[0], str) for f in facts):
+        raise UserError(f"{where}: `supporting_facts` must be a list of [title, number of sentence]; mend the file")
+    return [f"{title}\n{''.join(sentences)}" for title, sentences in context]
+
+
+def _is_titled(paragraph: Any) -> bool:
+    if not isinstance(paragraph, list) or len(paragraph) != 2 or not isinstance(paragraph[1], list):
+        return False
+    return isinstance(paragraph[0], str) and all(isinstance(sentence, str) for sentence in paragraph[1])
 
 
 def _supporting(row: dict[str, Any], gold: tuple[int, ...]) -> tuple[int, ...]:

@@ -72,6 +72,29 @@ def few_shot_rows(test: str, folder: Location) -> list[dict[str, Any]]:
     return _read(test, _file(test, folder, name), few_shot=True)
 
 
+def examples_of(few_shot: Sequence[dict[str, Any]], subject: str) -> list[dict[str, Any]]:
+    """Those of a subject, with blanks or underscores in its name, and those that are of every subject."""
+    return [row for row in few_shot if _spelled(row.get("subject") or row.get("category")) in ("", _spelled(subject))]
+
+
+def _spelled(subject: Any) -> str:
+    return str(subject or "").replace(" ", "_")  # the files of one test do not always agree
+
+
+def check_examples(
+    test: str, folder: Location, rows: Sequence[Row], few_shot: Sequence[dict[str, Any]], num_fewshot: int
+) -> None:
+    """Raises: UserError for a subject of `rows` with too few examples in a few-shot file that is there."""
+    for subject in dict.fromkeys(row.subject for row in rows) if few_shot else ():
+        found = len(examples_of(few_shot, subject))
+        if found < num_fewshot:
+            file = _file(test, folder, FEW_SHOT_FILE[test])
+            raise UserError(
+                f"{file}: {found} examples{f' of {subject!r}' if subject else ''}, and num_fewshot asks for "
+                f"{num_fewshot}; add examples, correct the subject, or lower num_fewshot"
+            )
+
+
 def _subject(fields: dict[str, Any]) -> str:
     """Rows without a subject are of one."""
     return str(fields.get("subject") or fields.get("category") or fields.get("type") or "")
@@ -107,7 +130,7 @@ def _check(test: str, row: dict[str, Any], where: str) -> None:
     """Raises: UserError for a value that no question of the test can have."""
     if test == "mmlu":
         _choices(row["choices"], where, "choices", exactly=4)
-        if row["answer"] not in (0, 1, 2, 3) or isinstance(row["answer"], bool):
+        if type(row["answer"]) is not int or not 0 <= row["answer"] <= 3:  # True and 1.0 are equal to 1
             raise UserError(f"{where}: answer must be 0, 1, 2 or 3, not {row['answer']!r}; mend the line")
     elif test == "mmlu_pro":
         _choices(row["options"], where, "options")
