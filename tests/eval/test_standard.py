@@ -227,10 +227,11 @@ def test_a_subject_keeps_its_examples_however_its_name_is_written(engine: Engine
 
 def test_too_few_examples_are_refused_before_anything_is_asked(tmp_path: Path) -> None:
     write_files(tmp_path)
-    for name, message in (
+    named: tuple[tuple[Any, str], ...] = (
         ("mmlu", r"mmlu/dev\.jsonl: 3 examples of 'anatomy', and num_fewshot asks for 13"),
         ("gsm8k", r"gsm8k/train\.jsonl: 12 examples, and num_fewshot asks for 13"),
-    ):
+    )
+    for name, message in named:
         section = StandardTask(kind="standard", names=(name,), data_folder=str(tmp_path), num_fewshot=13)
         with pytest.raises(UserError, match=message):
             Maker({str(tmp_path): Location.of(tmp_path)}).num_samples(section, f"standard/{name}")

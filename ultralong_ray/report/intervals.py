@@ -27,8 +27,8 @@ WORDS = (
 )
 DIFFERENCE_WORDS = (
     f"percentile bootstrap ({DRAWS} draws, fixed seed), over pairs of samples where both models were asked the same "
-    "ones; where all agree, so that it has no width, and every sample is right or wrong, Newcombe's from the two Wilson "
-    "intervals, without pairs"
+    "ones; where all agree, so that it has no width, and every sample is right or wrong, Newcombe's from the two "
+    "Wilson intervals, without pairs"
 )
 Kind = Literal["wilson", "bootstrap"]
 
