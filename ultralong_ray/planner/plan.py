@@ -60,8 +60,6 @@ def _unrated(section: Section, hardware: Hardware) -> str | None:
         raise UserError(f'{section.name}.attention = "{attention}" does not run on cluster.gpu {gpu}; give "auto"')
     if kernel_of(attention, hardware) is None:
         return f'{section.name}.attention = "{attention}"'
-    if section.train.precision == "float32":
-        return f'{section.name}.precision = "float32", which the timed kernels do not take'
     return None
 
 
@@ -155,7 +153,12 @@ def _other_degrees(section: Section, best: Prediction) -> list[str]:
 
 def _assumed(section: Section, best: Prediction) -> list[str]:
     gpu, notes = best.work.hardware.gpu, []
-    if section.train.attention == "auto":
+    if section.train.precision == "float32":
+        notes.append(
+            f'{section.name}.precision = "float32": memory is counted so; speeds are those of bfloat16 kernels, which do '
+            f"not take float32, so a step lasts much longer than is said"
+        )
+    elif section.train.attention == "auto":
         notes.append(f"attention kernel {best.work.kernel} is assumed")
     if not gpu.measured:
         notes.append(f"attention and matrix speeds of {gpu.name} are derived from its peak, not measured")
