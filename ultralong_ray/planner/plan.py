@@ -155,7 +155,7 @@ def _assumed(section: Section, best: Prediction) -> list[str]:
     gpu, notes = best.work.hardware.gpu, []
     if section.train.precision == "float32":
         notes.append(
-            f'{section.name}.precision = "float32": memory is counted so; speeds are those of bfloat16 kernels, which do '
+            f'{section.name}.precision = "float32": memory is counted so; speeds are of bfloat16 kernels, which do '
             f"not take float32, so a step lasts much longer than is said"
         )
     elif section.train.attention == "auto":
