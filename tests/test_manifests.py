@@ -15,7 +15,7 @@ import pytest
 import yaml
 
 from ultralong_ray.config import Recipe
-from ultralong_ray.manifests import NODE_SHARE, PLATFORMS, hardware_overrides, render, train_nodes
+from ultralong_ray.manifests import NODE_SHARE, PLATFORM_NODES, PLATFORMS, hardware_overrides, render, train_nodes
 from ultralong_ray.plan import plan_stages
 from ultralong_ray.planner.hardware import parse_cluster
 from ultralong_ray.planner.plan import Planned
@@ -276,6 +276,25 @@ def test_an_image_without_a_tag_is_refused(image: str | None) -> None:
     words = [] if image is None else ["--cluster.image", image]
     with pytest.raises(UserError, match=r"cluster\.image"):
         render(load_recipe(str(RECIPES / "llama31_8b_1m.toml"), words), "", [], "gpu-generic", "../cluster")
+
+
+@pytest.mark.parametrize("platform", PLATFORM_NODES)
+def test_a_platform_is_what_its_manifests_say(platform: str) -> None:
+    gpu, host_gib = PLATFORM_NODES[platform]
+    said = (ROOT / "cluster/platforms" / platform / "kustomization.yaml").read_text()
+    memory = {2048: "2 TiB", 1743: "1872 GB"}[host_gib]
+    assert f"8 x {gpu}" in said and memory in said and round(1872e9 / 2**30) == 1743
+
+
+def test_p5en_has_its_own_nodes_and_adapters(tmp_path: Path) -> None:
+    documents = rendered(tmp_path, "llama31_8b_1m.toml", "aws-p5en", ["--cluster.gpu", "H200", *IMAGE])
+    for cluster in clusters(documents):
+        _, train, evaluation = cluster["workerGroupSpecs"]
+        for group in (train, evaluation):
+            selected = group["template"]["spec"]["nodeSelector"]
+            assert selected == {"node.kubernetes.io/instance-type": "p5en.48xlarge"}
+        resources = train["template"]["spec"]["containers"][0]["resources"]
+        assert resources["limits"]["vpc.amazonaws.com/efa"] == resources["requests"]["vpc.amazonaws.com/efa"] == "16"
 
 
 def test_pods_fit_the_nodes_that_the_platform_selects() -> None:

@@ -19,11 +19,11 @@ from ultralong_ray.planner.plan import hardware_of
 from ultralong_ray.planner.predict import Prediction
 from ultralong_ray.types import UserError
 
-PLATFORMS = ("cpu-small", "gpu-generic", "aws-p5", "gke-a3")
+PLATFORMS = ("cpu-small", "gpu-generic", "aws-p5", "aws-p5en", "gke-a3")
 QUEUES = ("kueue", "volcano")
 EXTRAS = ("watching", "tls")
 # GPU and GiB of host memory of the nodes that cluster/platforms/ selects there
-PLATFORM_NODES = {"aws-p5": ("H100", 2048), "gke-a3": ("H100", 1743)}
+PLATFORM_NODES = {"aws-p5": ("H100", 2048), "aws-p5en": ("H200", 2048), "gke-a3": ("H100", 1743)}
 IMAGE = re.compile(r"[a-z0-9][a-z0-9._:/-]*?(:\w[\w.-]{0,127})?(@sha256:[0-9a-f]{64})?", re.ASCII)
 SHM_GIB = 16  # /dev/shm of a training pod: Ray's object store (8 GiB in the base) and NCCL's buffers [chosen]
 RAY_GIB = 8  # Ray's own processes, and the 4 GiB that the preflight check wants free [chosen]
@@ -161,7 +161,9 @@ def render(
     """
     on_cpu = not recipe.cluster.gpus_per_worker
     if on_cpu != (platform == "cpu-small"):
-        has, fitting = ("no GPUs", "cpu-small") if on_cpu else ("GPUs", "gpu-generic, aws-p5 or gke-a3")
+        has, fitting = (
+            ("no GPUs", "cpu-small") if on_cpu else ("GPUs", f"{', '.join(PLATFORMS[1:-1])} or {PLATFORMS[-1]}")
+        )
         raise UserError(
             f"--platform {platform}: the recipe trains with {has} (cluster.gpus_per_worker); take {fitting}"
         )
@@ -190,7 +192,7 @@ def _on_nodes_of(recipe: Recipe, platform: str) -> Recipe:
     if hardware.gpu.name != gpu:
         raise UserError(
             f"--platform {platform} selects nodes with {gpu}s, the plan is for cluster.gpu {hardware.gpu.name}; take "
-            f"--cluster ...x{gpu} or --platform gpu-generic"
+            f"--cluster ...x{gpu}, a platform of that GPU, or --platform gpu-generic"
         )
     if hardware.host_memory_gib_per_node <= host_gib:
         return recipe

@@ -11,7 +11,7 @@ from tests.planner.shapes import LLAMA_8B, llama_recipe
 from ultralong_ray.parallel.kernels import cudnn, flash_attn_3, flash_attn_4
 from ultralong_ray.parallel.kernels.kernel import Setting
 from ultralong_ray.planner.choose import fastest, fit, legal
-from ultralong_ray.planner.hardware import GPUS, NOT_ON, parse_cluster
+from ultralong_ray.planner.hardware import GPUS, GPUS_REFUSED_BY, parse_cluster
 from ultralong_ray.planner.plan import Planned, hardware_of, plan_training
 from ultralong_ray.planner.predict import Prediction
 from ultralong_ray.planner.section import section_of
@@ -148,7 +148,7 @@ def test_kernels_are_refused_where_they_say_they_do_not_run() -> None:
     for kernel, room in (("flash_attn_4", flash_attn_4), ("flash_attn_3", flash_attn_3), ("cudnn", cudnn)):
         for gpu, capability in capabilities.items():
             said = room.refusal(Setting("cuda", capability, torch.bfloat16, 128)) or ""
-            assert ("needs sm_" in said) == (gpu in NOT_ON[kernel]), f"{kernel} on {gpu}: {said}"
+            assert ("needs sm_" in said) == (gpu in GPUS_REFUSED_BY[kernel]), f"{kernel} on {gpu}: {said}"
     with pytest.raises(UserError, match=r'pretrain.attention = "flash_attn_3" does not run on cluster.gpu B200'):
         planned("1m", "8xB200", "pretrain.attention=flash_attn_3")
 

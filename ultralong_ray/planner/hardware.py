@@ -82,8 +82,8 @@ GPUS = {
         Gpu("B200", 178.4, 2250.0, 8000, 900, 50, 256, "flash_attn_4", False),
     )
 }
-# Kernel -> GPUs that it does not run on, as `refusal` of parallel/kernels/ says there.
-NOT_ON = {"flash_attn_4": ("A100",), "flash_attn_3": ("A100", "B200"), "cudnn": ("A100",)}
+# By kernel, as `refusal` of parallel/kernels/ says there.
+GPUS_REFUSED_BY = {"flash_attn_4": ("A100",), "flash_attn_3": ("A100", "B200"), "cudnn": ("A100",)}
 NETWORK_GBYTES_PER_SECOND = 50.0  # per GPU and direction: one 400 Gbit/s adapter each, as in the vendor's servers
 NVLINK_DOMAIN_GPUS = 8
 

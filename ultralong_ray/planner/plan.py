@@ -9,7 +9,7 @@ from typing import Any, Literal
 from ultralong_ray.config import Recipe
 from ultralong_ray.flops import ModelShape
 from ultralong_ray.planner.choose import ROW_STEPS, fastest, fit, keep_policy, legal
-from ultralong_ray.planner.hardware import GPUS, NOT_ON, Hardware, cluster_of, find_gpu
+from ultralong_ray.planner.hardware import GPUS, GPUS_REFUSED_BY, Hardware, cluster_of, find_gpu
 from ultralong_ray.planner.predict import Prediction, kernel_of, predict_work
 from ultralong_ray.planner.refuse import no_degrees, refusal
 from ultralong_ray.planner.section import Section, section_of
@@ -43,8 +43,9 @@ def plan_training(
         note = f"{unknown}, so nothing is predicted: give cluster.gpu ({', '.join(GPUS)})"
         notes = (note,) if recipe.cluster.gpus_per_worker else ()
         return Planned(section, _unpredicted(section, workers), None, notes)
-    if (unrated := _unrated(section, hardware)) is not None:
-        note = f"no speed is known for {unrated}: nothing is predicted"
+    _check_kernel(section, hardware)
+    if kernel_of(section.train.attention, hardware) is None:
+        note = f'no speed is known for {name}.attention = "{section.train.attention}": nothing is predicted'
         return Planned(section, _unpredicted(section, workers), None, (note,))
     best = fastest(section, hardware)
     if best is None:
@@ -53,14 +54,11 @@ def plan_training(
     return Planned(section, best.work.plan, best, (*_why(section, best), *_assumed(section, best)))
 
 
-def _unrated(section: Section, hardware: Hardware) -> str | None:
-    """What of a section no kernel was timed with. Raises UserError for a kernel that does not run on the GPU."""
+def _check_kernel(section: Section, hardware: Hardware) -> None:
+    """Raises UserError for a given kernel that does not run on the GPU."""
     attention, gpu = section.train.attention, hardware.gpu.name
-    if gpu in NOT_ON.get(attention, ()):
+    if gpu in GPUS_REFUSED_BY.get(attention, ()):
         raise UserError(f'{section.name}.attention = "{attention}" does not run on cluster.gpu {gpu}; give "auto"')
-    if kernel_of(attention, hardware) is None:
-        return f'{section.name}.attention = "{attention}"'
-    return None
 
 
 def hardware_of(recipe: Recipe, gpu_name: str | None = None, host_memory_gib: float | None = None) -> Hardware | None:
