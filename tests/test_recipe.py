@@ -96,6 +96,7 @@ def test_published_values(tag: str, factor: int, window: int, max_positions: int
         (["--pretrain.learning_rate", "inf"], ["pretrain.learning_rate", "finite"]),
         (["--model.rope.factor", "1e400"], ["model.rope.factor", "finite"]),
         (["--pretrain.keep_attention_rows", "2"], ["  pretrain.keep_attention_rows = 2: "]),
+        (["--evaluate.engine", '{"batch_tokens": 0}'], ["  evaluate.engine.batch_tokens = 0: "]),
         (["--workdir", ""], ["workdir", "at least 1"]),
         (["--corpus.sources.0.text_column", ""], ["text_column", "at least 1"]),
     ],

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import json
-import re
 import tomllib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,6 @@ from pydantic import ValidationError
 
 from ultralong_ray.config import Recipe
 from ultralong_ray.types import UserError
-
-UNION_MEMBER = re.compile(r"constrained-\w+|literal\[.*\]|function-.*")  # what pydantic adds to the place of a fault
 
 
 def load_recipe(path: str, overrides: list[str] | None = None) -> Recipe:
@@ -32,7 +30,7 @@ def load_recipe(path: str, overrides: list[str] | None = None) -> Recipe:
     try:
         return Recipe.model_validate(values)
     except ValidationError as error:
-        raise UserError(explain(error, path)) from None
+        raise UserError(explain(error, path, values)) from None
 
 
 def load_recipe_on(path: str, num_workers: int, overrides: list[str]) -> Recipe:
@@ -56,7 +54,7 @@ def with_values(recipe: Recipe, values: dict[str, Any], what: str) -> Recipe:
     try:
         return Recipe.model_validate(changed)
     except ValidationError as error:
-        raise UserError(explain(error, what)) from None
+        raise UserError(explain(error, what, changed)) from None
 
 
 def _read_toml(path: str) -> dict[str, Any]:
@@ -129,20 +127,31 @@ def _item(place: list[Any], part: str, key: str) -> Any:
     return place[int(part)]
 
 
-def explain(error: ValidationError, path: str) -> str:
-    """One line per fault: the dotted key, the value, the rule."""
+def explain(error: ValidationError, path: str, values: dict[str, Any]) -> str:
+    """One line per fault of `values`: the dotted key, the value, the rule."""
     lines = [f"recipe {path} is not valid:"]
     faults = error.errors(include_url=False)
     for fault in faults:
         if fault["type"] == "too_short" and any(_is_within(other["loc"], fault["loc"]) for other in faults):
             continue  # pydantic does not count what is not valid: the list is as long as it was written
-        key = ".".join(str(part) for part in fault["loc"] if not UNION_MEMBER.fullmatch(str(part))) or "recipe"
+        key = ".".join(_written(fault["loc"], values, fault["type"] == "missing")) or "recipe"
         message = fault["msg"].removeprefix("Value error, ")
         if fault["type"] == "extra_forbidden":
             message = "unknown key; remove it or correct its spelling"
         value = "" if fault["type"] in ("missing", "value_error") else f" = {fault['input']!r}"
         lines.append(f"  {key}{value}: {message}")
     return "\n".join(lines)
+
+
+def _written(place: tuple[int | str, ...], values: Any, last_is_missing: bool) -> Iterator[str]:
+    """The parts of a place that the recipe has: pydantic puts the members of a union that it tried between them."""
+    for number, part in enumerate(place):
+        try:
+            values = values[part]
+        except (LookupError, TypeError):
+            if not (last_is_missing and number == len(place) - 1):
+                continue
+        yield str(part)
 
 
 def _is_within(place: tuple[int | str, ...], outer: tuple[int | str, ...]) -> bool:

@@ -112,7 +112,7 @@ def test_a_task_can_be_overridden_and_changes_the_fingerprint() -> None:
     task = other.evaluate.tasks[0]
     assert isinstance(task, RulerTask) and task.samples_per_cell == 9
     assert stage_fingerprint(recipe, "evaluate") != stage_fingerprint(other, "evaluate")
-    with pytest.raises(UserError, match=r"evaluate.tasks.0.ruler.names.0 = 'niah'"):
+    with pytest.raises(UserError, match=r"  evaluate.tasks.0.names.0 = 'niah'"):
         load_recipe(str(QUICKSTART), ["--evaluate.tasks.0.names", '["niah"]'])
 
 
