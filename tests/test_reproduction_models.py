@@ -31,9 +31,10 @@ def test_the_extended_models_see_beyond_the_window_of_their_base() -> None:
     assert not finds_its_key("reproduction-base")
     assert finds_its_key("reproduction-1m-pretrained")
     assert finds_its_key("reproduction-1m")
+    assert finds_its_key("reproduction-1m-from-start")
 
 
-@pytest.mark.parametrize("name", ["reproduction-1m", "reproduction-1m-pretrained"])
+@pytest.mark.parametrize("name", ["reproduction-1m", "reproduction-1m-pretrained", "reproduction-1m-from-start"])
 def test_their_window_is_1m_tokens(name: str) -> None:
     config = json.loads((MODELS / name / "config.json").read_text())
     assert config["max_position_embeddings"] == 1048576 + 24576

@@ -49,6 +49,15 @@ def test_a_part_takes_over_the_finished_stages_of_the_plain_one_whole(checkout: 
     }
 
 
+def test_a_part_of_a_longer_name_takes_them_over_too(checkout: Path) -> None:
+    stage = checkout / "runs/reproduction/extend_1m/pretrain-c"
+    stage.mkdir(parents=True)
+    (stage / "_SUCCESS.json").write_text("{}")
+    done = run(checkout, "1m_from_start_sft", EVALUATE="none")
+    assert done.returncode == 0, done.stderr
+    assert (checkout / "runs/reproduction/extend_1m_from_start_sft/pretrain-c/_SUCCESS.json").exists()
+
+
 def test_a_part_extends_the_shipped_base_where_none_was_trained(checkout: Path) -> None:
     base = checkout / "runs/reproduction/models/base"
     assert run(checkout, "1m").returncode == 0
@@ -68,7 +77,7 @@ def test_evaluation_may_be_left_for_later_and_narrowed(checkout: Path) -> None:
 
 
 def test_records_leave_out_what_is_large_and_restore_puts_the_models_in(checkout: Path) -> None:
-    for name in ("reproduction-1m", "reproduction-1m-pretrained"):
+    for name in ("reproduction-1m", "reproduction-1m-pretrained", "reproduction-1m-from-start"):
         (checkout / "jobs/models" / name).mkdir()
         (checkout / "jobs/models" / name / "model.safetensors").write_text(name)
     (checkout / "jobs/results").mkdir()
@@ -89,6 +98,9 @@ def test_records_leave_out_what_is_large_and_restore_puts_the_models_in(checkout
     for name in (*trials, "extend-b/_SUCCESS.json", "pretrain-a/_SUCCESS.json", "prepare-c/_SUCCESS.json"):
         (runs / "ablations" / name).parent.mkdir(parents=True, exist_ok=True)
         (runs / "ablations" / name).write_text("{}")
+    other = runs / "extend_1m_from_start_sft"
+    (other / "export-g").mkdir(parents=True)
+    (other / "export-g/_SUCCESS.json").write_text("{}")
     assert run(checkout, "records").returncode == 0
     shutil.rmtree(runs)
     done = run(checkout, "restore")
@@ -101,6 +113,7 @@ def test_records_leave_out_what_is_large_and_restore_puts_the_models_in(checkout
     assert str(checkout) not in (part / "export-c/_SUCCESS.json").read_text()
     assert (part / "pretrain-a/model/model.safetensors").read_text() == "reproduction-1m-pretrained"
     assert (part / "export-c/model/model.safetensors").read_text() == "reproduction-1m"
+    assert (other / "export-g/model/model.safetensors").read_text() == "reproduction-1m-from-start"
     assert (runs / "models/base/model.safetensors").read_text() == "shipped"
 
 

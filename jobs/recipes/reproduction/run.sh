@@ -2,8 +2,9 @@
 # One part of the reproduction, from data to scores, by the project's jobs alone. What is done is not done again, so a
 # part that was cut short continues when it is called again.
 #
-#   jobs/recipes/reproduction/run.sh base|128k|1m|128k_long_sft|1m_long_sft [overrides, as in --cluster.num_workers 1]
+#   jobs/recipes/reproduction/run.sh base|128k|1m|128k_long_sft|1m_long_sft|1m_from_start_sft [overrides]
 #   jobs/recipes/reproduction/run.sh records|restore
+# Overrides are those of the jobs, as in --cluster.num_workers 1.
 #
 # base: base_512.toml, then base_4k.toml; the model lands in runs/reproduction/models/base. Without one there, the other
 # parts extend jobs/models/reproduction-base, which was trained so. RECIPES: another folder.
@@ -53,12 +54,12 @@ base)
   adopt export base_4k base
   evaluate base_4k
   ;;
-128k | 1m | 128k_long_sft | 1m_long_sft)
+128k | 1m | 128k_long_sft | 1m_long_sft | 1m_from_start_sft)
   if [ ! -e "$models/base/model.safetensors" ]; then # none was trained here
     mkdir -p "$models/base"
     cp -r jobs/models/reproduction-base/. "$models/base"
   fi
-  plain=runs/reproduction/extend_${part%_long_sft}
+  plain=runs/reproduction/extend_${part%%_*}
   for made in "$plain"/{prepare,extend,pretrain}-*/_SUCCESS.json; do # all before SFT is the same
     stage=$(dirname "$made")
     copy=runs/reproduction/extend_$part/$(basename "$stage")
@@ -92,14 +93,16 @@ restore)
   # models of the ablations are not kept either: trials that share one make it again
   rm -f runs/reproduction/ablations/{extend,pretrain,sft,export}-*/_SUCCESS.json
   cp jobs/models/reproduction-base/* "$models/base"
-  for stage in pretrain:1m-pretrained sft:1m export:1m; do
-    for folder in runs/reproduction/extend_1m_long_sft/"${stage%:*}"-*/; do
+  for model in long_sft/pretrain:1m-pretrained long_sft/sft:1m long_sft/export:1m \
+    from_start_sft/pretrain:1m-pretrained from_start_sft/sft:1m-from-start from_start_sft/export:1m-from-start; do
+    for folder in runs/reproduction/extend_1m_"${model%:*}"-*/; do
+      [ -d "$folder" ] || continue
       mkdir -p "$folder/model"
-      cp jobs/models/reproduction-"${stage#*:}"/* "$folder/model"
+      cp jobs/models/reproduction-"${model#*:}"/* "$folder/model"
     done
   done
   ;;
 *)
-  refuse "no part '$part'; there are base, 128k, 1m, 128k_long_sft, 1m_long_sft, records and restore"
+  refuse "no part '$part'; there are base, 128k, 1m, 128k_long_sft, 1m_long_sft, 1m_from_start_sft, records, restore"
   ;;
 esac

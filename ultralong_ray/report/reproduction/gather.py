@@ -90,7 +90,8 @@ def _unlike(parts: dict[str, Any]) -> list[str]:
     }
     return [
         f"{long} is of another pretraining than {plain}, beside which figures show it."
-        for plain, long in WINDOWS.values()
+        for plain, *longer in WINDOWS.values()
+        for long in longer
         if plain in trained and long in trained and trained[plain] != trained[long]
     ]
 

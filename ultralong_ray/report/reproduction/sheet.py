@@ -25,6 +25,7 @@ COLOURS = {
     "extend_128k_long_sft": "#7a3fa0",
     "extend_1m": "#0a7a55",
     "extend_1m_long_sft": "#a0353f",
+    "extend_1m_from_start_sft": "#c23a9a",
 }
 STYLE = f"""
 text {{ font: 12px {FONT}; fill: #1b2430; }}

@@ -17,9 +17,13 @@ EXTENSIONS = {
     "extend_128k_long_sft": "128K, long SFT",
     "extend_1m": "1M",
     "extend_1m_long_sft": "1M, long SFT",
+    "extend_1m_from_start_sft": "1M, long SFT from start",
 }
-# window -> run folders that extend to it, in one chart
-WINDOWS = {"128K": ("extend_128k", "extend_128k_long_sft"), "1M": ("extend_1m", "extend_1m_long_sft")}
+# window -> run folders that extend to it, in one chart; the first has the SFT of the paper
+WINDOWS = {
+    "128K": ("extend_128k", "extend_128k_long_sft"),
+    "1M": ("extend_1m", "extend_1m_long_sft", "extend_1m_from_start_sft"),
+}
 
 
 SEPARATOR = "; "  # of sources of texts (types.sources_of) in what a mean is made from
