@@ -161,6 +161,7 @@ def change(folder: Path, edit: Callable[[dict[str, torch.Tensor]], None]) -> Non
     [
         (lambda t: t.pop("model.norm.weight"), "missing keys: model.norm.weight"),
         (lambda t: t.update(extra=torch.ones(1)), "unexpected keys: extra"),
+        (lambda t: t.update({"model.norm.weight": torch.ones(3)}), "mismatched keys: .*model.norm.weight"),
         (lambda t: t["model.norm.weight"].fill_(float("nan")), "model.norm.weight has values that are not finite"),
     ],
 )

@@ -27,7 +27,7 @@ MAY_IMPORT: dict[str, set[str] | None] = {
     "flops": {"types", "config"},
     "nodes": {"types", "config"},
     "planner": {"types", "config", "flops"},
-    "plan": {"types", "config", "storage", "stages", "flops", "planner"},
+    "plan": {"types", "config", "storage", "stages", "flops", "planner", "model"},
     "manifests": {"types", "config", "planner", "plan"},
     "packed": {"types", "storage"},
     "data": {"types", "config", "endpoint", "object_store", "storage", "packed", "stages", "watch"},

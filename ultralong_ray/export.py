@@ -67,6 +67,7 @@ def verify(folder: Path) -> dict[str, Any]:
         output_loading_info=True,
         trust_remote_code=False,
         use_safetensors=True,
+        ignore_mismatched_sizes=True,  # to be named below, like the others
         attn_implementation="eager",  # config.json may name a kernel that only GPU nodes have; nothing is computed here
     )
     model, info = loaded
@@ -77,7 +78,12 @@ def verify(folder: Path) -> dict[str, Any]:
     for name, parameter in model.named_parameters():
         if not bool(torch.isfinite(parameter).all()):
             raise UserError(f"{folder}: {name} has values that are not finite; go back to an earlier checkpoint")
-    AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    try:
+        AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # the tokenizers library raises it bare
+        raise UserError(
+            f"{folder} has no tokenizer that transformers can read ({error}); export from a whole run"
+        ) from error
     return {
         "num_parameters": sum(parameter.numel() for parameter in model.parameters()),
         "dtype": str(model.dtype).removeprefix("torch."),

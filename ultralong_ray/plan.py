@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from ultralong_ray.config import Recipe, TrainConfig
 from ultralong_ray.config.degrees import Heads
 from ultralong_ray.config.made_tasks import ShortSkillsTask
 from ultralong_ray.config.read_tasks import StandardTask
 from ultralong_ray.flops import ModelShape
+from ultralong_ray.model.extend import check_written
+from ultralong_ray.model.folder import read_config
 from ultralong_ray.planner.hardware import Hardware
 from ultralong_ray.planner.plan import Planned, hardware_of, plan_training
 from ultralong_ray.planner.words import plan_words, summary
@@ -59,11 +63,15 @@ def plan_stages(recipe: Recipe, hardware: Hardware | None = None) -> list[Planne
 
 
 def check_base_model(recipe: Recipe) -> None:
-    """Refuse degrees that the base model's heads cannot take, where its config.json lies on this disk.
+    """Refuse a base model that cannot be extended as the recipe asks, and degrees that its heads cannot take, where its
+    config.json lies on this disk.
 
     (Without [model.architecture] the recipe alone does not know the heads.) Raises UserError.
     """
     sized, heads = recipe.at_largest_size(), _heads(recipe)
+    folder = Location.of(recipe.model.base)
+    if recipe.model.init == "pretrained" and folder.is_local and (folder / "config.json").exists():
+        check_written(recipe.model, Path(folder.path), read_config(Path(folder.path)))
     for _, train, _ in sized.train_stages():
         try:
             sized.degrees(train, heads)

@@ -13,6 +13,7 @@ from ultralong_ray.config import RopeConfig
 from ultralong_ray.model import angles
 from ultralong_ray.model.angles import cos_sin, install_angles
 from ultralong_ray.model.rope import attention_factor, inv_freq, to_hf
+from ultralong_ray.train.preflight import rope_finding
 from ultralong_ray.types import UserError
 
 HEAD_DIM, THETA, ORIGINAL, WINDOW = 128, 500_000.0, 8192, 2**22
@@ -149,3 +150,16 @@ def test_what_cannot_be_computed_is_refused() -> None:
     causal_lm.config.rope_parameters["factor"] = 256.0  # no longer what the module was made from
     with pytest.raises(UserError, match=r"model\.rope\.angles"):
         install_angles(causal_lm)
+
+
+def test_float32_rounding_of_a_large_factor_is_no_other_rope() -> None:
+    """On the ramp transformers' two terms cancel: at factor 512 one pair is off by 1.3e-5."""
+    rope = RopeConfig(scheme="llama3", factor=512.0)
+    block = to_hf(rope, HEAD_DIM, 640_000.0, 4096)
+    causal_lm = model("none", None)
+    config = causal_lm.config.to_dict() | {"rope_parameters": block, "rotary_angles": "exact"}
+    causal_lm = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config))
+    stored = causal_lm.model.rotary_emb.inv_freq
+    assert np.abs(stored.double().numpy() / inv_freq(rope, HEAD_DIM, 640_000.0, 4096) - 1.0).max() > 1e-5
+    install_angles(causal_lm)
+    assert rope_finding(stored, config, rope).ok

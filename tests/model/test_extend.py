@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ultralong_ray.config import Recipe
@@ -30,6 +30,7 @@ SHAPE = {
     "rope_theta": 10_000.0,
     "rms_norm_eps": 1e-6,
 }
+YARN = {"rope_type": "yarn", "factor": 2.0, "rope_theta": 1e4, "original_max_position_embeddings": 64}
 Make = Callable[..., Recipe]
 
 
@@ -148,6 +149,28 @@ def test_random_init_writes_a_config_that_builds_a_model(tiny_recipe: Make) -> N
             "original_context_length 64 disagrees.*32",
         ),
         ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, {}, "quantization_config gptq.*whole weights"),
+        (
+            {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4}},
+            {},
+            "config.json describes no model that can be extended .*KeyError|has no factor",
+        ),
+        ({"rope_parameters": YARN | {"factor": "two"}}, {}, "no model that can be extended .*two"),
+        ({"rope_parameters": YARN | {"factor": 0.5}}, {}, "no model that can be extended .*factor"),
+        ({"num_attention_heads": "four"}, {}, "no model that can be extended .*num_attention_heads"),
+        ({"vocab_size": None}, {}, "has no vocab_size"),
+        ({"max_position_embeddings": 32}, {}, "original_context_length 64 is beyond max_position_embeddings 32"),
+        (
+            {"rope_parameters": YARN | {"attention_factor": 1.0}},
+            {"rope": {"scheme": "yarn", "factor": 8.0}},
+            "attention_factor of its yarn RoPE would be lost",
+        ),
+        (
+            {"intermediate_size": 64},
+            {},
+            r"6 stored tensors are not .*down_proj.weight is \[32, 48\], it has \[32, 64\]",
+        ),
+        ({"num_hidden_layers": 3}, {}, "9 stored tensors are not .*layers.2.* is not stored"),
+        ({"num_hidden_layers": 1}, {}, "9 stored tensors are not .*layers.1.* is stored and unknown to it"),
         ({"vocab_size": 300}, {}, "tokenizer has ids up to 375.*vocab_size is 300; take out"),
     ],
 )
@@ -164,6 +187,54 @@ def test_files_that_are_no_json_are_named(tiny_recipe: Make, changed_base: Calla
     base = changed_base()
     (base / name).write_text('{"cut": ')
     with pytest.raises(UserError, match=rf"{name} is not valid JSON .*fetch the model again"):
+        run(tiny_recipe(model={"base": str(base)}))
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_a_tied_head_that_is_stored_too_must_be_the_embedding(
+    tiny_recipe: Make, changed_base: Callable[..., Path], same: bool
+) -> None:
+    """transformers would keep both, training one of them."""
+    base = changed_base(tie_word_embeddings=True)
+    tensors = load_file(base / "model.safetensors")
+    embedding = tensors["model.embed_tokens.weight"]
+    tensors["lm_head.weight"] = embedding.clone() if same else embedding + 1.0
+    save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
+    recipe = tiny_recipe(model={"base": str(base)})
+    if same:
+        assert run(recipe)[1]["num_parameters"] == sum(t.numel() for t in tensors.values()) - embedding.numel()
+        return
+    with pytest.raises(UserError, match=r"lm_head\.weight differs from model\.embed_tokens\.weight.*set it to false"):
+        run(recipe)
+
+
+def test_ntk_aware_scaling_is_measured_from_the_same_origin_again(tiny_recipe: Make, tmp_path: Path) -> None:
+    once, _ = run(tiny_recipe(model={"rope": {"scheme": "ntk", "factor": 2.0}}))
+    shutil.copytree(once, tmp_path / "once")
+    recipe = tiny_recipe(model={"base": str(tmp_path / "once"), "rope": {"scheme": "ntk", "factor": 8.0}})
+    folder, summary = run(recipe)
+    found: Any = AutoModelForCausalLM.from_pretrained(folder).model.rotary_emb.inv_freq
+    np.testing.assert_allclose(found.numpy(), inv_freq(recipe.model.rope, 8, 10_000.0, 64), rtol=1e-6)
+    assert (summary["base_rope_scheme"], summary["base_rope_factor"]) == ("ntk", 2.0)
+    shrinking = tiny_recipe(model={"base": str(folder), "rope": {"scheme": "ntk", "factor": 4.0}})
+    with pytest.raises(UserError, match=r"factor 4 .*would shrink the window.*ntk factor 8"):
+        run(shrinking)
+
+
+@pytest.mark.parametrize("text", ["[]", '{"weight_map": {}}', "{}"])
+def test_an_index_that_names_nothing_is_refused(
+    tiny_recipe: Make, changed_base: Callable[..., Path], text: str
+) -> None:
+    base = changed_base()
+    (base / "model.safetensors.index.json").write_text(text)
+    with pytest.raises(UserError, match=r"index\.json (names no tensors|is a JSON list)"):
+        run(tiny_recipe(model={"base": str(base)}))
+
+
+def test_a_tokenizer_that_is_none_is_named(tiny_recipe: Make, changed_base: Callable[..., Path]) -> None:
+    base = changed_base()
+    (base / "tokenizer.json").write_text("{}")
+    with pytest.raises(UserError, match="has no tokenizer that transformers can read"):
         run(tiny_recipe(model={"base": str(base)}))
 
 

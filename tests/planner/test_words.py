@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -79,6 +80,31 @@ def test_a_base_without_a_config_that_can_be_read_is_named(text: str, tmp_path: 
     for plan in (check_base_model, plan_stages, describe):
         with pytest.raises(UserError, match=r"model.base: .*/config.json describes no Llama-class model"):
             plan(recipe)
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"model_type": "gemma"}, "model_type 'gemma' is not supported"),
+        ({"model_type": "mistral", "sliding_window": 32}, "sliding_window 32 limits"),
+        ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config gptq"),
+        ({"attention_dropout": 0.1}, "attention_dropout 0.1"),
+        ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e5}}, "has no factor"),
+        ({"max_position_embeddings": 256}, "original_context_length 512 is beyond max_position_embeddings 256"),
+        ({"model_type": "qwen2", "sliding_window": 32, "use_sliding_window": False}, None),
+    ],
+)
+def test_a_base_that_cannot_be_extended_is_refused_before_anything_starts(
+    fields: dict[str, Any], words: str | None, tmp_path: Path
+) -> None:
+    written = json.loads((ROOT / "jobs/models/tiny-512/config.json").read_text()) | fields
+    (tmp_path / "config.json").write_text(json.dumps(written))
+    recipe = load_recipe("jobs/recipes/quickstart.toml", ["--model.base", str(tmp_path)])
+    if words is None:
+        check_base_model(recipe)
+        return
+    with pytest.raises(UserError, match=words):
+        check_base_model(recipe)
 
 
 def test_parts_add_up_to_what_is_printed() -> None:

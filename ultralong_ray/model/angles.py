@@ -17,14 +17,19 @@ from typing import Any
 import numpy as np
 import torch
 
-from ultralong_ray.model.rope import from_hf, inv_freq
+from ultralong_ray.model.rope import NTK_FIELD, from_hf, inv_freq
 from ultralong_ray.types import UserError
 
 CONFIG_FIELD = "rotary_angles"  # in config.json: "exact" or "float32"
 TILE_ROWS = 2**16  # rows whose float64 angles exist at a time: 32 MiB a temporary at head_dim 128
 TURN = 2.0 * math.pi
 BY_LENGTH = ("dynamic", "longrope")  # transformers' RoPE types whose frequencies follow from the length of a forward
-FREQUENCY_TOLERANCE = 1e-5  # relative: far above float32 rounding, far below any other RoPE scheme
+
+
+def frequency_tolerance(factor: float) -> float:
+    """Relative error of transformers' float32 frequencies: on the ramp of llama3 and yarn two terms cancel to one that
+    is `factor` times smaller. Far below what another RoPE scheme would make."""
+    return max(1e-5, 2e-7 * factor)
 
 
 def cos_sin(
@@ -95,13 +100,14 @@ class _Frequencies:
     """A model's frequencies in float64, copied once to each device that asks."""
 
     def __init__(self, config: Any, computed_by_transformers: torch.Tensor) -> None:
-        block = {"rope_parameters": config.rope_parameters, "max_position_embeddings": config.max_position_embeddings}
-        found = from_hf(block)
+        fields = ("rope_parameters", "max_position_embeddings", NTK_FIELD)
+        found = from_hf({field: getattr(config, field, None) for field in fields})
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         original = found.original_context_length or config.max_position_embeddings
         values = inv_freq(found.rope, head_dim, found.theta, original)  # float64 [head_dim / 2]
         theirs = computed_by_transformers.double().cpu().numpy()
-        if theirs.shape != values.shape or not np.allclose(theirs, values, rtol=FREQUENCY_TOLERANCE, atol=0.0):
+        tolerance = frequency_tolerance(found.rope.factor)
+        if theirs.shape != values.shape or not np.allclose(theirs, values, rtol=tolerance, atol=0.0):
             raise UserError(
                 f"config.json: exact angles of the RoPE block {config.rope_parameters} are not what transformers makes "
                 f'of it; set {CONFIG_FIELD} (model.rope.angles) to "float32"'

@@ -7,7 +7,8 @@ built from `[model.architecture]` and there are no weights. Read against transfo
 
 from __future__ import annotations
 
-import math
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,10 @@ from ultralong_ray.model.folder import (
     copy_tokenizer,
     read_config,
     read_json,
-    tensor_shapes,
     weight_files,
 )
+from ultralong_ray.model.rope import NTK_FIELD
+from ultralong_ray.model.stored_weights import check_weights
 from ultralong_ray.storage import Location, StageDirectory
 from ultralong_ray.types import UserError
 
@@ -44,7 +46,7 @@ CHECKED_FIELDS = (
     "tie_word_embeddings",
 )
 # Spellings of older transformers releases that the new block replaces, and a field that would overrule the block's own.
-REPLACED_KEYS = ("rope_scaling", "rope_theta", "torch_dtype", "original_max_position_embeddings")
+REPLACED_KEYS = ("rope_scaling", "rope_theta", "torch_dtype", "original_max_position_embeddings", NTK_FIELD)
 
 
 def extend(recipe: Recipe, stage: StageDirectory) -> dict[str, Any]:
@@ -57,12 +59,11 @@ def extend(recipe: Recipe, stage: StageDirectory) -> dict[str, Any]:
     base_rope = None
     if model.init == "random":
         assert model.architecture is not None
-        config, parameters = random_config(model, model.architecture), None
+        config, full = random_config(model, model.architecture), None
     else:
         raw = read_config(folder)
-        base_rope, head_dim = check_base(model, folder, raw)
-        config = extended_config(model, raw, base_rope.theta, head_dim)
-        parameters = sum(math.prod(shape) for shape in tensor_shapes(folder).values())
+        base_rope, full = check_base(model, folder, raw)
+        config = extended_config(model, raw, base_rope.theta, _head_dim(full))
     target = stage.location / "model"
     tokenizer = _write_tokenizer(model, folder, target)
     vocabulary = max(tokenizer.get_vocab().values()) + 1
@@ -71,6 +72,7 @@ def extend(recipe: Recipe, stage: StageDirectory) -> dict[str, Any]:
             f"{folder}: the tokenizer has ids up to {vocabulary - 1}, the model's vocab_size is "
             f"{config['vocab_size']}; take out tokens that were added to it, or give a model that embeds them"
         )
+    parameters = None if full is None else check_weights(folder, full)
     (target / "config.json").write_json(config)
     (target / "generation_config.json").write_json(_generation_config(folder, config, tokenizer))
     if model.init == "pretrained":
@@ -88,41 +90,84 @@ def extend(recipe: Recipe, stage: StageDirectory) -> dict[str, Any]:
     }
 
 
-def check_base(model: ModelConfig, folder: Path, raw: dict[str, Any]) -> tuple[rope_schemes.HfRope, int]:
-    """Refuse a base that the recipe does not describe or that cannot be extended; else its RoPE and head dimension.
+def check_base(model: ModelConfig, folder: Path, raw: dict[str, Any]) -> tuple[rope_schemes.HfRope, Any]:
+    """Refuse a base that the recipe does not describe or that cannot be extended; else its RoPE and transformers'
+    config, which fills in what `raw` leaves to defaults.
 
-    Raises: UserError for another model family, quantised weights, a shape unlike `[model.architecture]`, sliding-window
-    attention, attention dropout, a RoPE measured from another original length, or one already stretched further.
+    Raises: UserError for all that `check_written` refuses, here of defaults too, and a shape unlike
+    `[model.architecture]`.
     """
-    from transformers import AutoConfig
+    check_written(model, folder, raw)
+    with _config_in_words(folder):
+        from transformers import AutoConfig
 
-    if raw.get("model_type") not in MODEL_CLASSES:
+        full = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        base = rope_schemes.from_hf(
+            {"rope_parameters": full.rope_parameters, NTK_FIELD: getattr(full, NTK_FIELD, None)}
+        )
+    window = getattr(full, "sliding_window", None)
+    if "sliding_attention" in (getattr(full, "layer_types", None) or ()) or window is not None:
+        raise _limited(folder, window)
+    _check_dropout(folder, getattr(full, "attention_dropout", 0.0))
+    if model.architecture is not None:
+        _check_architecture(folder, model.architecture, full, base.theta)
+    _check_stretch(model, folder, base, full.max_position_embeddings)
+    return base, full
+
+
+def check_written(model: ModelConfig, folder: Path, raw: dict[str, Any]) -> None:
+    """What the config.json of a base tells by itself, without transformers, so that a dry run can ask.
+
+    Raises: UserError for another model family, quantised weights, sliding-window attention, attention dropout, a RoPE
+    measured from another original length, or one already stretched further.
+    """
+    kind = raw.get("model_type")
+    if kind not in MODEL_CLASSES:
         raise UserError(
-            f"{folder}/config.json: model_type {raw.get('model_type')!r} is not supported; "
-            f"supported: {', '.join(MODEL_CLASSES)}"
+            f"{folder}/config.json: model_type {kind!r} is not supported; supported: {', '.join(MODEL_CLASSES)}"
         )
     if quantised := raw.get("quantization_config"):
         raise UserError(
             f"{folder}/config.json: quantization_config {quantised.get('quant_method', quantised)}: training needs "
             f"whole weights; give the model that this one was quantised from"
         )
-    full = AutoConfig.from_pretrained(folder, trust_remote_code=False)  # fills in what config.json leaves to defaults
-    _check_attention(folder, full)
-    base = rope_schemes.from_hf({"rope_parameters": full.rope_parameters})
-    if model.architecture is not None:
-        _check_architecture(folder, model.architecture, full, base.theta)
-    _check_stretch(model, folder, base)
-    return base, _head_dim(full)
+    if "vocab_size" not in raw:
+        raise UserError(f"{folder}/config.json has no vocab_size; fetch the model again")
+    window = raw.get("sliding_window")
+    if window is not None and raw.get("use_sliding_window", kind == "mistral"):  # of Qwen a field without effect
+        raise _limited(folder, window)
+    _check_dropout(folder, raw.get("attention_dropout") or 0.0)
+    block = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+    if "rope_theta" in block or "rope_theta" in raw:  # else a default of transformers
+        with _config_in_words(folder):
+            base = rope_schemes.from_hf(raw)
+        _check_stretch(model, folder, base, raw.get("max_position_embeddings"))
 
 
-def _check_attention(folder: Path, full: Any) -> None:
-    window = getattr(full, "sliding_window", None)
-    if window is not None or "sliding_attention" in (getattr(full, "layer_types", None) or ()):
+@contextlib.contextmanager
+def _config_in_words(folder: Path) -> Iterator[None]:
+    """What transformers and pydantic raise about a config.json, as a UserError."""
+    from huggingface_hub.errors import StrictDataclassError
+
+    try:
+        yield
+    except (LookupError, ValueError, TypeError, ArithmeticError, StrictDataclassError) as error:
+        said = " ".join(str(error).split())
         raise UserError(
-            f"{folder}/config.json: sliding_window {window} limits how far a token sees, so a longer RoPE would not "
-            f"lengthen it; use a model with full attention (sliding_window null)"
-        )
-    if dropout := getattr(full, "attention_dropout", 0.0):
+            f"{folder}/config.json describes no model that can be extended ({type(error).__name__}: {said}); mend that "
+            f"field, or fetch the model again"
+        ) from error
+
+
+def _limited(folder: Path, window: int | None) -> UserError:
+    return UserError(
+        f"{folder}/config.json: sliding_window {window} limits how far a token sees, so a longer RoPE would not "
+        f"lengthen it; use a model with full attention (sliding_window null)"
+    )
+
+
+def _check_dropout(folder: Path, dropout: float) -> None:
+    if dropout:
         raise UserError(
             f"{folder}/config.json: attention_dropout {dropout:g}: training here is without attention dropout; "
             f"set it to 0 in that file"
@@ -144,9 +189,21 @@ def _check_architecture(folder: Path, shape: ArchitectureConfig, full: Any, thet
         )
 
 
-def _check_stretch(model: ModelConfig, folder: Path, base: rope_schemes.HfRope) -> None:
+def _check_stretch(model: ModelConfig, folder: Path, base: rope_schemes.HfRope, window: int | None) -> None:
+    """`window`: the base's max_position_embeddings, where it is known."""
     if base.rope.scheme == "none":
+        for field in ("original_context_length", "base_context_length"):
+            if window is not None and (given := getattr(model, field)) > window:
+                raise UserError(
+                    f"model.{field} {given:,} is beyond max_position_embeddings {window:,} of {folder}/config.json, "
+                    f"whose RoPE is not stretched; give at most that"
+                )
         return
+    if base.unread_fields and model.rope.scheme == base.rope.scheme:
+        raise UserError(
+            f"{folder}/config.json: {', '.join(base.unread_fields)} of its {base.rope.scheme} RoPE would be lost; take "
+            f"them out of that file if the longer window can go without them, or choose another model.rope.scheme"
+        )
     original = base.original_context_length
     if original is not None and original != model.original_context_length:
         raise UserError(
@@ -170,6 +227,8 @@ def extended_config(model: ModelConfig, raw: dict[str, Any], theta: float, head_
     config["rope_parameters"] = rope_schemes.to_hf(model.rope, head_dim, theta, model.original_context_length)
     config["max_position_embeddings"] = model.exported_max_position_embeddings
     config["rotary_angles"] = model.rope.angles
+    if model.rope.scheme == "ntk":
+        config[NTK_FIELD] = rope_schemes.ntk_record(model.rope, theta, model.original_context_length)
     return config
 
 
@@ -200,7 +259,7 @@ def _write_tokenizer(model: ModelConfig, folder: Path, target: Location) -> Any:
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # the tokenizers library raises it bare
         raise UserError(f"{folder} has no tokenizer that transformers can read ({error})") from error
     copy_tokenizer(folder, target)
     limits = target / "tokenizer_config.json"

@@ -33,6 +33,7 @@ TOKENIZER_FILES = (
 TEMPLATES_FOLDER = "additional_chat_templates"  # where transformers puts all but the default one, as NAME.jinja
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 HUB_PATTERNS = ["*.json", "*.safetensors", "*.txt", "*.jinja", "tokenizer.model"]
+HUB_LEFT_OUT = ["consolidated*", "original/*"]  # the same weights once more, in their makers' own format
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
@@ -59,7 +60,11 @@ def _from_hub(model: ModelConfig) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(model.base, revision=model.revision, allow_patterns=HUB_PATTERNS))
+        return Path(
+            snapshot_download(
+                model.base, revision=model.revision, allow_patterns=HUB_PATTERNS, ignore_patterns=HUB_LEFT_OUT
+            )
+        )
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise UserError(
             f"model.base {model.base!r} (revision {model.revision or 'main'}): no folder of that name here, and the "
@@ -73,11 +78,14 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON file of a model folder. Raises: UserError when it is none."""
+    """A JSON object from a file of a model folder. Raises: UserError when it is none."""
     try:
-        return json.loads(path.read_bytes())
+        found = json.loads(path.read_bytes())
     except ValueError as error:
         raise UserError(f"{path} is not valid JSON ({error}); fetch the model again") from error
+    if not isinstance(found, dict):
+        raise UserError(f"{path} is a JSON {type(found).__name__}, not an object; fetch the model again")
+    return found
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -86,7 +94,10 @@ def weight_files(folder: Path) -> list[Path]:
     Raises: UserError for a folder with pickled weights only, none at all, or a shard missing.
     """
     if (folder / INDEX_FILE).is_file():
-        names = sorted(set(read_json(folder / INDEX_FILE)["weight_map"].values()))
+        weight_map = read_json(folder / INDEX_FILE).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise UserError(f"{folder / INDEX_FILE} names no tensors in weight_map; fetch it again")
+        names = sorted(set(weight_map.values()))
     elif (folder / WEIGHTS_FILE).is_file():
         names = [WEIGHTS_FILE]
     else:

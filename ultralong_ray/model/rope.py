@@ -25,6 +25,8 @@ from ultralong_ray.config import RopeConfig
 from ultralong_ray.types import UserError
 
 FloatArray = NDArray[np.float64]
+NTK_FIELD = "ntk_scaling"  # of config.json: what the raised theta of an NTK-aware model was made from
+YARN_FIELDS = ("attention_factor", "mscale", "mscale_all_dim", "truncate")  # which transformers reads, and we do not
 
 
 def inv_freq(rope: RopeConfig, head_dim: int, theta: float, original_context_length: int) -> FloatArray:
@@ -78,7 +80,8 @@ def attention_factor(rope: RopeConfig) -> float:
 def to_hf(rope: RopeConfig, head_dim: int, theta: float, original_context_length: int) -> dict[str, Any]:
     """The `rope_parameters` block of transformers 5, rope_theta included.
 
-    NTK-aware scaling has no rope type there: it is written as the default type with the raised theta.
+    NTK-aware scaling has no rope type there: it is written as the default type with the raised theta. (`ntk_record`
+    says beside the block what it was raised from, so that a longer window is measured from the same origin.)
     """
     if rope.scheme == "none":
         return {"rope_type": "default", "rope_theta": float(theta)}
@@ -93,6 +96,11 @@ def to_hf(rope: RopeConfig, head_dim: int, theta: float, original_context_length
     return block | {"beta_slow": rope.low_freq_factor, "beta_fast": rope.high_freq_factor}
 
 
+def ntk_record(rope: RopeConfig, theta: float, original_context_length: int) -> dict[str, Any]:
+    """`NTK_FIELD` of a config.json, which transformers carries along unread."""
+    return {"factor": rope.factor, "rope_theta": theta, "original_max_position_embeddings": original_context_length}
+
+
 def to_older_hf(block: dict[str, Any]) -> dict[str, Any]:
     """The two fields by which transformers 4.x, and engines built on it, say what `rope_parameters` says."""
     scaling = {name: value for name, value in block.items() if name != "rope_theta"}
@@ -101,11 +109,15 @@ def to_older_hf(block: dict[str, Any]) -> dict[str, Any]:
 
 @dataclass(frozen=True, slots=True)
 class HfRope:
-    """What a Hugging Face config says about positions. `original_context_length` is None where it says nothing."""
+    """What a Hugging Face config says about positions. `original_context_length` is None where it says nothing.
+
+    `theta` is the one before NTK-aware scaling; `unread_fields` are those of the block that `rope` has no place for.
+    """
 
     rope: RopeConfig
     theta: float
     original_context_length: int | None
+    unread_fields: tuple[str, ...] = ()
 
 
 def from_hf(config: dict[str, Any]) -> HfRope:
@@ -123,11 +135,14 @@ def from_hf(config: dict[str, Any]) -> HfRope:
     kind = block.get("rope_type", block.get("type", "default"))
     original = block.get("original_max_position_embeddings")
     if kind == "default":
-        return HfRope(RopeConfig(scheme="none"), float(theta), None)
+        return _unstretched(config.get(NTK_FIELD), float(theta))
     if kind not in ("llama3", "linear", "yarn"):
         raise UserError(
             f"config.json: rope type {kind!r} cannot be extended; types that can: default, llama3, linear, yarn"
         )
+    needed = ("factor", "low_freq_factor", "high_freq_factor") if kind == "llama3" else ("factor",)
+    if lacking := [name for name in needed if block.get(name) is None]:
+        raise UserError(f"config.json: the RoPE block of type {kind!r} has no {', '.join(lacking)}; add it")
     fields = {"scheme": kind, "factor": block["factor"]}
     if kind == "llama3":
         fields |= {name: block[name] for name in ("low_freq_factor", "high_freq_factor")}
@@ -135,4 +150,13 @@ def from_hf(config: dict[str, Any]) -> HfRope:
         fields |= {"low_freq_factor": block.get("beta_slow") or 1.0, "high_freq_factor": block.get("beta_fast") or 32.0}
     if kind != "linear" and original is None:
         original = config.get("max_position_embeddings")
-    return HfRope(RopeConfig(**fields), float(theta), original)
+    unread = tuple(name for name in YARN_FIELDS if kind == "yarn" and block.get(name) is not None)
+    return HfRope(RopeConfig(**fields), float(theta), original, unread)
+
+
+def _unstretched(record: dict[str, Any] | None, theta: float) -> HfRope:
+    """A default block; `record` (`NTK_FIELD`) says of an NTK-aware one what its theta was raised from."""
+    if record is None:
+        return HfRope(RopeConfig(scheme="none"), theta, None)
+    rope = RopeConfig(scheme="ntk", factor=record["factor"])
+    return HfRope(rope, float(record["rope_theta"]), record["original_max_position_embeddings"])

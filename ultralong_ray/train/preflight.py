@@ -21,6 +21,7 @@ import torch.distributed as dist
 
 from ultralong_ray.config import RopeConfig
 from ultralong_ray.config.degrees import heads_can_split
+from ultralong_ray.model.angles import frequency_tolerance
 from ultralong_ray.model.rope import from_hf, inv_freq
 from ultralong_ray.parallel.kernels.check import check_kernel, sampled_rows
 from ultralong_ray.parallel.kernels.kernel import HALF, Kernel
@@ -285,9 +286,9 @@ def rope_finding(found: torch.Tensor, config: dict[str, Any], asked: RopeConfig)
     original = written.original_context_length or 0
     expected = inv_freq(written.rope, head_dim, written.theta, original)
     error = float(np.max(np.abs(found.double().cpu().numpy() / expected - 1.0)))
-    if not error <= 1e-5:  # NaN is no match
+    if not error <= frequency_tolerance(written.rope.factor):  # NaN is no match
         return Finding("RoPE", False, f"the model's frequencies are off by {error:.1e} from those of its config.json")
-    # NTK-aware scaling is written as a raised theta, from which the old one cannot be told.
+    # A config.json of before `ntk_scaling` has the raised theta alone, from which the old one cannot be told.
     if asked.scheme not in ("none", "ntk") and asked.factor != 1.0:
         same = (written.rope.scheme, written.rope.factor) == (asked.scheme, asked.factor)
         if not same:

@@ -15,12 +15,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from ultralong_ray.config import TrainConfig
 from ultralong_ray.model.angles import install_angles
+from ultralong_ray.model.stored_weights import STORED_FREQUENCIES
 from ultralong_ray.parallel.loss import LanguageModelLoss
 from ultralong_ray.parallel.norm import install_fused_norms
 from ultralong_ray.parallel.ulysses import ATTENTION_NAME, register_attention
@@ -29,9 +30,6 @@ from ultralong_ray.train.activation_store import ActivationStore
 from ultralong_ray.train.engine import gather_whole, partitioned, writable
 from ultralong_ray.train.replay import install_replay
 from ultralong_ray.types import TrainPlan, UserError
-
-# Old releases of transformers stored RoPE's frequencies for every layer. The model makes its own, which are stretched.
-STORED_FREQUENCIES = ".rotary_emb.inv_freq"
 
 
 def build_model(
@@ -110,8 +108,12 @@ def _read_weights(causal_lm: nn.Module, folder: Location) -> None:
                     continue
                 if name not in parameters:
                     raise UserError(f"{shard}: tensor {name} is unknown to the model that config.json describes")
-                unread.discard(id(parameters[name]))
-                _write(parameters[name], source.get_tensor(name) if source is not None else None, name, shard)
+                tensor = source.get_tensor(name) if source is not None else None
+                if id(parameters[name]) in unread:
+                    unread.discard(id(parameters[name]))
+                    _write(parameters[name], tensor, name, shard)
+                else:  # a tied head that is stored once more
+                    _compare(parameters[name], tensor, name, shard)
     missing = [name for name, parameter in parameters.items() if id(parameter) in unread]
     if missing:
         raise UserError(f"{folder} lacks {len(missing)} tensors that config.json asks for, first {missing[0]}")
@@ -126,11 +128,22 @@ def _write(parameter: nn.Parameter, tensor: torch.Tensor | None, name: str, shar
         parameter.copy_(tensor)
 
 
+def _compare(parameter: nn.Parameter, tensor: torch.Tensor | None, name: str, shard: Location) -> None:
+    """One parameter under two names: what is stored under the second must be what was read under the first."""
+    with writable(parameter), torch.no_grad():
+        if tensor is not None and not torch.equal(parameter, tensor.to(parameter)):
+            raise UserError(
+                f"{shard}: {name} differs from what is stored for the same parameter under another name, but "
+                f"config.json says tie_word_embeddings true: one of them would be lost; set it to false in the base's "
+                f"config.json and run the extend stage again"
+            )
+
+
 @contextlib.contextmanager
 def _opened(shard: Location) -> Iterator[Any]:
     """A shard as safetensors' lazy reader; a remote one is downloaded for as long as it is read."""
     if shard.is_local:
-        with safe_open(shard.path, framework="pt") as source:
+        with _whole(Path(shard.path), shard) as source:
             yield source
         return
     with tempfile.TemporaryDirectory() as cache:
@@ -138,5 +151,12 @@ def _opened(shard: Location) -> Iterator[Any]:
         with shard.filesystem.open_input_stream(shard.path, compression=None) as remote, local.open("wb") as target:
             while block := remote.read(2**24):
                 target.write(block)
-        with safe_open(local, framework="pt") as source:
+        with _whole(local, shard) as source:
             yield source
+
+
+def _whole(file: Path, shard: Location) -> Any:
+    try:
+        return safe_open(file, framework="pt")
+    except SafetensorError as error:
+        raise UserError(f"{shard} is damaged or cut short ({error}); run the stage that wrote it again") from error
