@@ -107,9 +107,9 @@ def _kept(work: Workload) -> Parts:
     """
     plan, shape = work.plan, work.shape
     if not plan.keep:
-        # Autograd keeps, per layer: both norms' inputs and outputs, gathered q, k, v, attention's output before and
-        # after the exchange, and of the MLP gate, its activation, up and their product.
-        attention = 3 * work.query_bytes + 2 * work.key_bytes
+        # Autograd keeps, per layer: both norms' inputs and outputs, what norms of q and k leave, gathered q, k, v,
+        # attention's output before and after the exchange, and of the MLP gate, its activation, up and their product.
+        attention = work.qk_norm_bytes + 3 * work.query_bytes + 2 * work.key_bytes
         layer = 4 * work.hidden_bytes + attention + 4 * work.intermediate_bytes
         return {"kept by autograd": shape.layers * layer}
     device, host = zip(*(work.kept_bytes(layer) for layer in plan.keep), strict=True)
@@ -142,6 +142,7 @@ def _replayed(work: Workload) -> Parts:
     return {
         "layer's weight gradients": work.layer_weight_bytes,
         "layer's query, key, value": work.query_bytes + 2 * work.key_bytes,
+        "layer's query and key norms": work.qk_norm_bytes,
         "layer's attention again": work.query_bytes if partial else 0.0,
     }
 
