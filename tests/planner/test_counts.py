@@ -7,16 +7,19 @@ from typing import Any, Literal
 import pytest
 import torch
 
-from tests.planner.shapes import layout
+from tests.parallel.spawn import section
+from tests.planner.shapes import layout, llama_recipe
 from ultralong_ray.flops import ModelShape
 from ultralong_ray.parallel.context import AttentionContext
 from ultralong_ray.parallel.kernels import sdpa_flash
 from ultralong_ray.parallel.mesh import SequenceMesh
 from ultralong_ray.parallel.norm import install_fused_norms
 from ultralong_ray.parallel.ulysses import ATTENTION_NAME, register_attention
+from ultralong_ray.planner.choose import workload
 from ultralong_ray.planner.hardware import parse_cluster
 from ultralong_ray.planner.memory import Parts
 from ultralong_ray.planner.predict import predict
+from ultralong_ray.planner.section import section_of
 from ultralong_ray.planner.workload import GIB
 from ultralong_ray.types import TrainPlan
 
@@ -82,3 +85,19 @@ def test_norms_of_queries_and_keys_leave_what_is_counted(
     measured = saved_bytes("qwen3", dtype) - saved_bytes("llama", dtype)
     assert measured > 0
     assert qwen3.get(part, 0.0) - llama.get(part, 0.0) == pytest.approx(measured)
+
+
+@pytest.mark.parametrize(("precision", "element_bytes"), PRECISIONS)
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_zero_stage_and_gradients_are_those_that_deepspeed_is_told(
+    stage: int, precision: str, element_bytes: int
+) -> None:
+    """Without grad_accum_dtype DeepSpeed sums gradients in the weights' own type."""
+    from ultralong_ray.train.engine import deepspeed_config
+
+    told = deepspeed_config(section(zero_stage=stage, precision=precision), 4, 1)
+    fields = (f"pretrain.zero_stage={stage}", f"pretrain.precision={precision}")
+    asked = section_of(llama_recipe("1m", *fields), "pretrain")
+    work = workload(asked, parse_cluster("4xH200"), layout())
+    assert work.zero_stage == told["zero_optimization"]["stage"]
+    assert work.gradient_bytes == (4 if "data_types" in told else element_bytes)

@@ -21,7 +21,8 @@ FLOAT32_BYTES = 4
 
 @dataclass(frozen=True, slots=True)
 class Workload:
-    """What is to be predicted. `gradient_bytes`: of the accumulated gradients, 4 under train/engine.py."""
+    """What is to be predicted. `gradient_bytes`: of the accumulated gradients; under train/engine.py 4, and 2 in
+    bfloat16 at ZeRO stage 1."""
 
     shape: ModelShape
     sequence_length: int
