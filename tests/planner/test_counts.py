@@ -10,7 +10,9 @@ import torch
 from tests.parallel.spawn import section
 from tests.planner.shapes import layout, llama_recipe
 from ultralong_ray.flops import ModelShape
+from ultralong_ray.parallel import loss
 from ultralong_ray.parallel.context import AttentionContext
+from ultralong_ray.parallel.elementwise import cross_entropy_
 from ultralong_ray.parallel.kernels import sdpa_flash
 from ultralong_ray.parallel.mesh import SequenceMesh
 from ultralong_ray.parallel.norm import install_fused_norms
@@ -101,3 +103,19 @@ def test_zero_stage_and_gradients_are_those_that_deepspeed_is_told(
     work = workload(asked, parse_cluster("4xH200"), layout())
     assert work.zero_stage == told["zero_optimization"]["stage"]
     assert work.gradient_bytes == (4 if "data_types" in told else element_bytes)
+
+
+@pytest.mark.parametrize(("precision", "element_bytes"), PRECISIONS)
+def test_logits_are_of_the_type_that_is_counted(
+    precision: str, element_bytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiles: list[int] = []
+
+    def measured(logits: torch.Tensor, *others: torch.Tensor) -> torch.Tensor:
+        tiles.append(logits.nbytes)
+        return cross_entropy_(logits, *others)
+
+    monkeypatch.setattr(loss, "cross_entropy_", measured)
+    hidden, weight = (torch.ones(rows, 64, dtype=getattr(torch, precision)) for rows in (64, ONE_LAYER["vocab_size"]))
+    loss.tiled_cross_entropy(hidden, weight, torch.zeros(64, dtype=torch.long), torch.ones(64), 64)
+    assert tiles == [planned_bytes("llama", REPLAYED, element_bytes, "loss")["logits of a tile"]]

@@ -25,14 +25,14 @@ SMALL = ModelShape(hidden=512, layers=8, heads=8, kv_heads=4, head_dim=64, inter
 OTHER_CODE = Costs(
     norm_tensors=5,
     mlp_tile_tensors=7,
-    logit_bytes=12,
+    logit_tensors=6,
     gathered_layers=1e9 / LLAMA_8B.layer_parameters,
     reduce_bucket_layers=5e8 / LLAMA_8B.layer_parameters,
     norm_forward=18,
     norm_backward=24,
     swiglu_forward=5,
     swiglu_backward=8,
-    logit_passes_bytes=24,
+    logit_passes=12,
 )
 COMPILE_SECONDS = 7.0  # flash-attn-4 on first use
 

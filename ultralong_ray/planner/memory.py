@@ -132,7 +132,7 @@ def _head(work: Workload) -> Parts:
     return {
         "head and its gradient": 2 * work.vocabulary_bytes + 4.0 * elements,
         "last hidden states": 3 * work.hidden_bytes,
-        "logits of a tile": rows * work.shape.vocab * work.costs.logit_bytes,
+        "logits of a tile": work.costs.logit_tensors * rows * work.shape.vocab * work.element_bytes,
     }
 
 
