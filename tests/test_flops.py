@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from ultralong_ray.config import ArchitectureConfig
 from ultralong_ray.flops import ModelShape, ledger, mfu, replayed_attention
@@ -81,6 +83,21 @@ def test_shapes_read_defaults_biases_and_tied_heads() -> None:
     assert plain.parameters - shape.parameters == 128256 * 4096 - 32 * 128 * 48
     assert shape.matmul_parameters == plain.matmul_parameters
     assert ModelShape.from_config({**LLAMA_8B, "num_key_value_heads": None}).kv_heads == 32
+
+
+BIASES = {"attention_bias": True, "mlp_bias": True}
+
+
+@pytest.mark.parametrize("model_type", ["llama", "qwen2", "qwen3", "mistral"])
+@pytest.mark.parametrize("biases", [{}, BIASES], ids=["plain", "biases"])
+def test_parameters_are_those_of_transformers_model(model_type: str, biases: dict[str, bool]) -> None:
+    """Which of the biases that config.json asks for a model has depends on its type."""
+    widths = {"hidden_size": 36, "intermediate_size": 50, "head_dim": 12, "vocab_size": 61}
+    heads = {"num_hidden_layers": 2, "num_attention_heads": 6, "num_key_value_heads": 3}
+    config = {"model_type": model_type, **widths, **heads, **biases}
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config))
+    assert ModelShape.from_config(config).parameters == sum(parameter.numel() for parameter in model.parameters())
 
 
 def test_utilisation_is_unknown_without_a_peak() -> None:

@@ -26,7 +26,7 @@ FLASH_BACKWARD_SHARE = 2.5  # backward over forward FLOPs: five matrix products 
 
 @dataclass(frozen=True, slots=True)
 class ModelShape:
-    """A Llama-class decoder in integers."""
+    """A Llama-class decoder in integers, and which biases and norms it has besides."""
 
     hidden: int
     layers: int
@@ -37,11 +37,19 @@ class ModelShape:
     vocab: int
     tied: bool = False
     qkv_bias: bool = False
+    output_bias: bool = False  # of attention's output projection
+    mlp_bias: bool = False
+    qk_norm: bool = False  # of every query and key head
 
     @staticmethod
     def from_config(config: Mapping[str, Any]) -> ModelShape:
-        """The shape that a Llama-class config.json describes. KeyError names an absent field."""
+        """The shape that a Llama-class config.json describes. KeyError names an absent field.
+
+        Fields that the model's class in transformers 5.23 does not read make no difference.
+        """
         heads = config["num_attention_heads"]
+        kind = config.get("model_type", "llama")
+        attention_bias = kind in ("llama", "qwen3") and bool(config.get("attention_bias"))
         return ModelShape(
             hidden=config["hidden_size"],
             layers=config["num_hidden_layers"],
@@ -51,7 +59,10 @@ class ModelShape:
             intermediate=config["intermediate_size"],
             vocab=config["vocab_size"],
             tied=bool(config.get("tie_word_embeddings")),
-            qkv_bias=bool(config.get("attention_bias")) or config.get("model_type") == "qwen2",
+            qkv_bias=attention_bias or kind == "qwen2",
+            output_bias=attention_bias,
+            mlp_bias=kind == "llama" and bool(config.get("mlp_bias")),
+            qk_norm=kind == "qwen3",
         )
 
     @staticmethod
@@ -74,8 +85,13 @@ class ModelShape:
 
     @property
     def layer_parameters(self) -> int:
-        biases = self.head_dim * (self.heads + 2 * self.kv_heads) if self.qkv_bias else 0
-        return self.attention_matrices + self.mlp_matrices + 2 * self.hidden + biases
+        norms = 2 * self.hidden + self.qk_norm * 2 * self.head_dim
+        biases = (
+            self.qkv_bias * self.head_dim * (self.heads + 2 * self.kv_heads)
+            + self.output_bias * self.hidden
+            + self.mlp_bias * (2 * self.intermediate + self.hidden)
+        )
+        return self.attention_matrices + self.mlp_matrices + norms + biases
 
     @property
     def parameters(self) -> int:

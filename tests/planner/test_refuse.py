@@ -58,16 +58,23 @@ SEVENTY_B = tuple(
 )
 NINE = "pretrain.global_batch_sequences = 9 (it is 8) with cluster.num_workers = 12"
 ODD = [
-    # GPUs in threes share no batch of 8 or 4: the fewest GPUs more that do, even if not a multiple; another batch
+    # GPUs in threes share no batch of 8 or 4: the fewest GPUs more that do, even if not a multiple; tokens that groups
+    # of three can split; another batch
     ("1m", "3xH200", "pretrain", (), ("4 GPUs",)),
     ("1m", "7xH100", "pretrain", (), ("8 GPUs",)),
-    ("1m", "12xH100", "pretrain", ("sft.global_batch_sequences=144",), ("16 GPUs", NINE)),
+    (
+        "1m",
+        "12xH100",
+        "pretrain",
+        ("sft.global_batch_sequences=144",),
+        ("16 GPUs", "prepare.sequence_length = 1048560", NINE),
+    ),
     (
         "2m",
         "3x8xH100",
         "pretrain",
         ("sft.global_batch_sequences=96",),
-        ("32 GPUs", "pretrain.global_batch_sequences = 3"),
+        ("32 GPUs", "prepare.sequence_length = 2097120", "pretrain.global_batch_sequences = 3"),
     ),
     ("1m", "2x3xH200", "sft", ("pretrain.global_batch_sequences=6",), ("sft.global_batch_sequences = 129",)),
     # what trains the same is given up before anything that does not
@@ -118,6 +125,21 @@ def test_the_host_memory_proposed_is_the_least() -> None:
     assert "GiB of host memory per node instead of 1,024" in refusal.proposals[0].words
     less = parse_cluster("4xH200", larger.host_memory_gib_per_node - 32)
     assert fastest(refusal.proposals[0].section, less) is None
+
+
+@pytest.mark.parametrize(
+    ("length", "proposed"),
+    [
+        (3_000_004, 2_625_000),  # 14 sixteenths are 2,625,003, which suit one rank alone
+        (2_500_001, 2_500_000),  # one token less suits all degrees
+    ],
+)
+def test_the_length_proposed_is_one_that_all_degrees_can_split(length: int, proposed: int) -> None:
+    workers = ("cluster.num_workers=4", "pretrain.global_batch_sequences=4")
+    refusal = refused("4m", "4xH100", f"prepare.sequence_length={length}", *workers)
+    proposal = next(p for p in refusal.proposals if "prepare.sequence_length" in p.words)
+    assert proposal.words == f"prepare.sequence_length = {proposed}"
+    assert proposal.section.sequence_length == proposed and proposal.best.fits
 
 
 def test_the_gpus_proposed_are_the_fewest() -> None:

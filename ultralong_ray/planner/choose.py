@@ -108,10 +108,14 @@ def _keep_most(section: Section, work: Workload) -> Prediction | None:
 
 
 def workload(section: Section, hardware: Hardware, plan: TrainPlan) -> Workload:
-    """The section under a plan; the kernel's rates must be known."""
+    """The section under a plan, its ZeRO stage and gradients as train/engine.py has DeepSpeed run them.
+
+    The kernel's rates must be known.
+    """
     train = section.train
     kernel = kernel_of(train.attention, hardware)
     assert kernel is not None
+    half = train.precision == "bfloat16"
     return Workload(
         shape=section.shape,
         sequence_length=section.sequence_length,
@@ -120,8 +124,9 @@ def workload(section: Section, hardware: Hardware, plan: TrainPlan) -> Workload:
         kernel=kernel,
         micro_batch_sequences=train.micro_batch_sequences,
         global_batch_sequences=train.global_batch_sequences,
-        zero_stage=train.zero_stage,
-        element_bytes=2 if train.precision == "bfloat16" else 4,
+        zero_stage=max(1, train.zero_stage) if half else train.zero_stage,
+        element_bytes=2 if half else 4,
+        gradient_bytes=2 if half and train.zero_stage < 2 else 4,
     )
 
 

@@ -17,7 +17,7 @@ class Costs:
     # Tensors alive in the backward pass of a layer.
     norm_tensors: float = 1  # of hidden width, that one norm leaves for its backward: a fused one leaves its output
     mlp_tile_tensors: float = 3  # of intermediate width, in a tile: gate, up, product, and their gradients in place
-    logit_bytes: float = 2  # of a tile's logits: they become their own gradient
+    logit_tensors: float = 1  # of a tile's logits, in the type of the weights: they become their own gradient
     gathered_layers: float = 2  # the one that computes and the next one
     reduce_bucket_layers: float = 1  # gradients on their way; one bucket of a layer
 
@@ -27,7 +27,7 @@ class Costs:
     rotary: float = 10  # of query and key width, in each direction: transformers' own, not fused
     swiglu_forward: float = 3  # of intermediate width
     swiglu_backward: float = 6
-    logit_passes_bytes: float = 8  # per logit: the product written; read twice and written by the fused cross-entropy
+    logit_passes: float = 4  # of a tile's logits: the product written; read twice and written by the cross-entropy
     update_bytes: float = (
         30  # per parameter of Adam: gradient, weight, moments read; weight, moments, bf16 copy written
     )

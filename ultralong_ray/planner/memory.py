@@ -16,7 +16,7 @@ Parts = dict[str, float]  # name -> GiB
 
 MASTER_BYTES, MOMENT_BYTES = 4, 8  # per parameter: float32 weights; Adam's two float32 moments
 REDUCE_BUCKET_ELEMENTS = 500_000_000  # below ZeRO-3: DeepSpeed 0.19.8's default; there train/engine.py sets a layer
-SUB_GROUP_ELEMENTS = 1_000_000_000  # DeepSpeed's default: how many parameters the optimizer updates at a time
+SUB_GROUP_ELEMENTS = 1_000_000_000  # DeepSpeed's default: how many parameters ZeRO-3's optimizer updates at a time
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,9 +107,9 @@ def _kept(work: Workload) -> Parts:
     """
     plan, shape = work.plan, work.shape
     if not plan.keep:
-        # Autograd keeps, per layer: both norms' inputs and outputs, gathered q, k, v, attention's output before and
-        # after the exchange, and of the MLP gate, its activation, up and their product.
-        attention = 3 * work.query_bytes + 2 * work.key_bytes
+        # Autograd keeps, per layer: both norms' inputs and outputs, what norms of q and k leave, gathered q, k, v,
+        # attention's output before and after the exchange, and of the MLP gate, its activation, up and their product.
+        attention = work.qk_norm_bytes + 3 * work.query_bytes + 2 * work.key_bytes
         layer = 4 * work.hidden_bytes + attention + 4 * work.intermediate_bytes
         return {"kept by autograd": shape.layers * layer}
     device, host = zip(*(work.kept_bytes(layer) for layer in plan.keep), strict=True)
@@ -132,7 +132,7 @@ def _head(work: Workload) -> Parts:
     return {
         "head and its gradient": 2 * work.vocabulary_bytes + 4.0 * elements,
         "last hidden states": 3 * work.hidden_bytes,
-        "logits of a tile": rows * work.shape.vocab * work.costs.logit_bytes,
+        "logits of a tile": work.costs.logit_tensors * rows * work.shape.vocab * work.element_bytes,
     }
 
 
@@ -142,6 +142,7 @@ def _replayed(work: Workload) -> Parts:
     return {
         "layer's weight gradients": work.layer_weight_bytes,
         "layer's query, key, value": work.query_bytes + 2 * work.key_bytes,
+        "layer's query and key norms": work.qk_norm_bytes,
         "layer's attention again": work.query_bytes if partial else 0.0,
     }
 
@@ -184,20 +185,21 @@ def _embedding(work: Workload) -> Parts:
 
 
 def _update(work: Workload) -> Parts:
-    """A float32 copy of a sub-group's gradients where they were summed in less."""
+    """A float32 copy of the gradients where they were summed in less: of a sub-group, below ZeRO-3 of a rank's part."""
     if work.gradient_bytes >= MASTER_BYTES or work.plan.offload_optimizer:
         return {}
-    return {"float32 gradients": 4.0 * min(SUB_GROUP_ELEMENTS, work.partition(1) * work.shape.parameters)}
+    share = work.partition(1) * work.shape.parameters
+    return {"float32 gradients": MASTER_BYTES * (min(SUB_GROUP_ELEMENTS, share) if work.zero_stage == 3 else share)}
 
 
 def _host(work: Workload) -> Parts:
-    """Host memory of a rank, bytes."""
+    """Host memory of a rank, bytes. An offloaded optimizer has gradients in float32 like its weights."""
     share = work.partition(1) * work.shape.parameters
     written = work.shape.parameters / work.hardware.num_gpus  # of a checkpoint; replicas share the work
     in_memory = work.plan.checkpoint_snapshot == "memory"
     return {
         "kept activations": sum(number * work.kept_bytes(layer)[1] for number, layer in work.kept),
-        "optimizer": work.plan.offload_optimizer * share * (MASTER_BYTES + MOMENT_BYTES + work.gradient_bytes),
+        "optimizer": work.plan.offload_optimizer * share * (2 * MASTER_BYTES + MOMENT_BYTES),
         "checkpoint snapshot": in_memory * written * (MASTER_BYTES + MOMENT_BYTES),
         "checkpoint staging": (not in_memory) * 4.0 * min(SUB_GROUP_ELEMENTS, share),
         "process": work.costs.process_host_gib * GIB,

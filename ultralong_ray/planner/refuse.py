@@ -122,17 +122,22 @@ def _more_gpus(section: Section, hardware: Hardware) -> Candidates:
 
 
 def _shorter(section: Section, hardware: Hardware) -> Candidates:
-    """The longest in sixteenths of the length, found by halving."""
+    """The longest in sixteenths of the length, found by halving.
+
+    Each is rounded down to tokens that all degrees can split: otherwise a shorter one might fit no better.
+    """
     field = "sft.sequence_length" if section.name == "sft" else "prepare.sequence_length"
+    length, unit = section.sequence_length, 2 * hardware.num_gpus  # a multiple of every length_unit (config/degrees.py)
+    rounded = (length * step // LENGTH_STEPS // unit * unit for step in range(1, LENGTH_STEPS + 1))
+    lengths = [tokens for tokens in rounded if 0 < tokens < length]
 
-    def cut(step: int) -> Section:
-        return replace(section, sequence_length=section.sequence_length * step // LENGTH_STEPS)
+    def cut(tokens: int) -> Section:
+        return replace(section, sequence_length=tokens)
 
-    steps = range(1, LENGTH_STEPS)
-    # the first step that does not fit; all before it do
-    limit = bisect.bisect_left(steps, True, key=lambda step: fastest(cut(step), hardware) is None)
+    # the first length that does not fit; all before it do
+    limit = bisect.bisect_left(lengths, True, key=lambda tokens: fastest(cut(tokens), hardware) is None)
     if limit > 0:
-        shorter = cut(steps[limit - 1])
+        shorter = cut(lengths[limit - 1])
         words = f"{field} = {shorter.sequence_length}"
         if isinstance(section.train, SftConfig) and section.train.max_sample_tokens > shorter.sequence_length:
             words += f" and sft.max_sample_tokens = {shorter.sequence_length}"

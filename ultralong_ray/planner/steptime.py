@@ -163,7 +163,8 @@ def _head(work: Workload) -> float:
     """Three products of the head's size, and the softmax of every logit."""
     logits, gpu = float(work.rows) * work.shape.vocab, work.hardware.gpu
     products = 6.0 * logits * work.shape.hidden / _gemm_rate(work)
-    return products + logits * work.costs.logit_passes_bytes / _speed(work, gpu.memory_gbytes_per_second)
+    passed = work.costs.logit_passes * logits * work.element_bytes
+    return products + passed / _speed(work, gpu.memory_gbytes_per_second)
 
 
 def _update(work: Workload) -> float:

@@ -16,11 +16,13 @@ from ultralong_ray.types import LayerKeep, TrainPlan
 
 GIB = 2.0**30
 LSE_BYTES = 4
+FLOAT32_BYTES = 4
 
 
 @dataclass(frozen=True, slots=True)
 class Workload:
-    """What is to be predicted. `gradient_bytes`: of the accumulated gradients, 4 under train/engine.py."""
+    """What is to be predicted. `gradient_bytes`: of the accumulated gradients; under train/engine.py 4, and 2 in
+    bfloat16 at ZeRO stage 1."""
 
     shape: ModelShape
     sequence_length: int
@@ -62,6 +64,17 @@ class Workload:
         """A rank's keys (or values) as attention sees them; heads are repeated where ranks outnumber them."""
         heads = max(self.shape.kv_heads, self.plan.ulysses_degree)
         return float(self.rows * heads * self.shape.head_dim * self.element_bytes)
+
+    @property
+    def qk_norm_bytes(self) -> float:
+        """What the norms of one layer's queries and keys leave for their backward; 0 where there are none.
+
+        They are transformers' own (parallel/norm.py): of each element the float32 input and the normalised value in
+        the type of the weights, of each head and row a float32 factor. Heads are neither exchanged nor repeated yet.
+        """
+        heads = self.shape.qk_norm * (self.shape.heads + self.shape.kv_heads)
+        of_head = self.shape.head_dim * (FLOAT32_BYTES + self.element_bytes) + FLOAT32_BYTES
+        return float(self.rows * heads * of_head)
 
     @property
     def intermediate_bytes(self) -> float:
