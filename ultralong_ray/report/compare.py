@@ -19,7 +19,7 @@ from ultralong_ray.config import Recipe
 from ultralong_ray.recipe import load_recipe
 from ultralong_ray.report.benchmarks import depth_grids, mixed_sources
 from ultralong_ray.report.figures import heatmap
-from ultralong_ray.report.intervals import DIFFERENCE_WORDS, difference
+from ultralong_ray.report.intervals import DIFFERENCE_WORDS, difference, drawn_difference
 from ultralong_ray.report.reading import StageReader
 from ultralong_ray.report.scores import DOCUMENTS, FAILED_ARE, PLAN_FILE, Score, read_scores
 from ultralong_ray.report.templates import rendered
@@ -162,7 +162,7 @@ def _row(a: Score, b: Score) -> dict[str, Any]:
     spread: Sequence[float | None] = (None, None)
     apart: float | None = None
     if a.losses and b.losses:
-        spread = difference(a.losses, b.losses, paired=paired)
+        spread = drawn_difference(a.losses, b.losses, paired=paired) or (None, None)
         apart = b.loss_facts()["loss"] - a.loss_facts()["loss"]
     elif a.percent is not None and b.percent is not None and a.suite != DOCUMENTS:
         spread = [100 * end for end in difference(a.points, b.points, paired=paired)]

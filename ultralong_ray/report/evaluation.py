@@ -11,6 +11,7 @@ from typing import Any
 
 from ultralong_ray.config import Recipe
 from ultralong_ray.report.benchmarks import benchmark_facts, failed_cells
+from ultralong_ray.report.intervals import ALIKE_WORDS
 from ultralong_ray.report.intervals import WORDS as INTERVAL_WORDS
 from ultralong_ray.report.reading import StageReader, finite, json_safe
 from ultralong_ray.report.scores import FAILED_ARE, FAILED_FILE, PLAN_FILE, is_cut_short, is_empty, read_scores
@@ -48,7 +49,7 @@ def _benchmarks(recipe: Recipe, models: list[str], reader: StageReader) -> dict[
     if not scores:
         return None
     return {
-        "intervals_are": INTERVAL_WORDS,
+        "intervals_are": f"{INTERVAL_WORDS}; {ALIKE_WORDS}",
         "failed_are": FAILED_ARE,
         "suites": benchmark_facts(scores, models, LABELS, recipe.model.base_context_length),
         "failed_cells": failed_cells(scores),

@@ -78,7 +78,7 @@ class Score:
             return {}
         if not self.losses:
             return {"loss": None}
-        low, high = resampled(self.losses)
+        low, high = resampled(self.losses) or (None, None)
         curve = [sum(bucket) / len(bucket) for bucket in zip(*self.bucket_losses, strict=True)]
         loss = {"loss": sum(self.losses) / len(self.losses), "loss_low": low, "loss_high": high}
         return {**loss, "bucket_end_tokens": self.bucket_ends, "bucket_loss": curve}
