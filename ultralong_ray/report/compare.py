@@ -143,7 +143,7 @@ def comparison_facts(first: Side, second: Side) -> dict[str, Any]:
         "rows": rows,
         "intervals_are": INTERVALS_ARE,
         "failed_are": FAILED_ARE,
-        "notes": notes,
+        "notes": list(dict.fromkeys(notes)),  # both sides may be of one evaluation
     }
 
 
@@ -157,7 +157,10 @@ def _base_window(side: Side) -> int:
 
 
 def _row(a: Score, b: Score) -> dict[str, Any]:
-    """One task at one length. `low`, `high` and `difference` are in per cent points, of documents in nats a token."""
+    """One task at one length. `low`, `high` and `difference` are in per cent points, of documents in nats a token.
+
+    Cells that failed or are missing have no settings, which are no others.
+    """
     paired = a.identities == b.identities
     spread: Sequence[float | None] = (None, None)
     apart: float | None = None
@@ -176,7 +179,7 @@ def _row(a: Score, b: Score) -> dict[str, Any]:
         "low": spread[0],
         "high": spread[1],
         "paired": paired,
-        "same_settings": _of_questions(a.settings) == _of_questions(b.settings),
+        "same_settings": not (a.settings and b.settings) or _of_questions(a.settings) == _of_questions(b.settings),
         "mixed_sources": [] if paired else mixed_sources([a, b]),
     }
 
