@@ -92,3 +92,15 @@ def test_a_half_written_stage_is_not_done(tmp_path: Path):
     directory.mark_done({"tokens": 3})
     assert directory.done
     assert directory.summary()["tokens"] == 3
+
+
+def test_a_report_of_trials_alone_needs_their_table_and_no_stage(tmp_path: Path):
+    search = {"search": {"pretrain.learning_rate": [1e-5, 3e-5]}}
+    untuned = recipe_with("--workdir", str(tmp_path))
+    recipe = Recipe.model_validate({**untuned.model_dump(), "tune": search})
+    with pytest.raises(MissingInput):
+        require_inputs(recipe, "report", "r.toml")
+    (stage_directory(recipe, "tune").location / "tune.json").write_json({"keys": [], "trials": [], "best": None})
+    require_inputs(recipe, "report", "r.toml")
+    with pytest.raises(MissingInput):
+        require_inputs(recipe, "export", "r.toml")

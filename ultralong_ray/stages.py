@@ -33,6 +33,8 @@ FORMAT_VERSIONS = {
     "tune": 1,  # another one, see tune/run.py
 }
 
+TRIALS_FILE = "tune.json"  # the table that `tune` leaves and `report` shows
+
 # Those that leave a model in `model/`.
 OF_MODELS = ("extend", "pretrain", "sft", "export")
 
@@ -144,7 +146,7 @@ def require_inputs(recipe: Recipe, stage: str, recipe_path: str) -> None:
     """
     names = [name for name in inputs(recipe, stage) if not _holds_nothing_for(recipe, stage, name)]
     found = [stage_directory(recipe, name) for name in names]
-    if stage == "report" and any(directory.done for directory in found):
+    if stage == "report" and (any(directory.done for directory in found) or _has_trials(recipe)):
         return  # it shows what there is, and says what is not
     lines = [
         f"  {d.location} {words} run  python jobs/{JOB_OF_STAGE.get(d.stage, d.stage)}.py {recipe_path}"
@@ -156,6 +158,11 @@ def require_inputs(recipe: Recipe, stage: str, recipe_path: str) -> None:
             f"{stage} cannot start, its input has not been made:\n" + "\n".join(lines) + "\n"
             f"or run the whole pipeline:  python jobs/pipeline.py {recipe_path}"
         )
+
+
+def _has_trials(recipe: Recipe) -> bool:
+    """Whether there is the table of `jobs/tune.py`, which needs no stage of this recipe."""
+    return recipe.tune is not None and (stage_directory(recipe, "tune").location / TRIALS_FILE).exists()
 
 
 def _absence(directory: StageDirectory) -> str | None:

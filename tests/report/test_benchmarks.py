@@ -227,3 +227,21 @@ def test_a_limit_and_both_scores_of_gsm8k_are_said_in_both_reports(tmp_path: Pat
         text = (Path(directories["report"].location.path) / name).read_text()
         assert "the first 4 rows were asked and no others: published figures are of all rows" in text, name
         assert "(strict-match) it is, in per cent: Base model 0.0; " in text and " 25.0.\n" in text.replace("</p>", "")
+
+
+def test_both_reports_say_what_a_summary_row_is_of(tmp_path: Path) -> None:
+    recipe = made_recipe(tmp_path, tasks=[RULER])
+    directories = write_run(recipe)
+    points: dict[tuple[str, str, int], list[float] | str | None] = {
+        ("base", "ruler/vt", 512): "out of memory",
+        ("base", "ruler/qa_1", 512): None,
+        ("final", "ruler/vt", 512): [1.0] * 4,
+    }
+    write_tasks(directories["evaluate"], points)
+    file = directories["evaluate"].location / "cells/final/ruler/vt/512-shard0.json"
+    file.write_json({**(stored := file.read_json()), "samples": [{**stored["samples"][0], "answer": ""}]})
+    write_report(recipe, directories, directories["report"])
+    for name, end in (("report.html", "</td></tr>"), ("report.md", " |")):
+        text = (Path(directories["report"].location.path) / name).read_text()
+        assert f"this run; 1 cell failed and counts 0; 4 samples missing{end}" in text, name
+        assert f"this run; 1 empty answer{end}" in text, name

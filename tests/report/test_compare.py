@@ -152,3 +152,15 @@ def test_cells_that_failed_on_both_sides_with_other_numbers_of_samples_are_no_pa
     file.write_json({"cells": [{**cell, "num_samples": 2} for cell in file.read_json()["cells"]]})
     facts = comparison_facts(*(find_side(f"{stage.location}#base", None) for stage in stages))
     assert [(row["paired"], row["difference"]) for row in facts["rows"]] == [(False, 0.0)]
+
+
+def test_what_failed_or_is_missing_has_no_other_settings_and_each_note_stands_once(tmp_path: Path) -> None:
+    stage = _evaluation(tmp_path)
+    write_tasks(stage, {**POINTS, ("base", "ruler/vt", 512): "out of memory", ("base", "ruler/vt", 4096): None})
+    (stage.location / "cells/final/ruler/vt/4096-shard0.json").write_bytes(b"{")
+    text = write_comparison(
+        find_side(f"{stage.location}#base", None), find_side(f"{stage.location}#final", None), Location.of(tmp_path)
+    )
+    assert "| ruler/vt | 512 | 0.00* | 75.00 |" in text and "other settings" not in text
+    notes = [line for line in text.splitlines() if line.startswith("- ")]
+    assert len(notes) == len(set(notes)) == 2, notes

@@ -116,3 +116,21 @@ def test_every_cell_of_the_grid_leads_to_its_answers_and_file(tmp_path: Path) ->
             int(length),
             float(depth),
         ]
+
+
+def test_one_document_gives_no_interval(tmp_path: Path) -> None:
+    recipe = made_recipe(tmp_path)
+    directories = write_run(recipe)
+    stage = directories["evaluate"]
+    write_documents(stage)
+    for model in LOSSES:
+        file = stage.location / f"cells/{model}/{TASK}/{LENGTH}-shard0.json"
+        file.write_json({**(stored := file.read_json()), "samples": stored["samples"][:1]})
+    write_report(recipe, directories, directories["report"])
+    page = (directories["report"].location / "report.html").read_bytes().decode()
+    assert ">4.000</a></td>" in page and ">2.000</a></td>" in page, "the loss alone"
+    place = f"{stage.location}#"
+    first, second = (find_side(place + model, None) for model in LOSSES)
+    text = write_comparison(first, second, Location.of(tmp_path / "out"))
+    assert f"| perplexity/books | 1K | 4.000 | 2.000 | -2.000 | {DASH} |" in text
+    assert ">4.000</td>" in (tmp_path / "out" / "comparison.html").read_text()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from ultralong_ray.report.intervals import combined, difference, interval, newcombe, wilson
+from ultralong_ray.report.intervals import combined, difference, drawn_difference, interval, newcombe, resampled, wilson
 
 
 @pytest.mark.parametrize(
@@ -25,7 +25,24 @@ def test_the_kind_follows_the_scores() -> None:
     assert interval([1.0, 0.0, 1.0])[2] == "wilson"
     low, high, kind = interval([0.25, 0.5, 1.0, 0.75] * 10)
     assert kind == "bootstrap" and 0.5 < low < 0.625 < high < 0.75
-    assert interval([0.5, 0.5])[:2] == (0.5, 0.5)
+
+
+@pytest.mark.parametrize("scores", [[0.3], [0.5] * 4, [0.1] * 13])
+def test_scores_that_are_all_the_same_leave_doubt(scores: list[float]) -> None:
+    low, high, kind = interval(scores)
+    assert kind == "wilson" and (low, high) == wilson(sum(scores), len(scores))
+    assert high - low > 0.2 and low < scores[0] < high
+    low, high = combined([scores] * 13)
+    assert low < scores[0] - 0.02 < scores[0] + 0.02 < high
+
+
+def test_losses_that_are_all_the_same_have_no_interval() -> None:
+    """A loss has no bound, so one document says nothing of another."""
+    assert resampled([2.5]) is None and resampled([2.1] * 3) is None
+    assert resampled([2.0, 3.0]) == (2.0, 3.0)
+    assert drawn_difference([2.5], [2.0], paired=True) is None
+    assert drawn_difference([2.5], [2.0, 3.0], paired=False) is None
+    assert drawn_difference([2.5, 2.6], [2.0, 3.0], paired=True) is not None
 
 
 def test_means_over_tasks_combine_the_intervals_of_the_tasks() -> None:
@@ -59,6 +76,8 @@ def test_samples_that_all_agree_leave_doubt_about_a_difference(paired: bool) -> 
     assert difference([0.0] * 9, [0.0] * 9, paired=paired) == pytest.approx((-wilson(0, 9)[1], wilson(0, 9)[1]))
     low, high = difference([1.0, 0.0, 1.0], [1.0, 0.0, 1.0], paired=True)
     assert low == -high < -0.3
-    assert difference([0.25] * 3, [0.5] * 3, paired=paired) == (0.25, 0.25), "of other scores Wilson knows nothing"
+    low, high = difference([0.2, 0.5, 0.3, 0.4], [0.6, 0.9, 0.7, 0.8], paired=True)
+    assert low < 0 < 0.7 < high, "four pairs that all differ by 0.4"
+    assert difference([0.25] * 3, [0.5] * 3, paired=paired) == newcombe([0.25] * 3, [0.5] * 3)
     some = [0.0] * 50 + [1.0] * 50
     assert difference(some, [1.0] * 10 + some[10:], paired=True)[0] > 0.04, "pairs that do not all agree stay sharp"

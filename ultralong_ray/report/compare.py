@@ -19,7 +19,7 @@ from ultralong_ray.config import Recipe
 from ultralong_ray.recipe import load_recipe
 from ultralong_ray.report.benchmarks import depth_grids, mixed_sources
 from ultralong_ray.report.figures import heatmap
-from ultralong_ray.report.intervals import DIFFERENCE_WORDS, difference
+from ultralong_ray.report.intervals import DIFFERENCE_WORDS, difference, drawn_difference
 from ultralong_ray.report.reading import StageReader
 from ultralong_ray.report.scores import DOCUMENTS, FAILED_ARE, PLAN_FILE, Score, read_scores
 from ultralong_ray.report.templates import rendered
@@ -143,7 +143,7 @@ def comparison_facts(first: Side, second: Side) -> dict[str, Any]:
         "rows": rows,
         "intervals_are": INTERVALS_ARE,
         "failed_are": FAILED_ARE,
-        "notes": notes,
+        "notes": list(dict.fromkeys(notes)),  # both sides may be of one evaluation
     }
 
 
@@ -157,12 +157,15 @@ def _base_window(side: Side) -> int:
 
 
 def _row(a: Score, b: Score) -> dict[str, Any]:
-    """One task at one length. `low`, `high` and `difference` are in per cent points, of documents in nats a token."""
+    """One task at one length. `low`, `high` and `difference` are in per cent points, of documents in nats a token.
+
+    Cells that failed or are missing have no settings, which are no others.
+    """
     paired = a.identities == b.identities
     spread: Sequence[float | None] = (None, None)
     apart: float | None = None
     if a.losses and b.losses:
-        spread = difference(a.losses, b.losses, paired=paired)
+        spread = drawn_difference(a.losses, b.losses, paired=paired) or (None, None)
         apart = b.loss_facts()["loss"] - a.loss_facts()["loss"]
     elif a.percent is not None and b.percent is not None and a.suite != DOCUMENTS:
         spread = [100 * end for end in difference(a.points, b.points, paired=paired)]
@@ -176,7 +179,7 @@ def _row(a: Score, b: Score) -> dict[str, Any]:
         "low": spread[0],
         "high": spread[1],
         "paired": paired,
-        "same_settings": _of_questions(a.settings) == _of_questions(b.settings),
+        "same_settings": not (a.settings and b.settings) or _of_questions(a.settings) == _of_questions(b.settings),
         "mixed_sources": [] if paired else mixed_sources([a, b]),
     }
 

@@ -11,8 +11,9 @@ from typing import Any
 
 from ultralong_ray.config import Recipe
 from ultralong_ray.report.benchmarks import benchmark_facts, failed_cells
+from ultralong_ray.report.intervals import ALIKE_WORDS
 from ultralong_ray.report.intervals import WORDS as INTERVAL_WORDS
-from ultralong_ray.report.reading import StageReader, finite, json_safe
+from ultralong_ray.report.reading import StageReader, finite, guarded, json_safe
 from ultralong_ray.report.scores import FAILED_ARE, FAILED_FILE, PLAN_FILE, is_cut_short, is_empty, read_scores
 from ultralong_ray.report.words import UNIT, percent, tokens
 
@@ -35,10 +36,12 @@ Cell = dict[str, Any]
 def evaluation_facts(recipe: Recipe, reader: StageReader) -> dict[str, Any]:
     """Keys passkey, perplexity, benchmarks, each a dict or None; every cell and curve names its file."""
     assert recipe.evaluate is not None
+    notes, models = reader.notes, list(recipe.evaluate.models)
+    grid = guarded(notes, "Passkey grid", passkey_facts, recipe, reader) if recipe.evaluate.passkey else None
     return {
-        "passkey": passkey_facts(recipe, reader) if recipe.evaluate.passkey else None,
-        "perplexity": perplexity_facts(recipe, reader),
-        "benchmarks": _benchmarks(recipe, list(recipe.evaluate.models), reader),
+        "passkey": grid,
+        "perplexity": guarded(notes, "Perplexity", perplexity_facts, recipe, reader),
+        "benchmarks": guarded(notes, "Benchmarks", _benchmarks, recipe, models, reader),
     }
 
 
@@ -48,7 +51,7 @@ def _benchmarks(recipe: Recipe, models: list[str], reader: StageReader) -> dict[
     if not scores:
         return None
     return {
-        "intervals_are": INTERVAL_WORDS,
+        "intervals_are": f"{INTERVAL_WORDS}; {ALIKE_WORDS}",
         "failed_are": FAILED_ARE,
         "suites": benchmark_facts(scores, models, LABELS, recipe.model.base_context_length),
         "failed_cells": failed_cells(scores),
@@ -89,13 +92,16 @@ def _read_cells(reader: StageReader) -> dict[tuple[str, int, float], Cell]:
         try:
             key = (str(value["model"]), int(value["context_length_tokens"]), float(value["depth_percent"]))
             score = finite(value["score"])
+            samples = [sample for sample in value.get("samples", []) if isinstance(sample, dict)]
         except (KeyError, TypeError, ValueError) as error:
             reader.notes.append(f"{reader.name(name)} is no passkey cell ({type(error).__name__}: {error}).")
+            continue
+        if finite(key[2]) is None:
+            reader.notes.append(f"{reader.name(name)} is no passkey cell (depth_percent {key[2]}).")
             continue
         if score is None or not 0 <= score <= 1:
             reader.notes.append(f"{reader.name(name)} has score {value['score']!r}, which is no share of 1.")
             continue
-        samples = [sample for sample in value.get("samples", []) if isinstance(sample, dict)]
         cells[key] = {
             "context_length_tokens": key[1],
             "depth_percent": key[2],
@@ -230,30 +236,33 @@ def perplexity_facts(recipe: Recipe, reader: StageReader) -> dict[str, Any] | No
     curves = []
     for name in reader.relative_names("perplexity"):
         value = reader.read_json(name) if name.endswith(".json") else None
-        if value is None:
-            continue
-        ends = [finite(end) for end in value.get("bucket_end_tokens", [])]
-        loss = [finite(item) for item in value.get("loss", [])]
-        if not ends or len(ends) != len(loss) or None in ends:
-            reader.notes.append(
-                f"{reader.name(name)} has {len(ends)} bucket ends and {len(loss)} losses; the curve is not drawn."
-            )
-            continue
-        model = str(value.get("model", name.rsplit("/", 1)[-1].removesuffix(".json")))
-        curves.append(
-            {
-                "model": model,
-                "label": LABELS.get(model, model),
-                "bucket_end_tokens": ends,
-                "loss": loss,
-                "perplexity": [_exp(item) for item in loss],
-                "num_sequences": finite(value.get("num_sequences")),
-                "file": reader.name(name),
-            }
-        )
+        curve = None if value is None else guarded(reader.notes, reader.name(name), _curve, reader, name, value)
+        if curve is not None:
+            curves.append(curve)
     order = list(LABELS)
     curves.sort(key=lambda curve: order.index(curve["model"]) if curve["model"] in order else len(order))
     return {"base_window_tokens": recipe.model.base_context_length, "models": curves} if curves else None
+
+
+def _curve(reader: StageReader, name: str, value: dict[str, Any]) -> dict[str, Any] | None:
+    """One model's curve, or None with a note where its losses are not those of its buckets."""
+    ends = [finite(end) for end in value.get("bucket_end_tokens", [])]
+    loss = [finite(item) for item in value.get("loss", [])]
+    if not ends or len(ends) != len(loss) or None in ends:
+        reader.notes.append(
+            f"{reader.name(name)} has {len(ends)} bucket ends and {len(loss)} losses; the curve is not drawn."
+        )
+        return None
+    model = str(value.get("model", name.rsplit("/", 1)[-1].removesuffix(".json")))
+    return {
+        "model": model,
+        "label": LABELS.get(model, model),
+        "bucket_end_tokens": ends,
+        "loss": loss,
+        "perplexity": [_exp(item) for item in loss],
+        "num_sequences": finite(value.get("num_sequences")),
+        "file": reader.name(name),
+    }
 
 
 def _exp(loss: float | None) -> float | None:

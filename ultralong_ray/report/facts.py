@@ -17,7 +17,7 @@ from typing import Any
 
 from ultralong_ray.config import Recipe
 from ultralong_ray.report.evaluation import evaluation_facts, verdict
-from ultralong_ray.report.reading import StageReader, finite, json_safe
+from ultralong_ray.report.reading import StageReader, finite, guarded, json_safe
 from ultralong_ray.report.tuning import tuning_facts
 from ultralong_ray.stages import inputs
 from ultralong_ray.storage import SUCCESS_FILE, StageDirectory
@@ -48,10 +48,13 @@ def run_facts(recipe: Recipe, directories: dict[str, StageDirectory]) -> dict[st
         "model": _model_facts(recipe),
         "verdict": verdict(evaluation["passkey"], evaluation["benchmarks"]),
         **evaluation,
-        "training": {name: training_facts(readers.get(name)) for name in ("pretrain", "sft")},
-        "tuning": tuning_facts(recipe, notes),
-        "data": _data_facts(readers.get("prepare")),
-        "sft_data": _sft_data_facts(readers.get("prepare_sft")),
+        "training": {
+            name: guarded(notes, f"Training of {name}", training_facts, readers.get(name))
+            for name in ("pretrain", "sft")
+        },
+        "tuning": guarded(notes, "Trials", tuning_facts, recipe, notes),
+        "data": guarded(notes, "Data", _data_facts, readers.get("prepare")),
+        "sft_data": guarded(notes, "Data of the fine-tuning", _sft_data_facts, readers.get("prepare_sft")),
         "export": _export_facts(readers.get("export")),
         "stages": [_stage_facts(reader) for reader in readers.values()],
         "recipe": recipe.model_dump(mode="json"),
@@ -146,8 +149,9 @@ def _data_facts(reader: StageReader | None) -> dict[str, Any] | None:
     before, after = value.get("histogram_before") or {}, value.get("histogram_after") or {}
     edges = [int(edge) for edge in value.get("length_edges_tokens") or []]
     domains = list(dict.fromkeys([*before, *after]))
-    charts = [{"domain": None, **_bucket_shares(_total(before), _total(after))}] if domains else []
-    if len(domains) > 1:
+    both = bool(before and after)
+    charts = [{"domain": None, **_bucket_shares(_total(before), _total(after))}] if both else []
+    if both and len(domains) > 1:
         charts += [{"domain": d, **_bucket_shares(before.get(d) or [], after.get(d) or [])} for d in domains]
     num_buckets = max((len(chart["before"]) for chart in charts), default=0)
     return {

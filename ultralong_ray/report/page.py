@@ -15,8 +15,10 @@ from markupsafe import Markup
 
 from ultralong_ray.config import Recipe
 from ultralong_ray.report import words
+from ultralong_ray.report.evaluation import verdict
 from ultralong_ray.report.facts import run_facts
 from ultralong_ray.report.figures import Axis, Line, heatmap, length_histogram, line_chart
+from ultralong_ray.report.reading import guarded
 from ultralong_ray.report.recipe_toml import recipe_toml
 from ultralong_ray.report.scores import clipped
 from ultralong_ray.report.templates import rendered
@@ -29,6 +31,16 @@ SAMPLE_CHARACTERS = 1_000_000
 SAMPLE_FIELD_CHARACTERS = 600
 DECODED_SAMPLE_CHARACTERS = 6_000
 
+# Keys of report.json that may be None, as notes call them
+SECTIONS = {
+    "passkey": "Passkey grid",
+    "perplexity": "Perplexity",
+    "benchmarks": "Benchmarks",
+    "tuning": "Trials",
+    "data": "Data",
+    "sft_data": "Data of the fine-tuning",
+}
+
 # (model, context length in tokens, depth in per cent) -> answers of that cell
 Answers = dict[tuple[str, int, float], list[dict[str, Any]]]
 
@@ -39,18 +51,35 @@ def write_report(recipe: Recipe, directories: dict[str, StageDirectory], stage: 
     `directories` maps stage names to directories; stages that are absent or unfinished leave their section empty with
     the reason on the page. Nothing but finished stages is read, so the report can be made anywhere the files are.
     """
-    facts = run_facts(recipe, directories)
-    answers = shown_answers(facts["passkey"])
-    facts["answers"] = {"num_shown": sum(map(len, answers.values())), "num_stored": _num_stored(facts["passkey"])}
-    toml = recipe_toml(recipe)
+    facts, toml = run_facts(recipe, directories), recipe_toml(recipe)
+    if (pages := guarded([], "", _pages, facts, toml)) is None:
+        facts = _without_what_cannot_be_shown(facts, toml)
+        pages = _pages(facts, toml)
     (stage.location / "recipe.toml").write_bytes(toml.encode())
     (stage.location / "report.json").write_json(facts)
-    (stage.location / "report.md").write_bytes(_render("page.md.j2", facts, toml, answers).encode())
-    (stage.location / "report.html").write_bytes(_render("page.html.j2", facts, toml, answers).encode())
+    for name, text in zip(("report.md", "report.html"), pages, strict=True):
+        (stage.location / name).write_bytes(text.encode())
     page = (stage.location / "report.html").uri
     summary = {"report": page, "verdict": facts["verdict"], "notes": facts["notes"]}
     unfinished = [name for name in inputs(recipe, "report") if name not in directories or not directories[name].done]
     return {**summary, "num_failed": _num_failed(facts), "num_unfinished_stages": len(unfinished)}
+
+
+def _pages(facts: dict[str, Any], toml: str) -> tuple[str, str]:
+    """The Markdown and the page. Adds to `facts` how many answers there is room for."""
+    answers = shown_answers(facts["passkey"])
+    facts["answers"] = {"num_shown": sum(map(len, answers.values())), "num_stored": _num_stored(facts["passkey"])}
+    return _render("page.md.j2", facts, toml, answers), _render("page.html.j2", facts, toml, answers)
+
+
+def _without_what_cannot_be_shown(facts: dict[str, Any], toml: str) -> dict[str, Any]:
+    """`facts` less the sections that cannot be drawn even on a page of their own, each with a note."""
+    shown = {**facts, **dict.fromkeys(SECTIONS)}
+    for name, title in SECTIONS.items():
+        alone = {**facts, **dict.fromkeys(SECTIONS), name: facts[name]}
+        if guarded(facts["notes"], title, _pages, alone, toml) is not None:
+            shown[name] = facts[name]
+    return {**shown, "verdict": verdict(shown["passkey"], shown["benchmarks"])}
 
 
 def _num_failed(facts: dict[str, Any]) -> int:

@@ -1,17 +1,24 @@
 """Tolerant reading of a stage's files: text in, JSON values out, and a plain sentence for everything that is amiss.
 
-A report is read when something went wrong as often as when all went well, so a file that is missing or no JSON costs
-its own section and a sentence under "Notes", never the report.
+A report is read when something went wrong as often as when all went well, so a file that is missing, no JSON or JSON
+of another form than expected costs its own section and a sentence under "Notes", never the report.
 """
 
 from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
+
+import jinja2
 
 from ultralong_ray.storage import StageDirectory
+
+Value = TypeVar("Value")
+# What a JSON value of another form than expected raises where it is used, the last in a template
+UNEXPECTED = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, jinja2.UndefinedError)
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +72,16 @@ class StageReader:
             self.notes.append(f"{self.name(what)} holds a {type(value).__name__} where an object was expected.")
             return None
         return value
+
+
+def guarded(notes: list[str], what: str, read: Callable[..., Value], *given: Any) -> Value | None:
+    """read(*given), or None with a note where a file that it reads is valid JSON and not of the form expected."""
+    try:
+        return read(*given)
+    except UNEXPECTED as error:
+        said = f"{type(error).__name__}: {error}"[:300]
+        notes.append(f"{what}: left out, for what is stored is not of the form expected ({said}).")
+        return None
 
 
 def finite(value: Any) -> float | None:

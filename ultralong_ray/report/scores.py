@@ -78,7 +78,7 @@ class Score:
             return {}
         if not self.losses:
             return {"loss": None}
-        low, high = resampled(self.losses)
+        low, high = resampled(self.losses) or (None, None)
         curve = [sum(bucket) / len(bucket) for bucket in zip(*self.bucket_losses, strict=True)]
         loss = {"loss": sum(self.losses) / len(self.losses), "loss_low": low, "loss_high": high}
         return {**loss, "bucket_end_tokens": self.bucket_ends, "bucket_loss": curve}
@@ -119,7 +119,7 @@ def read_scores(reader: StageReader, *, with_passkey: bool = False) -> list[Scor
         key = (cell["model"], cell["task"], cell["context_length_tokens"])
         score = scores.setdefault(key, Score(*key))
         name = reader.name(cell["file"])
-        stored = None if cell["file"] in failed else _stored(reader, cell["file"])
+        stored = None if cell["file"] in failed else _stored(reader, cell["file"], score)
         if stored is not None:
             _add(score, stored, name, cell)
         elif cell["file"] in failed:
@@ -146,8 +146,8 @@ def _place(cell: dict[str, Any]) -> tuple[Any, ...]:
     return cell["section"], cell["context_length_tokens"], cell["shard"], cell["depth_percent"] or 0.0
 
 
-def _stored(reader: StageReader, file: str) -> dict[str, Any] | None:
-    """A cell whose samples all have a score, or None with a note."""
+def _stored(reader: StageReader, file: str, score: Score) -> dict[str, Any] | None:
+    """A cell whose samples all have what `score` is made of, or None with a note."""
     value = reader.read_json(file)
     if value is None:
         return None
@@ -157,7 +157,19 @@ def _stored(reader: StageReader, file: str) -> dict[str, Any] | None:
             f"{reader.name(file)} holds no list of samples with scores from 0 to 1; it counts as missing."
         )
         return None
+    if score.suite == DOCUMENTS and not all(map(_has_losses, samples)):
+        reader.notes.append(f"{reader.name(file)} holds documents without losses; it counts as missing.")
+        return None
     return value
+
+
+def _has_losses(sample: dict[str, Any]) -> bool:
+    """Whether a document has a loss and those of its buckets, all finite."""
+    facts = _facts(sample)
+    ends, losses = facts.get("bucket_end_tokens"), facts.get("bucket_loss")
+    if not isinstance(ends, list) or not isinstance(losses, list) or len(ends) != len(losses):
+        return False
+    return None not in map(finite, [facts.get("loss"), *ends, *losses])
 
 
 def _is_scored(sample: Any) -> bool:

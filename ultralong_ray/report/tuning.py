@@ -13,9 +13,8 @@ from ultralong_ray.config import Recipe
 from ultralong_ray.report import words
 from ultralong_ray.report.figures import Axis, Line, line_chart
 from ultralong_ray.report.reading import StageReader
-from ultralong_ray.stages import stage_directory
+from ultralong_ray.stages import TRIALS_FILE, stage_directory
 
-TABLE_FILE = "tune.json"
 STYLES = {"best": "loss", "stopped": "rate"}  # classes of the page's style sheet; the others are plain
 LOGARITHMIC_ABOVE = 20.0  # times from the smallest to the largest value of a key
 
@@ -25,8 +24,8 @@ def tuning_facts(recipe: Recipe, notes: list[str]) -> dict[str, Any] | None:
     if recipe.tune is None:
         return None
     reader = StageReader(stage_directory(recipe, "tune"), notes)
-    found = reader.read_json(TABLE_FILE)
-    return None if found is None else {**found, "file": reader.name(TABLE_FILE)}
+    found = reader.read_json(TRIALS_FILE)
+    return None if found is None else {**found, "file": reader.name(TRIALS_FILE)}
 
 
 def tuning_charts(tuning: dict[str, Any] | None) -> list[Markup]:

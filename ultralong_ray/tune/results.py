@@ -21,7 +21,6 @@ from ultralong_ray.train.metrics import read_metrics
 from ultralong_ray.tune.trials import Trial, section, table_keys
 from ultralong_ray.types import sources_of
 
-TABLE_FILE = "tune.json"  # report/tuning.py shows it
 FINAL = ("done", "stopped")  # a failed trial is tried again by the next submission
 
 

@@ -24,10 +24,10 @@ from ultralong_ray.config import Recipe
 from ultralong_ray.job import connect_to_ray, run_stage
 from ultralong_ray.nodes import room_for
 from ultralong_ray.plan import num_steps
-from ultralong_ray.stages import stage_directory, stages
+from ultralong_ray.stages import TRIALS_FILE, stage_directory, stages
 from ultralong_ray.storage import Location
 from ultralong_ray.train.metrics import read_metrics
-from ultralong_ray.tune.results import FINAL, TABLE_FILE, as_text, is_over, table, write_record
+from ultralong_ray.tune.results import FINAL, as_text, is_over, table, write_record
 from ultralong_ray.tune.trials import Trial, TrialQueue, chosen_trials, plan_trials, section
 from ultralong_ray.types import UserError
 
@@ -48,8 +48,8 @@ def tune(recipe: Recipe, recipe_path: str, only: tuple[str, ...] = ()) -> None:
         _make_inputs(todo, recipe_path)
         _run(recipe, todo, folder, recipe_path)
     found = table(recipe, planned, folder)
-    (folder / TABLE_FILE).write_json(found)
-    print(f"{as_text(found)}\ntable: {folder / TABLE_FILE}", flush=True)
+    (folder / TRIALS_FILE).write_json(found)
+    print(f"{as_text(found)}\ntable: {folder / TRIALS_FILE}", flush=True)
     names = {trial.name for trial in chosen}
     failed = [row for row in found["trials"] if row["trial"] in names and row["status"] not in FINAL]
     if failed:

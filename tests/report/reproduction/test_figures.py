@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import tomllib
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
@@ -14,7 +15,7 @@ from ultralong_ray.report.reproduction.command import figures_command
 from ultralong_ray.report.reproduction.dots import Mark, Panel, Row, dot_chart
 from ultralong_ray.report.reproduction.figures import FIGURES, spread
 from ultralong_ray.report.reproduction.sheet import Placed, sheet
-from ultralong_ray.report.reproduction.trials import BEYOND
+from ultralong_ray.report.reproduction.trials import BEYOND, EQUAL_SEEDS
 from ultralong_ray.report.reproduction.variants import grouped
 from ultralong_ray.stages import stage_directory
 
@@ -103,6 +104,8 @@ def test_the_recipe_is_the_line_that_variants_are_held_against(results: Path, tm
         assert float(line.split(" ")[0][1:]) == pytest.approx(float(dot.get("cx", "")), abs=0.06)
     texts = _texts(root)
     assert texts.index("RoPE") < texts.index("NTK-aware") < texts.index("Other") < texts.index("new")
+    assert texts[-1] == EQUAL_SEEDS
+    assert EQUAL_SEEDS in json.loads((results / "reproduction.json").read_text())["tables"]["ablations"]
 
 
 def test_costs_are_shown_by_task_with_three_models_a_panel(results: Path, tmp_path: Path) -> None:

@@ -41,7 +41,7 @@ from ultralong_ray.report.reproduction.subjects import (
     paid_rows,
     texts_of,
 )
-from ultralong_ray.report.reproduction.trials import AT_END, BEYOND, RECIPE, RULER, WITHIN, exp_or_none
+from ultralong_ray.report.reproduction.trials import AT_END, BEYOND, EQUAL_SEEDS, RECIPE, RULER, WITHIN, exp_or_none
 from ultralong_ray.report.reproduction.variants import RECIPE_LABEL, grouped, label
 from ultralong_ray.report.words import near_tokens, percent, short_tokens
 from ultralong_ray.storage import Location
@@ -203,6 +203,7 @@ def ablations(results: dict[str, Any]) -> str | None:
     notes = [
         "The dashed line is the unchanged recipe. Intervals are cut at the edges; an arrow is a mean beyond them.",
         "Filled: told apart from the recipe over pairs of equal seeds, whose 95 % interval leaves out 0. Hollow: not.",
+        EQUAL_SEEDS,
     ]
     return sheet(f"Ablations at {_reached(results)}", subtitle, [Placed(chart)], notes=notes)
 

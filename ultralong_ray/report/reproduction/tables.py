@@ -20,7 +20,7 @@ from ultralong_ray.report.reproduction.subjects import (
     parts_of,
     texts_of,
 )
-from ultralong_ray.report.reproduction.trials import AT_END, BEYOND, RECIPE, RULER, SKILLS, WITHIN
+from ultralong_ray.report.reproduction.trials import AT_END, BEYOND, EQUAL_SEEDS, RECIPE, RULER, SKILLS, WITHIN
 from ultralong_ray.report.reproduction.variants import RECIPE_LABEL, grouped, label
 from ultralong_ray.report.words import ABSENT, number, percent, short_tokens
 
@@ -164,7 +164,7 @@ def _ablations(results: dict[str, Any]) -> str:
     ]
     below = (
         "Mean and 95 % interval over seeds (Student's t, cut at 0 and 100; differences over pairs of equal seeds). "
-        f"Within and beyond the base model's window. Paper: {ABLATIONS_SOURCE}."
+        f"{EQUAL_SEEDS} Within and beyond the base model's window. Paper: {ABLATIONS_SOURCE}."
     )
     return _table(heads, rows, below)
 

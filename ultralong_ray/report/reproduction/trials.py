@@ -20,6 +20,7 @@ WITHIN, BEYOND, AT_END = "passkey within window", "passkey beyond window", "perp
 RULER, SKILLS = "ruler over all lengths", "short skills"
 OF_ALL = {"ruler": RULER, "short_skills": SKILLS}  # suite -> the mean of all its scores
 COMPARED = (WITHIN, BEYOND, AT_END, RULER, SKILLS)
+EQUAL_SEEDS = "Where all seeds gave the same, the interval has no width: that is what was seen, and not certain."
 
 
 def read_trials(folder: Path, notes: list[str]) -> dict[str, dict[str, Any]]:
