@@ -24,7 +24,7 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 from filelock import FileLock
 
-from ultralong_ray.object_store import explained, meaning_of, retried, s3_filesystem
+from ultralong_ray.object_store import explained, is_full, is_refusal, retried, s3_filesystem
 from ultralong_ray.types import StorageOptions, UserError
 
 SUCCESS_FILE = "_SUCCESS.json"
@@ -221,10 +221,12 @@ class Location:
 
 @contextlib.contextmanager
 def explain_full_disk(where: str) -> Iterator[None]:
-    """Turn ENOSPC into a message that names the place and the remedy."""
+    """Turn ENOSPC, and what a full store says, into a message that names the place and the remedy."""
     try:
         yield
     except OSError as error:
+        if is_full(error):
+            raise explained(error, where) from error
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         raise UserError(
@@ -239,7 +241,7 @@ def refusals_in_words() -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if meaning_of(error) is None:
+        if not is_refusal(error):
             raise
         raise explained(error, "the storage") from error
 
