@@ -1,9 +1,13 @@
 """What a store refuses is said in words that name the remedy, and only what may pass is tried again."""
 
+from pathlib import Path
+
+import pyarrow.fs as pafs
 import pytest
 
+from ultralong_ray import object_store
 from ultralong_ray.object_store import is_transient, retried
-from ultralong_ray.storage import explain_full_disk, refusals_in_words
+from ultralong_ray.storage import Location, copy_file, copy_files, explain_full_disk, refusals_in_words
 from ultralong_ray.types import UserError
 
 # As pyarrow 26.0 words what a store answers.
@@ -13,7 +17,9 @@ UNPARSED = (
 DROPPED = "AWS Error NETWORK_CONNECTION during HeadObject operation: curlCode: 56"
 FULL = (UNPARSED.format(507, "XMinioStorageFull"), UNPARSED.format(403, "QuotaExceeded"))
 SAID = {
-    "AWS Error UNKNOWN (HTTP status 301) during HeadObject operation: No response body.": "another region.*storage.region",
+    "AWS Error UNKNOWN (HTTP status 301) during HeadObject operation: No response body.": (
+        "another region.*storage.region"
+    ),
     UNPARSED.format(301, "PermanentRedirect"): "another region",
     UNPARSED.format(400, "AuthorizationHeaderMalformed"): "another region",
     "AWS Error REQUEST_TIME_TOO_SKEWED during PutObject operation: too large": "set this machine's clock",
@@ -47,6 +53,25 @@ def test_a_full_store_is_told_from_a_network_at_fault(error: str):
         with explain_full_disk("s3://bucket/run"):
             raise OSError(error)
 
-    with pytest.raises(UserError, match="s3://bucket/run cannot be written: no room is left there.*workdir"):
+    with pytest.raises(UserError, match=r"s3://bucket/run cannot be written: no room is left there.*workdir"):
         retried(write, 3)
     assert len(tried) == 1
+
+
+def test_a_copy_is_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "from").mkdir()
+    (tmp_path / "from" / "a").write_text("1")
+    copy, calls = pafs.copy_files, list[str]()
+
+    def fails_first(source: str, *more: object, **named: object) -> None:
+        calls.append(source)
+        if len(calls) % 2:
+            raise OSError(DROPPED)
+        copy(source, *more, **named)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(pafs, "copy_files", fails_first)
+    monkeypatch.setattr(object_store, "LONGEST_WAIT_SECONDS", 0.01)
+    copy_files(Location.of(tmp_path / "from"), Location.of(tmp_path / "to"))
+    copy_file(tmp_path / "from" / "a", Location.of(tmp_path / "one" / "a"))
+    assert (tmp_path / "to" / "a").read_text() == (tmp_path / "one" / "a").read_text() == "1"
+    assert len(calls) == 4

@@ -246,19 +246,29 @@ def refusals_in_words() -> Iterator[None]:
         raise explained(error, "the storage") from error
 
 
+def copy_file(source: Path | Location, target: Location) -> None:
+    """Copy one file, local or remote on either side, from its start again while a store does not answer.
+
+    Raises UserError where the target has no room left.
+    """
+    origin = Location.of(source)
+
+    def copy() -> None:
+        pafs.copy_files(
+            origin.path, target.path, source_filesystem=origin.filesystem, destination_filesystem=target.filesystem
+        )
+
+    with explain_full_disk(target.uri):
+        target.parent.make_dir()
+        retried(copy, (origin if target.is_local else target).options.max_attempts)
+
+
 def copy_files(source: Location, target: Location, *, skip: tuple[str, ...] = ()) -> None:
     """Copy every file below `source` to the same relative path below `target`."""
     for item in source.files(recursive=True):
         relative = item.uri[len(source.uri) + 1 :]
         if relative not in skip:
-            with explain_full_disk(target.uri):
-                (target / relative).parent.make_dir()
-                pafs.copy_files(
-                    item.path,
-                    (target / relative).path,
-                    source_filesystem=item.filesystem,
-                    destination_filesystem=target.filesystem,
-                )
+            copy_file(item, target / relative)
 
 
 def default_cache() -> Path:

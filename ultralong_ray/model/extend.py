@@ -16,14 +16,13 @@ from ultralong_ray.model import rope as rope_schemes
 from ultralong_ray.model.folder import (
     INDEX_FILE,
     base_folder,
-    copy_file,
     copy_tokenizer,
     read_config,
     read_json,
     tensor_shapes,
     weight_files,
 )
-from ultralong_ray.storage import Location, StageDirectory
+from ultralong_ray.storage import Location, StageDirectory, copy_file
 from ultralong_ray.types import UserError
 
 MODEL_CLASSES = {
