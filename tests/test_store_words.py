@@ -1,14 +1,17 @@
 """What a store refuses is said in words that name the remedy, and only what may pass is tried again."""
 
+import re
 from pathlib import Path
 
 import pyarrow.fs as pafs
 import pytest
 
-from ultralong_ray import object_store
+from ultralong_ray import object_store, storage
 from ultralong_ray.object_store import is_transient, retried
+from ultralong_ray.plan import describe
+from ultralong_ray.recipe import load_recipe
 from ultralong_ray.storage import Location, copy_file, copy_files, explain_full_disk, refusals_in_words
-from ultralong_ray.types import UserError
+from ultralong_ray.types import StorageOptions, UserError
 
 # As pyarrow 26.0 words what a store answers.
 UNPARSED = (
@@ -75,3 +78,22 @@ def test_a_copy_is_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     copy_file(tmp_path / "from" / "a", Location.of(tmp_path / "one" / "a"))
     assert (tmp_path / "to" / "a").read_text() == (tmp_path / "one" / "a").read_text() == "1"
     assert len(calls) == 4
+
+
+@pytest.mark.parametrize("error", SAID)
+def test_a_dry_run_is_not_spoiled_by_its_store_nor_waits_for_it(error: str, monkeypatch: pytest.MonkeyPatch):
+    asked = list[str]()
+
+    def refuses(root: str, _: StorageOptions) -> pafs.FileSystem:
+        if not root:
+            return pafs.LocalFileSystem()
+        asked.append(root)
+        raise OSError(error)
+
+    monkeypatch.setattr(object_store, "LONGEST_WAIT_SECONDS", 0.01)
+    monkeypatch.setattr(storage, "_filesystem_of", refuses)
+    quickstart = Path(__file__).parents[1] / "jobs" / "recipes" / "quickstart.toml"
+    plan = describe(load_recipe(str(quickstart), ["--workdir", "s3://bucket/run"]))
+    assert re.search(rf"what is done already is not known from here: .*{SAID[error]}", plan)
+    assert re.search(r"  prepare +\? +s3://bucket/run/prepare-", plan)
+    assert len(asked) == 1

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from ultralong_ray.config import Recipe, TrainConfig
 from ultralong_ray.config.degrees import Heads
 from ultralong_ray.config.made_tasks import ShortSkillsTask
@@ -11,7 +13,7 @@ from ultralong_ray.planner.hardware import Hardware
 from ultralong_ray.planner.plan import Planned, hardware_of, plan_training
 from ultralong_ray.planner.words import plan_words, summary
 from ultralong_ray.stages import inputs, stage_directory, stages
-from ultralong_ray.storage import Location
+from ultralong_ray.storage import Location, StageDirectory, refusals_in_words
 from ultralong_ray.types import UserError
 
 
@@ -90,9 +92,10 @@ def _stage_lines(recipe: Recipe) -> list[str]:
     """Where each stage writes. A workdir that cannot be reached from here does not spoil a dry run."""
     directories = [stage_directory(recipe, stage) for stage in stages(recipe)]
     try:
-        states = ["done" if directory.done else "to do" for directory in directories]
+        with refusals_in_words():
+            states = ["done" if _at_first_asking(directory).done else "to do" for directory in directories]
         note = []
-    except UserError as error:
+    except (UserError, OSError) as error:
         states = ["?" for _ in directories]
         note = [f"  (what is done already is not known from here: {error})"]
     lines = ["", "stages, in order:", *note]
@@ -102,6 +105,12 @@ def _stage_lines(recipe: Recipe) -> list[str]:
             f"  {directory.stage:<12} {state:<6} {directory.location}" + (f"  (reads {reads})" if reads else "")
         )
     return lines
+
+
+def _at_first_asking(directory: StageDirectory) -> StageDirectory:
+    """The same, whose store is asked once only: without a network the plan would wait for a minute and a half."""
+    location = directory.location
+    return replace(directory, location=replace(location, options=replace(location.options, max_attempts=1)))
 
 
 def _model_lines(recipe: Recipe) -> list[str]:
