@@ -194,7 +194,12 @@ class Location:
         return self
 
     def delete_dir(self) -> None:
-        if self.exists():
+        """Delete all files below; an absent folder is no error. A store's file of the very same name stays."""
+        kind = self.info().type
+        if kind == pafs.FileType.File and not self.is_local:  # pyarrow takes the name for the file's alone
+            for file in self.files(recursive=True):
+                file.delete_file()
+        elif kind != pafs.FileType.NotFound:
             self._retried(lambda: self.filesystem.delete_dir(self.path))
 
     def delete_file(self) -> None:
@@ -321,7 +326,8 @@ def local_folder(location: Location, cache: Path | None = None, *, skip_suffixes
     """
     if location.is_local:
         return Path(location.path)
-    place = (cache or default_cache()) / location.uri.replace("://", "_").replace("/", "_")
+    digits = hashlib.sha256(location.uri.encode()).hexdigest()[:16]
+    place = (cache or default_cache()) / f"{location.name[:40]}-{digits}"  # 40: of at most four bytes, in 255
     place.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(place.with_name(place.name + ".lock")):
         copy = place / location.state()
