@@ -13,7 +13,7 @@ from ultralong_ray.planner.hardware import Hardware
 from ultralong_ray.planner.plan import Planned, hardware_of, plan_training
 from ultralong_ray.planner.words import plan_words, summary
 from ultralong_ray.stages import inputs, stage_directory, stages
-from ultralong_ray.storage import Location, StageDirectory, refusals_in_words
+from ultralong_ray.storage import Location, refusals_in_words
 from ultralong_ray.types import UserError
 
 
@@ -89,11 +89,12 @@ def describe(recipe: Recipe) -> str:
 
 
 def _stage_lines(recipe: Recipe) -> list[str]:
-    """Where each stage writes. A workdir that cannot be reached from here does not spoil a dry run."""
+    """Where each stage writes. A workdir that cannot be reached from here neither spoils nor delays a dry run."""
     directories = [stage_directory(recipe, stage) for stage in stages(recipe)]
     try:
         with refusals_in_words():
-            states = ["done" if _at_first_asking(directory).done else "to do" for directory in directories]
+            asked = [replace(directory, location=directory.location.asked_once) for directory in directories]
+            states = ["done" if directory.done else "to do" for directory in asked]
         note = []
     except (UserError, OSError) as error:
         states = ["?" for _ in directories]
@@ -105,12 +106,6 @@ def _stage_lines(recipe: Recipe) -> list[str]:
             f"  {directory.stage:<12} {state:<6} {directory.location}" + (f"  (reads {reads})" if reads else "")
         )
     return lines
-
-
-def _at_first_asking(directory: StageDirectory) -> StageDirectory:
-    """The same, whose store is asked once only: without a network the plan would wait for a minute and a half."""
-    location = directory.location
-    return replace(directory, location=replace(location, options=replace(location.options, max_attempts=1)))
 
 
 def _model_lines(recipe: Recipe) -> list[str]:

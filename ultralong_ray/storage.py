@@ -132,6 +132,11 @@ class Location:
         return _filesystem_of(f"{scheme}://{rest.split('/', 1)[0]}", self.options)
 
     @property
+    def asked_once(self) -> Location:
+        """The same, not asked again where a store does not answer: for what can do without."""
+        return replace(self, options=replace(self.options, max_attempts=1))
+
+    @property
     def name(self) -> str:
         return self.uri.rsplit("/", 1)[-1]
 
