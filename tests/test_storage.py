@@ -150,3 +150,33 @@ def test_a_full_disk_is_explained():
 def test_an_unknown_scheme_is_refused():
     with pytest.raises(UserError, match="no filesystem for the scheme 'nosuch'"):
         Location.of("nosuch://x/y").exists()
+
+
+def test_folders_of_like_names_keep_copies_of_their_own(s3_uri: str, tmp_path: Path):
+    one, other = Location.of(f"{s3_uri}/m/base_x"), Location.of(f"{s3_uri}/m_base/x")
+    (one / "w").write_bytes(b"1")
+    (other / "w").write_bytes(b"22")
+    copies = [local_folder(place, tmp_path) for place in (one, other)]
+    assert [(copy / "w").read_bytes() for copy in copies] == [b"1", b"22"]
+
+
+def test_a_long_address_has_a_copy(s3_uri: str, tmp_path: Path):
+    place = Location.of(s3_uri) / ("long" * 30) / ("é" * 90)
+    (place / "w").write_bytes(b"1")
+    assert (local_folder(place, tmp_path) / "w").read_bytes() == b"1"
+
+
+def test_a_folder_beside_a_file_of_its_name_is_deleted(s3_uri: str):
+    place = Location.of(s3_uri) / "both"
+    for key in (place / "a", place / "b" / "c", place):
+        key.write_bytes(b"x")
+    place.delete_dir()
+    assert place.files(recursive=True) == []
+    assert place.read_bytes() == b"x"
+
+
+def test_a_file_is_not_deleted_as_a_folder(tmp_path: Path):
+    (tmp_path / "file").write_bytes(b"x")
+    with pytest.raises(OSError, match="file"):
+        Location.of(tmp_path / "file").delete_dir()
+    assert (tmp_path / "file").read_bytes() == b"x"

@@ -29,11 +29,30 @@ class StoreUnavailable(UserError):
     """The store does not answer, or asks to come back later."""
 
 
+_FULL = "no room is left there; free some, or name another workdir, and submit again: what is finished is kept"
+
 # What the store or the SDK says -> what it means and what mends it. The first that matches counts.
 _MEANINGS = (
     (
         r"ExpiredToken|TokenRefreshRequired|token.{0,40}expired|expired.{0,40}token",
         "the credentials have expired; renew them (AWS_SESSION_TOKEN, the profile or the role) and submit again",
+    ),
+    (r"HTTP (?:status|response code:?) 507|StorageFull|QuotaExceeded", _FULL),
+    (
+        r"HTTP (?:status|response code:?) 301|PermanentRedirect|AuthorizationHeaderMalformed",
+        "the bucket lies in another region or at another endpoint; set storage.region (or AWS_REGION) to the bucket's",
+    ),
+    (
+        r"REQUEST_TIME_TOO_SKEWED|RequestTimeTooSkewed",
+        "this machine's clock differs too much from the store's; set this machine's clock and submit again",
+    ),
+    (
+        r"KMS\.\w+Exception",
+        "the key that encrypts the bucket cannot be used; enable it, or grant these credentials its use",
+    ),
+    (
+        r"NO_SUCH_UPLOAD|NoSuchUpload",
+        "the upload was ended from elsewhere, by a rule of the bucket or a second writer; submit again",
     ),
     (
         # an answer to HEAD has no body to say more, and of a refused GET the SDK does not always read it
@@ -63,8 +82,8 @@ _MEANINGS = (
     (
         r"curlCode|NETWORK_CONNECTION|SERVICE_UNAVAILABLE|SLOW_DOWN|SlowDown|INTERNAL_FAILURE|InternalError|"
         r"REQUEST_TIMEOUT|THROTTLING|HTTP (?:status|response code:?) 50\d|Connection refused|Connection reset",
-        "the store does not answer, after storage.max_attempts attempts; check the network and the endpoint, and "
-        "submit again: what is finished is kept",
+        "the store does not answer (a request is tried at most storage.max_attempts times); check the network and the "
+        "endpoint, and submit again: what is finished is kept",
     ),
 )
 
@@ -110,6 +129,16 @@ def is_transient(error: Exception) -> bool:
     return isinstance(error, StoreUnavailable) or meaning_of(error) == _TRANSIENT
 
 
+def is_refusal(error: Exception) -> bool:
+    """Is the error a store's or a disk's own, whether or not its meaning is known?"""
+    return meaning_of(error) is not None or "AWS Error" in str(error)
+
+
+def is_full(error: Exception) -> bool:
+    """Does the error say that the store has no room left, or its owner no quota?"""
+    return meaning_of(error) == _FULL
+
+
 def retried(operation: Callable[[], Value], attempts: int) -> Value:
     """The operation's value; it is tried again, after growing waits, while the store does not answer."""
     began = time.monotonic()
@@ -126,9 +155,12 @@ def retried(operation: Callable[[], Value], attempts: int) -> Value:
 
 def explained(error: Exception, where: str) -> UserError:
     """The UserError for a store that cannot be used at `where`: StoreUnavailable where it may pass."""
-    meaning = meaning_of(error) or (
+    meaning = meaning_of(error)
+    if meaning is None and is_refusal(error):
+        return UserError(f"{where}: the store refused a request; what is finished is kept ({error})")
+    meaning = meaning or (
         "check the bucket's name, the network, storage.endpoint or AWS_ENDPOINT_URL (for a server other than AWS), "
         "storage.region or AWS_REGION, and the credentials of the usual AWS chain"
     )
     kind = StoreUnavailable if meaning == _TRANSIENT else UserError
-    return kind(f"{where} cannot be reached: {meaning} ({error})")
+    return kind(f"{where} cannot be {'written' if meaning == _FULL else 'reached'}: {meaning} ({error})")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from ultralong_ray.config import Recipe, TrainConfig
@@ -15,7 +16,7 @@ from ultralong_ray.planner.hardware import Hardware
 from ultralong_ray.planner.plan import Planned, hardware_of, plan_training
 from ultralong_ray.planner.words import plan_words, summary
 from ultralong_ray.stages import inputs, stage_directory, stages
-from ultralong_ray.storage import Location
+from ultralong_ray.storage import Location, refusals_in_words
 from ultralong_ray.types import UserError
 
 
@@ -95,12 +96,14 @@ def describe(recipe: Recipe) -> str:
 
 
 def _stage_lines(recipe: Recipe) -> list[str]:
-    """Where each stage writes. A workdir that cannot be reached from here does not spoil a dry run."""
+    """Where each stage writes. A workdir that cannot be reached from here neither spoils nor delays a dry run."""
     directories = [stage_directory(recipe, stage) for stage in stages(recipe)]
     try:
-        states = ["done" if directory.done else "to do" for directory in directories]
+        with refusals_in_words():
+            asked = [replace(directory, location=directory.location.asked_once) for directory in directories]
+            states = ["done" if directory.done else "to do" for directory in asked]
         note = []
-    except UserError as error:
+    except (UserError, OSError) as error:
         states = ["?" for _ in directories]
         note = [f"  (what is done already is not known from here: {error})"]
     lines = ["", "stages, in order:", *note]

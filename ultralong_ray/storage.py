@@ -1,8 +1,9 @@
 """Files, local or remote, and stage directories.
 
 A `Location` is a URI that can be pickled into any process; its pyarrow filesystem is made where it is used. Local
-paths, `s3://`, `gs://` come from pyarrow; every other scheme from fsspec when the package for it is installed. Writes
-are atomic for a reader: a local file is renamed into place, an object appears when its upload ends.
+paths, `s3://`, `gs://` come from pyarrow; another scheme from fsspec when the package for it is installed and its
+addresses are `scheme://` and a path. Writes are atomic for a reader: a local file is renamed into place, an object
+appears when its upload ends.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Callable, Iterator
@@ -24,7 +26,7 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 from filelock import FileLock
 
-from ultralong_ray.object_store import explained, meaning_of, retried, s3_filesystem
+from ultralong_ray.object_store import explained, is_full, is_refusal, retried, s3_filesystem
 from ultralong_ray.types import StorageOptions, UserError
 
 SUCCESS_FILE = "_SUCCESS.json"
@@ -38,25 +40,64 @@ def _filesystem_of(root: str, options: StorageOptions) -> pafs.FileSystem:
     """Filesystem for `scheme://authority`; the empty root is the local disk."""
     if not root:
         return pafs.LocalFileSystem()
-    scheme = root.split("://", 1)[0]
+    scheme, authority = root.split("://", 1)
     try:
         if scheme == "s3":
             return s3_filesystem(root, options)
-        filesystem, _ = pafs.FileSystem.from_uri(root)
-        return filesystem
+        filesystem, path = pafs.FileSystem.from_uri(root)
     except OSError as error:
         raise explained(error, root) from error
     except (ValueError, NotImplementedError):
         return _fsspec_filesystem(scheme, root)
+    if path != authority:
+        raise _unread(root)
+    return filesystem
 
 
 def _fsspec_filesystem(scheme: str, root: str) -> pafs.FileSystem:
+    """Raises UserError where fsspec has none, or one for which an address is more, or less, than its path."""
     import fsspec
+    from fsspec.core import strip_protocol
 
     try:
+        if f"{scheme}://{strip_protocol(root).lstrip('/')}" != root:
+            raise _unread(root)
         return pafs.PyFileSystem(pafs.FSSpecHandler(fsspec.filesystem(scheme)))
+    except (TypeError, OSError) as error:  # it takes arguments, or an archive that its address does not name
+        raise _unread(root) from error
     except (ValueError, ImportError) as error:
         raise UserError(f"{root}: no filesystem for the scheme {scheme!r} ({error})") from error
+
+
+def _unread(root: str) -> UserError:
+    return UserError(
+        f"{root}: an address such as this of the scheme {root.split('://', 1)[0]!r} is more than scheme://path and is "
+        f"not read; copy the files to a disk or to a bucket (s3://BUCKET, gs://BUCKET) and name that"
+    )
+
+
+def _normalised(text: str) -> str:
+    """The URI, its scheme in lower case, or absolute path that is meant. Raises UserError for a mistyped address."""
+    found = re.match(r"([A-Za-z][A-Za-z0-9+.-]+):/(/?)(.*)", text, re.DOTALL)
+    if found is None:
+        return text.rstrip("/") if "://" in text else os.path.abspath(os.path.expanduser(text))
+    scheme, slash, rest = found[1].lower(), found[2], found[3]
+    if not slash:
+        address = f"{scheme}:///{rest}" if scheme == "file" else f"{scheme}://{rest}"
+        raise UserError(f"{text!r} has one slash after its scheme; write {address}, or ./{text} for a folder here")
+    if scheme == "file":
+        path = rest.removeprefix("localhost") if rest.startswith("localhost/") else rest
+        if not path.startswith(("/", "~")):
+            raise UserError(f"{text!r}: file:// names a path of this machine; write file:///{rest}")
+        return os.path.abspath(os.path.expanduser(path))
+    if "://" in rest:
+        raise UserError(f"{text!r} is one address within another, which is not read; unpack it and name the folder")
+    rest = rest.rstrip("/")
+    if not rest or rest.startswith("/"):
+        raise UserError(f"{text!r} names no bucket; write {scheme}://{rest.lstrip('/') or 'BUCKET/FOLDER'}")
+    if "//" in rest:
+        raise UserError(f"{text!r} has an empty folder name; write {scheme}://{re.sub('/+', '/', rest)}")
+    return f"{scheme}://{rest}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,15 +109,11 @@ class Location:
 
     @staticmethod
     def of(uri: str | Path | Location, options: StorageOptions = DEFAULT_OPTIONS) -> Location:
-        """Normalise: a path without scheme becomes absolute, `file://` becomes a path."""
-        if isinstance(uri, Location):
-            return uri
-        text = str(uri)
-        if text.startswith("file://"):
-            text = text[len("file://") :]
-        if "://" not in text:
-            text = os.path.abspath(os.path.expanduser(text))
-        return Location(text.rstrip("/") if len(text) > 1 else text, options)
+        """Normalise: a path without scheme becomes absolute, `file://` becomes a path, a scheme lower case.
+
+        Raises UserError for a mistyped address.
+        """
+        return uri if isinstance(uri, Location) else Location(_normalised(str(uri)), options)
 
     @property
     def is_local(self) -> bool:
@@ -93,6 +130,11 @@ class Location:
             return _filesystem_of("", DEFAULT_OPTIONS)
         scheme, rest = self.uri.split("://", 1)
         return _filesystem_of(f"{scheme}://{rest.split('/', 1)[0]}", self.options)
+
+    @property
+    def asked_once(self) -> Location:
+        """The same, not asked again where a store does not answer: for what can do without."""
+        return replace(self, options=replace(self.options, max_attempts=1))
 
     @property
     def name(self) -> str:
@@ -157,7 +199,12 @@ class Location:
         return self
 
     def delete_dir(self) -> None:
-        if self.exists():
+        """Delete all files below; an absent folder is no error. A store's file of the very same name stays."""
+        kind = self.info().type
+        if kind == pafs.FileType.File and not self.is_local:  # pyarrow takes the name for the file's alone
+            for file in self.files(recursive=True):
+                file.delete_file()
+        elif kind != pafs.FileType.NotFound:
             self._retried(lambda: self.filesystem.delete_dir(self.path))
 
     def delete_file(self) -> None:
@@ -221,10 +268,12 @@ class Location:
 
 @contextlib.contextmanager
 def explain_full_disk(where: str) -> Iterator[None]:
-    """Turn ENOSPC into a message that names the place and the remedy."""
+    """Turn ENOSPC, and what a full store says, into a message that names the place and the remedy."""
     try:
         yield
     except OSError as error:
+        if is_full(error):
+            raise explained(error, where) from error
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         raise UserError(
@@ -239,9 +288,26 @@ def refusals_in_words() -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if meaning_of(error) is None:
+        if not is_refusal(error):
             raise
         raise explained(error, "the storage") from error
+
+
+def copy_file(source: Path | Location, target: Location) -> None:
+    """Copy one file, local or remote on either side, from its start again while a store does not answer.
+
+    Raises UserError where the target has no room left.
+    """
+    origin = Location.of(source)
+
+    def copy() -> None:
+        pafs.copy_files(
+            origin.path, target.path, source_filesystem=origin.filesystem, destination_filesystem=target.filesystem
+        )
+
+    with explain_full_disk(target.uri):
+        target.parent.make_dir()
+        retried(copy, (origin if target.is_local else target).options.max_attempts)
 
 
 def copy_files(source: Location, target: Location, *, skip: tuple[str, ...] = ()) -> None:
@@ -249,14 +315,7 @@ def copy_files(source: Location, target: Location, *, skip: tuple[str, ...] = ()
     for item in source.files(recursive=True):
         relative = item.uri[len(source.uri) + 1 :]
         if relative not in skip:
-            with explain_full_disk(target.uri):
-                (target / relative).parent.make_dir()
-                pafs.copy_files(
-                    item.path,
-                    (target / relative).path,
-                    source_filesystem=item.filesystem,
-                    destination_filesystem=target.filesystem,
-                )
+            copy_file(item, target / relative)
 
 
 def default_cache() -> Path:
@@ -272,7 +331,8 @@ def local_folder(location: Location, cache: Path | None = None, *, skip_suffixes
     """
     if location.is_local:
         return Path(location.path)
-    place = (cache or default_cache()) / location.uri.replace("://", "_").replace("/", "_")
+    digits = hashlib.sha256(location.uri.encode()).hexdigest()[:16]
+    place = (cache or default_cache()) / f"{location.name[:40]}-{digits}"  # 40: of at most four bytes, in 255
     place.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(place.with_name(place.name + ".lock")):
         copy = place / location.state()

@@ -60,9 +60,11 @@ def test_hidden_and_temporary_folders_hold_no_shards(tmp_path: Path) -> None:
     assert names(source, "") == ["code/a.jsonl"]
 
 
-@pytest.mark.parametrize("uri", ["s3://", "/tmp/a\0b"])
-def test_what_is_no_address(uri: str) -> None:
-    with pytest.raises(UserError, match=r"is no address .* Write a path"):
+@pytest.mark.parametrize(
+    ("uri", "words"), [("s3://", "'s3://' names no bucket"), ("/tmp/a\0b", r"is no address .* Write a path")]
+)
+def test_what_is_no_address(uri: str, words: str) -> None:
+    with pytest.raises(UserError, match=words):
         list_shards(SourceConfig(uri=uri))
 
 

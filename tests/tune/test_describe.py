@@ -8,21 +8,23 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import pyarrow.fs as pafs
 import pytest
 
+from ultralong_ray import storage
 from ultralong_ray.config import Recipe
 from ultralong_ray.recipe import load_recipe
 from ultralong_ray.stages import stage_directory
 from ultralong_ray.tune.describe import describe_trials
 from ultralong_ray.tune.results import write_record
 from ultralong_ray.tune.trials import plan_trials
-from ultralong_ray.types import UserError
+from ultralong_ray.types import StorageOptions, UserError
 
 ROOT = Path(__file__).resolve().parents[2]
 ABLATIONS = ROOT / "jobs/recipes/reproduction/ablations.toml"
 
 
-def ablations(workdir: Path, *more: str) -> Recipe:
+def ablations(workdir: Path | str, *more: str) -> Recipe:
     base = str(ROOT / "jobs/models/reproduction-base")
     return load_recipe(str(ABLATIONS), ["--workdir", str(workdir), "--model.base", base, *more])
 
@@ -72,3 +74,18 @@ def test_a_dry_run_refuses_a_search_that_cannot_be(tmp_path: Path) -> None:
     assert done.returncode == 0 and "63 trials" in done.stdout
     failed = subprocess.run([*command, *base, "--only", "none"], cwd=ROOT, capture_output=True, text=True)
     assert failed.returncode == 2 and "no such variant" in failed.stderr
+
+
+def test_a_store_that_refuses_is_asked_once_and_spoils_no_dry_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = list[int]()
+
+    def refuses(root: str, options: StorageOptions) -> pafs.FileSystem:
+        if not root:
+            return pafs.LocalFileSystem()
+        asked.append(options.max_attempts)
+        raise OSError("AWS Error UNKNOWN (HTTP status 301) during HeadObject operation: No response body.")
+
+    monkeypatch.setattr(storage, "_filesystem_of", refuses)
+    text = describe_trials(ablations("s3://bucket/run"))
+    assert re.search("what is over is not known from here: .* the bucket lies in another region", text)
+    assert asked == [1]

@@ -30,7 +30,8 @@ class Recipe(Section):
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
     workdir: Annotated[str, Field(min_length=1)]
-    """Where stages write: local path or any pyarrow / fsspec URI (s3://bucket/prefix)."""
+    """Where stages write: local path, s3://bucket/prefix, gs://bucket/prefix, or a scheme of fsspec that writes files
+    by scheme://path alone."""
     storage: StorageConfig = StorageConfig()
     model: ModelConfig
     corpus: CorpusConfig

@@ -59,7 +59,8 @@ class SourceConfig(Section):
     """files: Parquet, JSONL or Arrow shards. installed: the text on this machine (code, documentation, licences).
     tasks: synthetic documents that ask something, for training a base model from nothing; in [sft], conversations."""
     uri: str | None = None
-    """files: a file, a folder (prefix) or a glob; local path or any pyarrow / fsspec URI."""
+    """files: a file, a folder (prefix) or a glob; local path, s3://, gs://, or a scheme of fsspec whose addresses are
+    scheme://path alone (not http)."""
     storage: StorageConfig | None = operational(None)
     """How an s3:// uri is reached; default: as [storage] of the recipe says."""
     format: Literal["parquet", "jsonl", "arrow"] | None = None

@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
-from ultralong_ray.object_store import explained, meaning_of, retried
+from ultralong_ray.object_store import explained, is_refusal, retried
 from ultralong_ray.types import UserError
 from ultralong_ray.watch.metrics import show
 
@@ -59,7 +59,7 @@ def run_tasks(
         except UserError as error:
             return {"result": b"", "error": str(error)}
         except OSError as error:
-            if meaning_of(error) is None:
+            if not is_refusal(error):
                 raise
             return {"result": b"", "error": str(explained(error, "the object store"))}
 

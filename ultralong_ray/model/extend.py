@@ -17,7 +17,6 @@ from ultralong_ray.model import rope as rope_schemes
 from ultralong_ray.model.folder import (
     INDEX_FILE,
     base_folder,
-    copy_file,
     copy_tokenizer,
     read_config,
     read_json,
@@ -25,7 +24,7 @@ from ultralong_ray.model.folder import (
 )
 from ultralong_ray.model.rope import NTK_FIELD
 from ultralong_ray.model.stored_weights import check_weights
-from ultralong_ray.storage import Location, StageDirectory
+from ultralong_ray.storage import Location, StageDirectory, copy_file
 from ultralong_ray.types import UserError
 
 MODEL_CLASSES = {

@@ -11,10 +11,8 @@ import re
 from pathlib import Path
 from typing import Any
 
-import pyarrow.fs as pafs
-
 from ultralong_ray.config import ModelConfig
-from ultralong_ray.storage import DEFAULT_OPTIONS, Location, explain_full_disk, local_folder
+from ultralong_ray.storage import DEFAULT_OPTIONS, Location, copy_file, local_folder
 from ultralong_ray.types import StorageOptions, UserError
 
 WEIGHTS_FILE = "model.safetensors"
@@ -130,16 +128,6 @@ def tensor_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
         except (SafetensorError, OSError) as error:
             raise UserError(f"{path} is damaged or cut short ({error}); fetch it again") from error
     return shapes
-
-
-def copy_file(source: Path | Location, target: Location) -> None:
-    """Copy one file, local or remote on either side."""
-    origin = Location.of(source)
-    with explain_full_disk(target.uri):
-        target.parent.make_dir()
-        pafs.copy_files(
-            origin.path, target.path, source_filesystem=origin.filesystem, destination_filesystem=target.filesystem
-        )
 
 
 def copy_tokenizer(source: Path | Location, target: Location) -> None:

@@ -15,8 +15,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from ultralong_ray.model.folder import INDEX_FILE, WEIGHTS_FILE, copy_file, copy_tokenizer
-from ultralong_ray.storage import Location
+from ultralong_ray.model.folder import INDEX_FILE, WEIGHTS_FILE, copy_tokenizer
+from ultralong_ray.storage import Location, copy_file
 from ultralong_ray.types import UserError
 
 MAX_SHARD_BYTES = 5 * 10**9

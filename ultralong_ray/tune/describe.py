@@ -10,6 +10,7 @@ from ultralong_ray.plan import num_steps_known, plan_stages
 from ultralong_ray.planner.plan import Planned
 from ultralong_ray.planner.words import SECONDS_PER_HOUR
 from ultralong_ray.stages import stage_directory
+from ultralong_ray.storage import refusals_in_words
 from ultralong_ray.tune.results import is_over
 from ultralong_ray.tune.trials import Trial, chosen_trials, plan_trials, section
 from ultralong_ray.types import UserError
@@ -25,9 +26,10 @@ def describe_trials(recipe: Recipe, only: tuple[str, ...] = ()) -> str:
     trials = chosen_trials(plan_trials(recipe), only)
     folder = stage_directory(recipe, "tune").location
     try:
-        over = {trial.name for trial in trials if is_over(trial, folder)}
+        with refusals_in_words():
+            over = {trial.name for trial in trials if is_over(trial, folder.asked_once)}
         known = f"{len(over)} of them over"
-    except UserError as error:
+    except (UserError, OSError) as error:
         over, known = set(), f"what is over is not known from here: {error}"
     groups: dict[str, list[Trial]] = {}
     for trial in trials:
