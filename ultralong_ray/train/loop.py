@@ -312,7 +312,8 @@ def _train_on(
 
     def report_new() -> int:
         if saver.known_step > reported:
-            report({"step": saver.known_step, "loss": losses.pop(saver.known_step)})
+            facts = {"step": saver.known_step, "num_steps": trainer.num_steps, "loss": losses.pop(saver.known_step)}
+            report(facts)
             gauges.committed(saver.known_step)
         return saver.known_step
 

@@ -90,7 +90,7 @@ def train(
 
     Continues from the last checkpoint below `stage` where there is one, whatever the layout of its workers was. With
     `resume_anyway`, fields named as a refusal names them, that of another recipe's stage will do where there is none.
-    `callbacks` of Ray Train hear what the workers report: the step and its loss at every checkpoint.
+    `callbacks` of Ray Train hear what the workers report: the step, num_steps and the step's loss at every checkpoint.
     Returns {steps, tokens, first_loss, last_loss, seconds, resumed_from_step}. Raises UserError for what the user can
     mend, wherever it was found.
     """

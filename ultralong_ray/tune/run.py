@@ -99,7 +99,7 @@ def _run(recipe: Recipe, todo: list[Trial], folder: Location, recipe_path: str) 
         tune_config=ray_tune.TuneConfig(
             metric="loss",
             mode="min",
-            scheduler=_scheduler(recipe),
+            scheduler=_scheduler(recipe, todo),
             search_alg=_InTurn(TrialQueue(todo)),
             num_samples=len(todo),
             max_concurrent_trials=min(at_once, len(todo)),
@@ -115,15 +115,22 @@ def _run(recipe: Recipe, todo: list[Trial], folder: Location, recipe_path: str) 
     ).fit()
 
 
-def _scheduler(recipe: Recipe) -> TrialScheduler:
-    tuning, steps = section(recipe), num_steps(recipe.pretrain, recipe.prepare.num_sequences)
+def _scheduler(recipe: Recipe, todo: list[Trial]) -> TrialScheduler:
+    tuning = section(recipe)
     if not tuning.stop_early:
         return FIFOScheduler()
+    steps = max(num_steps(trial.recipe.pretrain, trial.recipe.prepare.num_sequences) for trial in todo)
     grace = min(tuning.grace_steps, steps)
     # One step beyond the last, so that no trial is ended in the moment in which it is through.
-    return ASHAScheduler(
-        time_attr="step", max_t=steps + 1, grace_period=grace, reduction_factor=tuning.reduction_factor
-    )
+    return _Halving(time_attr="step", max_t=steps + 1, grace_period=grace, reduction_factor=tuning.reduction_factor)
+
+
+class _Halving(ASHAScheduler):
+    """Ends trials on their way; one that is through its own steps goes on, to what comes after training."""
+
+    def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
+        decision = super().on_trial_result(tune_controller, trial, result)
+        return TrialScheduler.CONTINUE if result["step"] >= result["num_steps"] else decision
 
 
 class _InTurn(Searcher):
@@ -177,7 +184,7 @@ def _run_trial(config: Mapping[str, Any], trials: list[Trial], folder: Location,
         return
     write_record(trial, folder, "done")
     final = read_metrics(stage_directory(trial.recipe, "pretrain").location)[-1]
-    ray_tune.report({"step": final.step, "loss": final.loss})
+    ray_tune.report({"step": final.step, "num_steps": final.num_steps, "loss": final.loss})
 
 
 def run_steps(trial: Trial, recipe_path: str) -> None:
