@@ -28,7 +28,7 @@ from ultralong_ray.stages import stage_directory, stages
 from ultralong_ray.storage import Location
 from ultralong_ray.train.metrics import read_metrics
 from ultralong_ray.tune.results import FINAL, TABLE_FILE, as_text, is_over, table, write_record
-from ultralong_ray.tune.trials import Trial, TrialQueue, chosen_trials, plan_trials, section
+from ultralong_ray.tune.trials import Trial, TrialQueue, before_pretraining, chosen_trials, plan_trials, section
 from ultralong_ray.types import UserError
 
 log = logging.getLogger("ultralong_ray")
@@ -77,9 +77,9 @@ def _not_over(chosen: list[Trial], folder: Location) -> list[Trial]:
 
 
 def _make_inputs(todo: list[Trial], recipe_path: str) -> None:
-    """What trials share is made once, before any starts: two would write the same folder."""
+    """What the first steps of trials share is made once, before any starts: two would write the same folder."""
     for first in [trial.steps[0] for trial in todo]:
-        for stage in stages(first)[: stages(first).index("pretrain")]:
+        for stage in before_pretraining(first):
             run_stage(first, stage, recipe_path)
 
 
