@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 import time
 from pathlib import Path
@@ -121,14 +122,19 @@ def test_an_error_does_not_cost_the_checkpoint_on_its_way(tmp_path: Path) -> Non
         assert newest.startswith(f"step-{kept:08d}-")
 
 
-def given_up(folder: Path) -> str:
-    """Another attempt begins while this one is in step 3, as when Ray gave it up but its processes live on."""
+def given_up(folder: Path, name: str, later: str | None) -> str:
+    """Another attempt begins while this one is in step 3, as when Ray gave it up but its processes live on.
+
+    `later`: the submission that the other attempt is of; None for the same.
+    """
     import torch
     import torch.distributed as dist
 
     from ultralong_ray.train.loop import run
 
-    task, asked = job(folder, "given-up", **LAYOUT, checkpoint_every_steps=2, keep_checkpoints=1), [0]
+    task, asked = job(folder, name, **LAYOUT, checkpoint_every_steps=2, keep_checkpoints=1), [0]
+    if dist.get_rank() == 0:
+        record_event(task.stage, "submit", driver=task.driver)
 
     def another_begins() -> int:
         asked[0] += 1
@@ -136,19 +142,21 @@ def given_up(folder: Path) -> str:
             while not any(event["event"] == "checkpoint" for event in read_events(task.stage)):
                 time.sleep(0.01)
             (task.stage / CHECKPOINTS / "step-00000001-other" / "state-00000.bin").write_bytes(b"on its way")
-            record_event(task.stage, "resume", step=2, attempt="another", nodes=["n2"])
+            if later is not None:
+                record_event(task.stage, "submit", driver=later)
+            record_event(task.stage, "resume", step=2, attempt="another", nodes=["n2"], driver=later or task.driver)
         return NONE
 
     try:
         run(task, torch.device("cpu"), lambda metrics: None, another_begins)
-    except RuntimeError as error:
-        return str(error)
+    except (RuntimeError, UserError) as error:
+        return f"{type(error).__name__}: {error}"
     return "it went on"
 
 
 def test_an_attempt_that_was_given_up_neither_commits_nor_removes(tmp_path: Path) -> None:
     write_inputs(tmp_path)
-    for words in run_distributed(given_up, 2, tmp_path):
+    for words in run_distributed(given_up, 2, tmp_path, "given-up", None):
         assert (
             "checkpoint of step 4 could not be written by rank 0: Superseded(" in words
             and "another attempt began" in words
@@ -157,7 +165,36 @@ def test_an_attempt_that_was_given_up_neither_commits_nor_removes(tmp_path: Path
     (name,) = committed(stage / CHECKPOINTS)
     assert name.startswith("step-00000002-")
     assert (stage / CHECKPOINTS / "step-00000001-other" / "state-00000.bin").exists()
-    assert [event["event"] for event in read_events(stage)] == ["start", "checkpoint", "resume"]
+    assert [event["event"] for event in read_events(stage)] == ["submit", "start", "checkpoint", "resume"]
+
+
+def test_a_later_submission_keeps_the_stage_and_the_earlier_is_told(tmp_path: Path) -> None:
+    """The earlier one commits no more, and does not begin again."""
+    write_inputs(tmp_path)
+    for words in run_distributed(given_up, 2, tmp_path, "taken", "later"):
+        assert words.startswith(
+            "UserError: the checkpoint of step 4 could not be written by rank 0: another submission"
+        )
+    stage = Location.of(tmp_path / "taken")
+    assert [name[:13] for name in committed(stage / CHECKPOINTS)] == ["step-00000002"]
+    assert [event["event"] for event in read_events(stage)] == ["submit", "start", "checkpoint", "submit", "resume"]
+    for words in run_distributed(again, 2, tmp_path, read_events(stage)[0]["driver"]):
+        assert "another submission trains this stage" in words
+    assert read_events(stage)[-1]["attempt"] == "another"
+
+
+def again(folder: Path, driver: str) -> str:
+    """The next attempt of the submission `driver`."""
+    import torch
+
+    from ultralong_ray.train.loop import run
+
+    task = dataclasses.replace(job(folder, "taken", **LAYOUT), driver=driver)
+    try:
+        run(task, torch.device("cpu"), lambda metrics: None)
+    except UserError as error:
+        return str(error)
+    return "it went on"
 
 
 def test_an_asked_leave_is_told_and_a_breakdown_of_another_kind_too() -> None:

@@ -28,14 +28,17 @@ from ultralong_ray.train.controller import BreakdownRecorder, LegalSizes, breakd
 from ultralong_ray.train.elastic import plans_by_size
 from ultralong_ray.train.events import read_events, record_event
 from ultralong_ray.train.failures import (
+    Superseded,
     accounts_since_last_breakdown,
     breakdowns_in_a_row,
     in_words,
     kind_of,
     memory_words,
+    refuse_superseded,
     refuse_to_go_on,
+    taken_over,
 )
-from ultralong_ray.train.job import ERROR_FILE
+from ultralong_ray.train.job import error_file
 from ultralong_ray.train.order import sequences_of_step
 from ultralong_ray.train.status import restarts_of
 from ultralong_ray.train.watchdog import Account, describe_frame, verdict
@@ -133,16 +136,46 @@ def test_a_dead_rank_is_told_before_its_partners_broken_collective() -> None:
 
 def test_the_recorder_tells_ranks_to_leave_when_a_breakdown_was_one_too_many(tmp_path: Path) -> None:
     stage = Location.of(tmp_path)
-    recorder = BreakdownRecorder(stage, 1, SEQUENCES)
+    recorder = BreakdownRecorder(stage, 1, SEQUENCES, "mine")
     for attempt in range(2):
-        assert not (stage / ERROR_FILE).exists()
+        assert not error_file(stage, "mine").exists()
         record_event(stage, "start", nodes=["a", "b"], attempt=str(attempt))
         record_event(stage, "failure", rank=1, node="b", step=6, kind="error", cause="ValueError: odd token")
         recorder.after_exception(None, {1: ValueError("odd token")})
-    assert "sequences [10, 11]" in (stage / ERROR_FILE).read_bytes().decode()
-    assert "odd token" in (stage / ERROR_FILE).read_bytes().decode()
+    assert "sequences [10, 11]" in error_file(stage, "mine").read_bytes().decode()
+    assert "odd token" in error_file(stage, "mine").read_bytes().decode()
     assert [found["event"] for found in read_events(stage)] == ["start", "failure", "breakdown"] * 2
     assert accounts_since_last_breakdown(read_events(stage)) == []
+
+
+def two_submissions() -> list[dict[str, Any]]:
+    """Events of two that train one stage: the later has begun, then the earlier began again."""
+    events = [event("submit", driver="a"), event("start", driver="a", attempt="a1"), event("submit", driver="b")]
+    return [*events, *(event("resume", driver=each, attempt=f"{each}2", step=2) for each in "ba")]
+
+
+def test_of_two_submissions_that_train_one_stage_the_earlier_is_refused_and_the_later_goes_on() -> None:
+    events = two_submissions()
+    refuse_superseded(events[:3], "a1", "a")  # the other waits for its workers
+    for attempt in ("a1", "a2"):
+        with pytest.raises(UserError, match=r"another submission trains this stage since 1970-01-01 00:00:00 UTC"):
+            refuse_superseded(events, attempt, "a")
+    refuse_superseded(events, "b2", "b")
+    assert taken_over(events, "b") is None and taken_over(events, "preflight") is None
+    with pytest.raises(Superseded):  # by an attempt of its own submission
+        refuse_superseded([*events, event("resume", driver="b", attempt="b3", step=2)], "b2", "b")
+
+
+def test_a_refused_submission_is_told_in_its_own_file_and_leaves_the_account_to_the_other(tmp_path: Path) -> None:
+    stage = Location.of(tmp_path)
+    for found in two_submissions():
+        record_event(stage, found.pop("event"), **{key: value for key, value in found.items() if key != "time"})
+    before = read_events(stage)
+    BreakdownRecorder(stage, -1, SEQUENCES, "a").after_exception(None, {0: RuntimeError("gloo")})
+    assert "another submission trains" in error_file(stage, "a").read_bytes().decode()
+    assert read_events(stage) == before and not error_file(stage, "b").exists()
+    BreakdownRecorder(stage, -1, SEQUENCES, "b").after_exception(None, {0: RuntimeError("gloo")})
+    assert read_events(stage)[-1]["event"] == "breakdown" and not error_file(stage, "b").exists()
 
 
 def test_a_rank_that_was_cut_off_does_not_speak_for_the_next_attempt() -> None:

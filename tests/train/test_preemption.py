@@ -22,9 +22,10 @@ from ultralong_ray.storage import Location
 from ultralong_ray.train.checkpoint import CHECKPOINTS, committed
 from ultralong_ray.train.events import read_events
 from ultralong_ray.train.failures import breakdowns_in_a_row, kind_of
+from ultralong_ray.train.job import stop_file
 from ultralong_ray.train.metrics import read_metrics
 from ultralong_ray.train.notices import NONE, PREEMPTED, STOPPED, TERMINATED, Interrupted, cause_of
-from ultralong_ray.train.preemption import STOP_FILE, stopped_by_sigterm
+from ultralong_ray.train.preemption import stopped_by_sigterm
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = 150
@@ -114,15 +115,16 @@ def test_sigterm_is_heard_once_and_kills_after_the_grace_or_a_second_one(
 
 def test_a_drivers_sigterm_becomes_a_file_and_its_handler_comes_back(tmp_path: Path) -> None:
     stage, former = Location.of(tmp_path), signal.getsignal(signal.SIGTERM)
-    (tmp_path / STOP_FILE).write_bytes(b"of an earlier run")
-    with stopped_by_sigterm(stage, 2 * PATIENCE_SECONDS):
-        assert not (tmp_path / STOP_FILE).exists()
+    mine, other = (stop_file(stage, driver) for driver in ("mine", "other"))
+    with stopped_by_sigterm(mine, 2 * PATIENCE_SECONDS):
+        assert not mine.exists()
         os.kill(os.getpid(), signal.SIGTERM)
-        wait_for((tmp_path / STOP_FILE).exists, PATIENCE_SECONDS, "the request to stop")
+        wait_for(mine.exists, PATIENCE_SECONDS, "the request to stop")
+        assert not other.exists(), "another submission of the stage is asked for nothing"
         (grace,) = (thread for thread in threading.enumerate() if thread.name == "grace")
     grace.join(PATIENCE_SECONDS)
     assert not grace.is_alive(), "the grace does not outlast the block"
-    assert not (tmp_path / STOP_FILE).exists() and signal.getsignal(signal.SIGTERM) == former
+    assert not mine.exists() and signal.getsignal(signal.SIGTERM) == former
 
 
 def driver(folder: Path, name: str) -> subprocess.Popen[bytes]:

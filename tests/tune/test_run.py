@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import signal
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -67,6 +68,28 @@ def test_ctrl_c_ends_the_command_and_not_its_trials_alone(
     finally:
         for number, handler in former.items():
             signal.signal(number, handler)
+
+
+def test_no_trial_is_ended_for_having_more_steps_than_the_recipe_or_when_it_is_through(
+    tiny_recipe: Callable[..., Recipe],
+) -> None:
+    search = {"pretrain.steps": [3, 9], "pretrain.learning_rate": [1e-4, 1e-3]}
+    recipe = tiny_recipe(pretrain={"steps": 2}, tune={"search": search, "grace_steps": 3, "reduction_factor": 3.0})
+    todo = plan_trials(recipe)
+    halving: Any = run._scheduler(recipe, todo)
+    halving.set_search_properties("loss", "min")
+    runs = [SimpleNamespace(trial_id=trial.name) for trial in todo]
+
+    def decision(number: int, step: int, loss: float) -> str:
+        return halving.on_trial_result(None, runs[number], {"step": step, "num_steps": steps[number], "loss": loss})
+
+    steps = [trial.recipe.pretrain.steps for trial in todo]
+    assert steps == [3, 3, 9, 9]
+    for each in runs:
+        halving.on_trial_add(None, each)
+    assert [decision(2, step, 1.0) for step in (3, 6, 9)] == ["CONTINUE"] * 3
+    assert decision(0, 3, 5.0) == "CONTINUE", "the worst, and through"
+    assert decision(3, 3, 5.0) == "STOP", "the worst of those as far, on its way"
 
 
 def test_tune_is_told_which_trial_starts_next(tiny_recipe: Callable[..., Recipe]) -> None:

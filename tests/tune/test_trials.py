@@ -194,6 +194,22 @@ def test_a_first_training_of_two_variants_is_made_once(tiny_recipe: Callable[...
     runs = Runs([short, long])
     assert runs.begin() == ["short-1"]
     stage_directory(short.steps[0], "pretrain").mark_done({})
+    for stage in ("prepare", "prepare_sft", "extend"):  # of the second step: both read them, short-1 makes them now
+        assert stage_directory(short.steps[1], stage) == stage_directory(long.steps[1], stage)
+        assert runs.begin() == []
+        stage_directory(short.steps[1], stage).mark_done({})
+    assert runs.begin() == ["long-1"]
+
+
+def test_what_the_one_that_makes_it_failed_to_make_another_makes(tiny_recipe: Callable[..., Recipe]) -> None:
+    first = {**HALF, "pretrain.steps": 3}
+    variants = {"short": {"pretrain.steps": 5, "first": first}, "long": {"pretrain.steps": 9, "first": first}}
+    todo = plan_trials(varied(tiny_recipe, variants=variants, seeds=[1]))
+    runs = Runs(todo)
+    assert runs.begin() == ["short-1"]
+    stage_directory(todo[0].steps[0], "pretrain").mark_done({})
+    assert runs.begin() == []
+    runs.end("short-1")
     assert runs.begin() == ["long-1"]
 
 

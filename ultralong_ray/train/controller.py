@@ -34,8 +34,9 @@ from ultralong_ray.train.failures import (
     lost_rank_words,
     most_telling,
     refuse_to_go_on,
+    taken_over,
 )
-from ultralong_ray.train.job import ERROR_FILE
+from ultralong_ray.train.job import error_file
 from ultralong_ray.train.metrics import read_metrics
 from ultralong_ray.types import UserError
 
@@ -45,11 +46,14 @@ logger = logging.getLogger(__name__)
 class BreakdownRecorder(UserCallback):
     """Records every breakdown of the ranks with its most telling cause, and stops a run that fails again and again.
 
-    Runs in the controller, once per breakdown. `sequences_of` gives the packed sequences of a step.
+    Runs in the controller, once per breakdown. `sequences_of` gives the packed sequences of a step; `driver` is the
+    submission's id.
     """
 
-    def __init__(self, stage: Location, max_failures: int, sequences_of: Callable[[int], list[int]]) -> None:
-        self.stage, self.max_failures, self.sequences_of = stage, max_failures, sequences_of
+    def __init__(
+        self, stage: Location, max_failures: int, sequences_of: Callable[[int], list[int]], driver: str
+    ) -> None:
+        self.stage, self.max_failures, self.sequences_of, self.driver = stage, max_failures, sequences_of, driver
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
         self.record(worker_exceptions)
@@ -61,16 +65,18 @@ class BreakdownRecorder(UserCallback):
         """
         try:
             events = read_events(self.stage)
+            if (words := taken_over(events, self.driver)) is not None:
+                raise UserError(words)  # what happens in the stage now is the other's
             steps = [record.step for record in read_metrics(self.stage)]
             event = breakdown(events, worker_exceptions, driver_cause, steps)
             if event["kind"] == "preempted" and events and events[-1]["event"] == "breakdown":
                 return  # while a node is drained the controller sees its dead workers at every look
             record_event(self.stage, "breakdown", **event)
             logger.warning("training broke down in step %s: %s", event["step"], event["cause"])
-            if not (self.stage / ERROR_FILE).exists():
+            if not error_file(self.stage, self.driver).exists():
                 refuse_to_go_on(read_events(self.stage), self.max_failures, self.sequences_of)
         except UserError as refusal:
-            (self.stage / ERROR_FILE).write_bytes(str(refusal).encode())
+            error_file(self.stage, self.driver).write_bytes(str(refusal).encode())
         except Exception:  # the restart matters more than its record
             logger.exception("a breakdown could not be recorded")
 

@@ -2,9 +2,9 @@
 
 Flows in: an event by name with its facts. Flows out: {"time" (seconds since 1970), "event", ...}. Events are
 
-    submit      -                                         a driver began, or began again
-    start       layout, nodes, attempt, start_seconds     training begins at step 0; rank 0 took so long to build the
-                                                          engine, check the machine and read the checkpoint
+    submit      driver                                    a driver began, or began again; its id, new every time
+    start       layout, nodes, attempt, start_seconds,    training begins at step 0; rank 0 took so long to build the
+                driver                                    engine, check the machine and read the checkpoint
     resume      the same; step, checkpoint, passed_over   it continues; damaged checkpoints were passed over
     checkpoint  step, checkpoint, seconds, ...            one was committed; the loop was blocked so long. Then
                                                           waited_seconds of that for the one before; from then on
@@ -15,13 +15,15 @@ Flows in: an event by name with its facts. Flows out: {"time" (seconds since 197
     breakdown   rank, node, step, kind, cause, steps_lost all ranks ended; the most telling cause, once
     resize      workers, to                               a healthy run restarts on another number of workers
     spike       step, sequences, cause                    a loss stood out (on_loss_spike = "warn")
-    stop        cause                                     the driver gave up
+    stop        cause                                     the driver gave up; one that a later submission superseded
+                                                          says no more
     end         step                                      the last step is done
 
 `step` of a failure or breakdown is the step in flight. Rank 0 writes most; every rank its own failures; Ray Train's
 controller, or the driver when that is lost, breakdowns. A driver that is killed writes nothing, so a submit after
-anything but `end`, `stop` or `interrupted` means that one was. An object store cannot append: there the file is
-written anew, and of several ranks that fail at the same moment one may be missing.
+anything but `end`, `stop` or `interrupted` means that one was, or that two train the stage: the later one keeps it. An
+object store cannot append: there the file is written anew, and of several ranks that fail at the same moment one may be
+missing.
 """
 
 from __future__ import annotations

@@ -7,6 +7,7 @@ and which test shows it.
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -71,9 +72,33 @@ def accounts_since_last_breakdown(events: list[Event]) -> list[Event]:
     return [event for event in found if event.get("attempt") in (None, attempt)]
 
 
-def refuse_superseded(events: list[Event], attempt: str) -> None:
-    """Raise Superseded when another attempt began after this one, as after a cut link: it owns the checkpoints now."""
-    begun = [event for event in events if event["event"] in BEGINNINGS]
+def taken_over(events: list[Event], driver: str) -> str | None:
+    """Words for the user where a submission made after that of `driver` has begun to train; None where none has.
+
+    The latest submission has the stage, whichever attempt began last: else two would take it from each other in turn.
+    """
+    submitted = [event.get("driver") for event in events if event["event"] == "submit"]
+    later = set(submitted[submitted.index(driver) + 1 :]) - {None} if driver in submitted else set()
+    begun = next((event for event in events if event["event"] in BEGINNINGS and event.get("driver") in later), None)
+    if begun is None:
+        return None
+    since = time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(begun["time"]))
+    return (
+        f"another submission trains this stage since {since} UTC (driver {begun['driver']} in events.jsonl); this "
+        f"earlier one (driver {driver}) leaves the stage and its checkpoints to it. Keep one of them: to go on with "
+        f"this one, stop the other and submit again"
+    )
+
+
+def refuse_superseded(events: list[Event], attempt: str, driver: str) -> None:
+    """Raise where this attempt of the submission `driver` may touch the checkpoints no more.
+
+    Superseded when another attempt of it began after this one, as after a cut link; UserError when a later submission
+    trains the stage.
+    """
+    if (words := taken_over(events, driver)) is not None:
+        raise UserError(words)
+    begun = [event for event in events if event["event"] in BEGINNINGS and event.get("driver", driver) == driver]
     if begun and begun[-1].get("attempt") != attempt:
         raise Superseded(f"another attempt began {begun[-1]}; this one leaves its checkpoints alone")
 

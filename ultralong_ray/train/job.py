@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import uuid
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -12,9 +13,19 @@ from ultralong_ray.storage import Location
 from ultralong_ray.train.patience import FIRST_STEP_FACTOR, LEAST_FIRST_STEP_SECONDS
 from ultralong_ray.types import TrainPlan, UserError
 
-# Here stands what the user must mend, written by a rank or by what counts breakdowns. Ray would restart the ranks as
-# after a crash; restarted ones see the file and leave at once.
-ERROR_FILE = "train_error.txt"
+
+def error_file(stage: Location, driver: str) -> Location:
+    """Here stands what the user must mend, written by a rank or by what counts breakdowns.
+
+    Ray would restart the ranks as after a crash; restarted ones see the file and leave at once. It is the submission's
+    own, as is `stop_file`: another that trains the same stage must not leave for it.
+    """
+    return stage / f"train_error-{driver}.txt"
+
+
+def stop_file(stage: Location, driver: str) -> Location:
+    """By this the driver asks its ranks to save and leave."""
+    return stage / f"stop_requested-{driver}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +43,7 @@ class TrainJob:
     resume_anyway: tuple[str, ...] = ()  # fields in which a checkpoint may differ from this run
     plans: dict[int, TrainPlan] = field(default_factory=dict)  # by number of workers, where that may change
     longest_step_seconds: float = LEAST_FIRST_STEP_SECONDS  # of a healthy run without hang_timeout_seconds
+    driver: str = field(default_factory=lambda: uuid.uuid4().hex[:8])  # the submission's id
 
     def for_world(self, num_workers: int) -> TrainJob:
         """The job as so many workers do it."""
@@ -46,6 +58,14 @@ class TrainJob:
 
     def num_steps(self, num_sequences: int) -> int:
         return self.train.steps or num_sequences // self.train.global_batch_sequences
+
+    @property
+    def error_file(self) -> Location:
+        return error_file(self.stage, self.driver)
+
+    @property
+    def stop_file(self) -> Location:
+        return stop_file(self.stage, self.driver)
 
     @property
     def first_step_seconds(self) -> float:

@@ -33,7 +33,7 @@ from ultralong_ray.train.checkpoint_files import Manifest
 from ultralong_ray.train.checkpoint_write import CheckpointWriter, Saved
 from ultralong_ray.train.engine import deepspeed_config, init_distributed, initialize, make_optimizer, set_learning_rate
 from ultralong_ray.train.events import node_name, read_events, record_event
-from ultralong_ray.train.failures import refuse_superseded
+from ultralong_ray.train.failures import refuse_superseded, taken_over
 from ultralong_ray.train.gauges import TrainGauges
 from ultralong_ray.train.job import TrainJob
 from ultralong_ray.train.metrics import MetricsWriter
@@ -46,7 +46,7 @@ from ultralong_ray.train.step import StepResult, train_step
 from ultralong_ray.train.step_profile import StepProfiler, spanned
 from ultralong_ray.train.watchdog import Watchdog, checkpoint_seconds
 from ultralong_ray.train.weights import build_model
-from ultralong_ray.types import StepMetrics
+from ultralong_ray.types import StepMetrics, UserError
 
 logger = logging.getLogger(__name__)
 
@@ -120,13 +120,17 @@ class Trainer:
         root = root_to_resume(self.job.stage, self.identity, accepted)
         restored = load_newest(self.engine, root, self.identity, accepted)
         everyone: list[Any] = [None] * self.topology.world_size
-        dist.all_gather_object(everyone, (node_name(), uuid.uuid4().hex[:8]))
-        nodes, self.attempt = [node for node, _ in everyone], everyone[0][1]
+        refusal = taken_over(read_events(self.job.stage), self.job.driver) if self.topology.rank == 0 else None
+        dist.all_gather_object(everyone, (node_name(), uuid.uuid4().hex[:8], refusal))
+        nodes, (_, self.attempt, refusal) = [node for node, *_ in everyone], everyone[0]
+        if refusal is not None:
+            raise UserError(refusal)
         seconds = {**seconds, "restore": round(time.perf_counter() - began, 1)}
         about: dict[str, Any] = {
             "layout": self.layout,
             "nodes": nodes,
             "attempt": self.attempt,
+            "driver": self.job.driver,
             "start_seconds": seconds,
         }
         self.seen = folders(self.job.stage / CHECKPOINTS) if self.topology.rank == 0 else frozenset()
@@ -154,8 +158,8 @@ class Trainer:
         return self.saver.take(Manifest(step, self.identity, self.layout, read))
 
     def _before_commit(self) -> None:
-        """Raise Superseded where another attempt has begun; else metrics go first. Runs in rank 0's thread."""
-        refuse_superseded(read_events(self.job.stage), self.attempt)
+        """Raise as refuse_superseded does; else metrics go first. Runs in rank 0's thread."""
+        refuse_superseded(read_events(self.job.stage), self.attempt, self.job.driver)
         self.flush()
 
     def _committed(self, saved: Saved) -> None:
@@ -167,7 +171,8 @@ class Trainer:
         every_steps = None if every_nth is None else every_nth * train.checkpoint_every_steps
         root = self.job.stage / CHECKPOINTS
         try:
-            refuse_superseded(read_events(self.job.stage), self.attempt)  # the manifest may have waited for its storage
+            # the manifest may have waited for its storage
+            refuse_superseded(read_events(self.job.stage), self.attempt, self.job.driver)
             forget_others(root, saved.name, train.keep_checkpoints, every_steps, self.seen)
         except OSError as error:  # the next one tries again
             logger.warning("old checkpoints below %s could not be removed: %s", root, error)
@@ -312,7 +317,8 @@ def _train_on(
 
     def report_new() -> int:
         if saver.known_step > reported:
-            report({"step": saver.known_step, "loss": losses.pop(saver.known_step)})
+            facts = {"step": saver.known_step, "num_steps": trainer.num_steps, "loss": losses.pop(saver.known_step)}
+            report(facts)
             gauges.committed(saver.known_step)
         return saver.known_step
 

@@ -34,7 +34,6 @@ from ultralong_ray.train.notices import NONE, PREEMPTED, STOPPED, TERMINATED
 
 logger = logging.getLogger(__name__)
 
-STOP_FILE = "stop_requested"
 STOP_POLL_SECONDS = 1.0
 NO_DEADLINE_SECONDS = 120.0  # Ray Train's own, where a drain has none
 ECHO_SECONDS = 2.0
@@ -46,14 +45,14 @@ _terminated = threading.Event()  # of this process
 class Notices:
     """One worker's ear. Made in the training thread of a Ray Train worker."""
 
-    def __init__(self, stage: Location, rank: int, grace_seconds: float) -> None:
+    def __init__(self, stop_file: Location, rank: int, grace_seconds: float) -> None:
         self._stop_asked = threading.Event()
         _terminated.clear()
         actor: Any = ray.get_runtime_context().current_actor
         # Only a process's main thread may set a signal's handler, and that one serves the actor's calls.
         ray.get(actor.__ray_call__.remote(_hear_sigterm, grace_seconds))
         if rank == 0:
-            threading.Thread(target=self._poll, args=(stage,), name="stop-request", daemon=True).start()
+            threading.Thread(target=self._poll, args=(stop_file,), name="stop-request", daemon=True).start()
 
     def __call__(self) -> int:
         """The notice that stands, NONE for none."""
@@ -63,10 +62,10 @@ class Notices:
             return PREEMPTED
         return TERMINATED if _terminated.is_set() else NONE
 
-    def _poll(self, stage: Location) -> None:
+    def _poll(self, stop_file: Location) -> None:
         while not self._stop_asked.wait(STOP_POLL_SECONDS):
             with contextlib.suppress(Exception):  # a storage that is away asks for nothing
-                if (stage / STOP_FILE).exists():
+                if stop_file.exists():
                     self._stop_asked.set()
 
 
@@ -120,10 +119,8 @@ def _on_sigterm(heard: threading.Event, over: threading.Event, grace_seconds: fl
 
 
 @contextlib.contextmanager
-def stopped_by_sigterm(stage: Location, grace_seconds: float) -> Iterator[None]:
+def stopped_by_sigterm(stop_file: Location, grace_seconds: float) -> Iterator[None]:
     """In the driver: SIGTERM within the block asks the workers to save and leave, and gives them the grace."""
-    with contextlib.suppress(FileNotFoundError):
-        (stage / STOP_FILE).delete_file()
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -133,7 +130,7 @@ def stopped_by_sigterm(stage: Location, grace_seconds: float) -> Iterator[None]:
         heard.wait()
         if not over.is_set():
             logger.warning("SIGTERM: the workers save and leave, for which they have %.0f s", grace_seconds)
-            (stage / STOP_FILE).write_bytes(b"")
+            stop_file.write_bytes(b"")
 
     _on_sigterm(heard, over, grace_seconds)
     threading.Thread(target=ask, name="stop", daemon=True).start()
@@ -144,4 +141,4 @@ def stopped_by_sigterm(stage: Location, grace_seconds: float) -> Iterator[None]:
         heard.set()
         signal.signal(signal.SIGTERM, former)
         with contextlib.suppress(FileNotFoundError):
-            (stage / STOP_FILE).delete_file()
+            stop_file.delete_file()

@@ -47,15 +47,15 @@ from ultralong_ray.train.controller import (
     placement_groups_of_job,
 )
 from ultralong_ray.train.elastic import plans_by_size, with_workers
-from ultralong_ray.train.events import NODE_VARIABLE, record_event
-from ultralong_ray.train.failures import in_words, kind_of, memory_words
+from ultralong_ray.train.events import NODE_VARIABLE, read_events, record_event
+from ultralong_ray.train.failures import in_words, kind_of, memory_words, taken_over
 from ultralong_ray.train.gauges import count_failure
-from ultralong_ray.train.job import ERROR_FILE, TrainJob, check_inputs
+from ultralong_ray.train.job import TrainJob, check_inputs
 from ultralong_ray.train.metrics import read_metrics
 from ultralong_ray.train.notices import PREEMPTED, STOPPED, Interrupted
 from ultralong_ray.train.order import sequences_of_step
 from ultralong_ray.train.patience import collective_timeout, longest_step_seconds
-from ultralong_ray.train.preemption import STOP_FILE, Notices, stopped_by_sigterm, wait_for_the_end
+from ultralong_ray.train.preemption import Notices, stopped_by_sigterm, wait_for_the_end
 from ultralong_ray.types import TrainPlan, UserError
 
 logger = logging.getLogger(__name__)
@@ -90,7 +90,7 @@ def train(
 
     Continues from the last checkpoint below `stage` where there is one, whatever the layout of its workers was. With
     `resume_anyway`, fields named as a refusal names them, that of another recipe's stage will do where there is none.
-    `callbacks` of Ray Train hear what the workers report: the step and its loss at every checkpoint.
+    `callbacks` of Ray Train hear what the workers report: the step, num_steps and the step's loss at every checkpoint.
     Returns {steps, tokens, first_loss, last_loss, seconds, resumed_from_step}. Raises UserError for what the user can
     mend, wherever it was found.
     """
@@ -102,10 +102,7 @@ def train(
     check_inputs(job)
     job = dataclasses.replace(job, longest_step_seconds=_longest_step_seconds(job))
     if not preflight_only:
-        record_event(place, "submit")
-    error_file = stage.location / ERROR_FILE
-    if error_file.exists():
-        error_file.filesystem.delete_file(error_file.path)
+        record_event(place, "submit", driver=job.driver)
     for name, value in RAY_SETTINGS.items():
         os.environ.setdefault(name, value)
     # After a lost node Ray Train waits for another one for 60 s unless told otherwise, then asks anew.
@@ -113,12 +110,12 @@ def train(
     os.environ.setdefault(WORKER_GROUP_START_TIMEOUT_S_ENV_VAR, f"{start_seconds:.0f}")
     handler = signal.getsignal(signal.SIGINT)
     try:
-        with stopped_by_sigterm(place, recipe.cluster.preemption_grace_seconds):
+        with stopped_by_sigterm(job.stop_file, recipe.cluster.preemption_grace_seconds):
             result = _fit(job, callbacks)
     except (TrainingFailedError, RayActorError) as error:
-        record_event(place, "stop", cause=in_words(error))
+        _record_stop(job, in_words(error))
         count_failure(place, section)
-        _raise_user_error(error_file, error)
+        _raise_user_error(job.error_file, error)
         raise
     except SystemExit:
         # Ray Train answers Ctrl-C with a handler of its own, which stops the workers and leaves the process.
@@ -126,9 +123,9 @@ def train(
     finally:
         if threading.current_thread() is threading.main_thread():  # a trial of Ray Tune is another one
             signal.signal(signal.SIGINT, handler)
-    if error_file.exists():
-        record_event(place, "stop", cause="see the failure before")
-    _raise_user_error(error_file, None)
+    if job.error_file.exists():
+        _record_stop(job, "see the failure before")
+    _raise_user_error(job.error_file, None)
     if preflight_only:
         return {}
     if result.return_value is None:
@@ -155,9 +152,9 @@ def _fit(job: TrainJob, callbacks: tuple[UserCallback, ...]) -> ray.train.Result
             cause = error.controller_failure if isinstance(error, ControllerError) else error
             what = "Ray Train's controller " + ("failed" if isinstance(error, ControllerError) else "died")
             recorder.record({}, f"{what}: {in_words(cause)}")
-            if not job.recipe.cluster.max_failures or (job.stage / ERROR_FILE).exists():
+            if not job.recipe.cluster.max_failures or job.error_file.exists():
                 raise
-            if (job.stage / STOP_FILE).exists():  # the driver was asked to end
+            if job.stop_file.exists():  # the driver was asked to end
                 raise
             logger.warning("%s; training begins again from the last checkpoint", what)
             free_placement_groups(but=others)
@@ -167,7 +164,8 @@ def _recorder(job: TrainJob) -> BreakdownRecorder:
     """What the controller calls at every breakdown."""
     train, num_sequences = job.train, PackedManifest.read(job.packed).num_sequences
     batch = {"global_batch": train.global_batch_sequences, "num_sequences": num_sequences, "seed": train.seed}
-    return BreakdownRecorder(job.stage, job.recipe.cluster.max_failures, partial(sequences_of_step, **batch))
+    sequences_of = partial(sequences_of_step, **batch)
+    return BreakdownRecorder(job.stage, job.recipe.cluster.max_failures, sequences_of, job.driver)
 
 
 def _plans(recipe: Recipe, section: Literal["pretrain", "sft"], model: Location) -> dict[int, TrainPlan]:
@@ -260,7 +258,7 @@ def _worker(config: dict[str, Any]) -> int | None:
     driver asked for a stop."""
     context = ray.train.get_context()
     job: TrainJob = config["job"].for_world(context.get_world_size())
-    if (job.stage / ERROR_FILE).exists():
+    if job.error_file.exists():
         return None
     if not job.recipe.cluster.gpus_per_worker:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -269,7 +267,7 @@ def _worker(config: dict[str, Any]) -> int | None:
     # deepspeed looks for its accelerator when it is imported, so not before the line above
     from ultralong_ray.train.loop import run
 
-    notices = Notices(job.stage, context.get_world_rank(), job.recipe.cluster.preemption_grace_seconds)
+    notices = Notices(job.stop_file, context.get_world_rank(), job.recipe.cluster.preemption_grace_seconds)
     try:
         return run(job, ray.train.torch.get_device(), ray.train.report, notices)
     except Interrupted as interrupted:
@@ -280,7 +278,7 @@ def _worker(config: dict[str, Any]) -> int | None:
         raise
     except UserError as error:
         _record_failure(job, error)
-        (job.stage / ERROR_FILE).write_bytes(str(error).encode())
+        job.error_file.write_bytes(str(error).encode())
         raise
     except Exception as error:
         _record_failure(job, error)
@@ -296,10 +294,12 @@ def _node_name() -> str:
 
 
 def _record_failure(job: TrainJob, error: Exception) -> None:
-    """This rank's account of what stops it; it must not hide the error itself."""
+    """This rank's account of what stops it; it must not hide the error itself. None among a later submission's."""
     rank = ray.train.get_context().get_world_rank()
     step, kind, cause = getattr(error, "step_in_flight", None), kind_of(error), in_words(error)
     try:
+        if taken_over(read_events(job.stage), job.driver) is not None:
+            return
         if kind == "memory":
             cause += f" ({_memory_beside_plan(job)})"
         logger.error("rank %d on %s, step %s: %s", rank, os.environ[NODE_VARIABLE], step, cause)
@@ -309,6 +309,12 @@ def _record_failure(job: TrainJob, error: Exception) -> None:
         record_event(job.stage, "failure", **facts)
     except Exception:
         logger.exception("the failure of rank %d could not be recorded", rank)
+
+
+def _record_stop(job: TrainJob, cause: str) -> None:
+    """This driver gave up; nothing where a later submission trains on."""
+    if taken_over(read_events(job.stage), job.driver) is None:
+        record_event(job.stage, "stop", cause=cause)
 
 
 def _memory_beside_plan(job: TrainJob) -> str:
@@ -347,7 +353,9 @@ def _consolidate(job: TrainJob) -> None:
 def _raise_user_error(error_file: Location, error: Exception | None) -> None:
     """Raise what a worker wrote for the user, or the UserError among the workers' failures."""
     if error_file.exists():
-        raise UserError(error_file.read_bytes().decode()) from error
+        words = error_file.read_bytes().decode()
+        error_file.delete_file()  # no rank of this submission starts any more
+        raise UserError(words) from error
     if isinstance(error, WorkerGroupError):  # the disk may have been too full for the file
         for failure in error.worker_failures.values():
             if isinstance(failure, UserError):

@@ -28,7 +28,7 @@ from ultralong_ray.stages import TRIALS_FILE, stage_directory, stages
 from ultralong_ray.storage import Location
 from ultralong_ray.train.metrics import read_metrics
 from ultralong_ray.tune.results import FINAL, as_text, is_over, table, write_record
-from ultralong_ray.tune.trials import Trial, TrialQueue, chosen_trials, plan_trials, section
+from ultralong_ray.tune.trials import Trial, TrialQueue, before_pretraining, chosen_trials, plan_trials, section
 from ultralong_ray.types import UserError
 
 log = logging.getLogger("ultralong_ray")
@@ -77,9 +77,9 @@ def _not_over(chosen: list[Trial], folder: Location) -> list[Trial]:
 
 
 def _make_inputs(todo: list[Trial], recipe_path: str) -> None:
-    """What trials share is made once, before any starts: two would write the same folder."""
+    """What the first steps of trials share is made once, before any starts: two would write the same folder."""
     for first in [trial.steps[0] for trial in todo]:
-        for stage in stages(first)[: stages(first).index("pretrain")]:
+        for stage in before_pretraining(first):
             run_stage(first, stage, recipe_path)
 
 
@@ -99,7 +99,7 @@ def _run(recipe: Recipe, todo: list[Trial], folder: Location, recipe_path: str) 
         tune_config=ray_tune.TuneConfig(
             metric="loss",
             mode="min",
-            scheduler=_scheduler(recipe),
+            scheduler=_scheduler(recipe, todo),
             search_alg=_InTurn(TrialQueue(todo)),
             num_samples=len(todo),
             max_concurrent_trials=min(at_once, len(todo)),
@@ -115,15 +115,22 @@ def _run(recipe: Recipe, todo: list[Trial], folder: Location, recipe_path: str) 
     ).fit()
 
 
-def _scheduler(recipe: Recipe) -> TrialScheduler:
-    tuning, steps = section(recipe), num_steps(recipe.pretrain, recipe.prepare.num_sequences)
+def _scheduler(recipe: Recipe, todo: list[Trial]) -> TrialScheduler:
+    tuning = section(recipe)
     if not tuning.stop_early:
         return FIFOScheduler()
+    steps = max(num_steps(trial.recipe.pretrain, trial.recipe.prepare.num_sequences) for trial in todo)
     grace = min(tuning.grace_steps, steps)
     # One step beyond the last, so that no trial is ended in the moment in which it is through.
-    return ASHAScheduler(
-        time_attr="step", max_t=steps + 1, grace_period=grace, reduction_factor=tuning.reduction_factor
-    )
+    return _Halving(time_attr="step", max_t=steps + 1, grace_period=grace, reduction_factor=tuning.reduction_factor)
+
+
+class _Halving(ASHAScheduler):
+    """Ends trials on their way; one that is through its own steps goes on, to what comes after training."""
+
+    def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
+        decision = super().on_trial_result(tune_controller, trial, result)
+        return TrialScheduler.CONTINUE if result["step"] >= result["num_steps"] else decision
 
 
 class _InTurn(Searcher):
@@ -177,7 +184,7 @@ def _run_trial(config: Mapping[str, Any], trials: list[Trial], folder: Location,
         return
     write_record(trial, folder, "done")
     final = read_metrics(stage_directory(trial.recipe, "pretrain").location)[-1]
-    ray_tune.report({"step": final.step, "loss": final.loss})
+    ray_tune.report({"step": final.step, "num_steps": final.num_steps, "loss": final.loss})
 
 
 def run_steps(trial: Trial, recipe_path: str) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 from ultralong_ray.config import Recipe
 from ultralong_ray.config.tune import FIRST, STAGED, RangeConfig, TuneConfig
 from ultralong_ray.recipe import with_values
-from ultralong_ray.stages import stage_directory, stage_fingerprint
+from ultralong_ray.stages import stage_directory, stage_fingerprint, stages
 from ultralong_ray.storage import Location, StageDirectory
 from ultralong_ray.types import UserError
 
@@ -121,13 +121,13 @@ class TrialQueue:
     """Trials in their order, given out when nothing that they share is under way.
 
     Of trials that share a pretraining that is not done, as before different SFTs, one alone runs until it is done: the
-    others find it then. Those behind them in the queue do not wait.
+    others find it then. So it is with what a later step reads, which trials of one first training share; what the first
+    step reads is made before any trial starts. Those behind them in the queue do not wait.
     """
 
     def __init__(self, trials: Sequence[Trial]) -> None:
         self._left = {
-            number: {found.fingerprint: found for found in map(_pretraining, trial.steps)}
-            for number, trial in enumerate(trials)
+            number: {found.location.uri: found for found in _made_once(trial)} for number, trial in enumerate(trials)
         }
         self._running: dict[str, dict[str, StageDirectory]] = {}
 
@@ -148,6 +148,17 @@ class TrialQueue:
     def end(self, run: str) -> None:
         """`run` is over, whatever came of it."""
         self._running.pop(run, None)
+
+
+def _made_once(trial: Trial) -> list[StageDirectory]:
+    """What two trials must not make at the same time: see `TrialQueue`."""
+    later = [stage_directory(step, stage) for step in trial.steps[1:] for stage in before_pretraining(step)]
+    return [*map(_pretraining, trial.steps), *later]
+
+
+def before_pretraining(step: Recipe) -> list[str]:
+    """The stages that come before its pretraining, in order."""
+    return stages(step)[: stages(step).index("pretrain")]
 
 
 def _pretraining(step: Recipe) -> StageDirectory:
