@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 import ray
+import torch
 
-from tests.train.made_jobs import NUM_SEQUENCES, recipe, write_inputs
+from tests.train.made_jobs import NUM_SEQUENCES, job, recipe, write_inputs
 from ultralong_ray.storage import Location, StageDirectory
-from ultralong_ray.train import trainer
+from ultralong_ray.train import checkpoint, trainer
 from ultralong_ray.train.events import read_events
 from ultralong_ray.train.metrics import read_metrics
 from ultralong_ray.train.trainer import train
@@ -56,6 +57,17 @@ def test_a_layout_given_to_the_last_field_is_tried_against_the_prediction(
     plan = trainer._plan(given, "pretrain", where / "model", where)
     assert plan == TrainPlan(2, 1, (LayerKeep("host", "host", 0.5),) * 2, 16, 8, False)
     assert "host memory per node" in (where / "plan.json").read_json()["refused"]
+
+
+def test_what_a_killed_save_left_is_no_part_of_the_model(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    write_inputs(tmp_path)
+    task, left = job(tmp_path, "pretrain-abc"), tmp_path / "pretrain-abc" / "model"
+    (task.stage / "checkpoints" / "step-00000006-1f0c2a" / "manifest.json").write_bytes(b"{}")
+    monkeypatch.setattr(checkpoint, "full_weights", lambda folder: iter([("w", torch.zeros(2))]))
+    for name in ("tmp1a2b3c/model.safetensors", "model.safetensors.0a1b2c3d.tmp"):
+        Location.of(left / name).write_bytes(b"half")
+    trainer._consolidate(task)
+    assert sorted(path.name for path in left.iterdir()) == ["config.json", "model.safetensors"]
 
 
 @pytest.fixture(scope="module")

@@ -329,7 +329,10 @@ def _quiet_worker_log() -> None:
 
 
 def _consolidate(job: TrainJob) -> None:
-    """The newest checkpoint to the Hugging Face folder `<stage>/model`. Runs as a Ray task, beside the disk."""
+    """The newest checkpoint to the Hugging Face folder `<stage>/model`, made anew. Runs as a Ray task, beside the disk.
+
+    Raises UserError where there is no checkpoint, or a damaged one.
+    """
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     import torch
 
@@ -341,7 +344,9 @@ def _consolidate(job: TrainJob) -> None:
     if not names:
         raise UserError(f"{root}: training ended without a checkpoint; see the log of the workers")
     dtype = torch.bfloat16 if job.train.precision == "bfloat16" else torch.float32
-    save_hf_folder(job.stage / "model", job.model, full_weights(root / names[0]), dtype)
+    target = job.stage / "model"
+    target.delete_dir()  # a save that was killed leaves scratch files there
+    save_hf_folder(target, job.model, full_weights(root / names[0]), dtype)
 
 
 def _raise_user_error(error_file: Location, error: Exception | None) -> None:
