@@ -203,7 +203,7 @@ def test_a_frame_in_a_collective_waits() -> None:
 
 def test_a_broken_number_names_the_last_good_checkpoint_from_before(tmp_path: Path) -> None:
     for step in (4, 6):
-        (Location.of(tmp_path) / f"step-{step:08d}-a" / MANIFEST_FILE).write_bytes(b"{}")
+        (Location.of(tmp_path) / f"step-{step:08d}-aaaaaa" / MANIFEST_FILE).write_bytes(b"{}")
     sums = [[float("nan"), 10.0, 1.0]]
     with pytest.raises(UserError, match=r"sequences \[8, 9\]\. The last good checkpoint is step-00000004-a"):
         refuse_broken(5, sums, 1.0, [8, 9], Location.of(tmp_path))
