@@ -82,8 +82,8 @@ class TuneConfig(Section):
         twice = [seed for place, seed in enumerate(self.seeds) if self.seeds.index(seed) < place]
         if twice:
             raise ValueError(
-                f"tune.seeds {list(self.seeds)} has {', '.join(map(str, twice))} more than once, which would make trials "
-                f"of one name; give each seed once"
+                f"tune.seeds {list(self.seeds)} has {', '.join(map(str, twice))} more than once, which would make "
+                f"trials of one name; give each seed once"
             )
         for name, values in self.variants.items():
             if not re.fullmatch(VARIANT_NAME, name):
