@@ -82,6 +82,16 @@ def test_pipeline_loads_the_folder_and_the_card_states_the_run(tiny_recipe: Make
     assert "| pretrain | steps | 17 |" in card and "| sft | steps | 3 |" in card and "[1, 2]" not in card
 
 
+def test_what_a_killed_export_left_is_not_published(tiny_recipe: Make, tmp_path: Path) -> None:
+    recipe = tiny_recipe()
+    target = stage_directory(recipe, "export").location / "model"
+    (target / "model.safetensors.0a1b2c3d.tmp").write_bytes(b"half")
+    (target / "tmp1a2b3c" / "model-00001.safetensors").write_bytes(b"half")
+    _, folder, _ = exported(recipe, tmp_path)
+    assert not list(folder.glob("*.tmp")) and not list(folder.glob("tmp*"))
+    assert (folder / "model.safetensors").exists()
+
+
 def test_a_model_of_float32_angles_says_so(tiny_recipe: Make, tmp_path: Path) -> None:
     _, folder, _ = exported(tiny_recipe(model={"rope": {"factor": 8.0, "angles": "float32"}}), tmp_path)
     assert json.loads((folder / "config.json").read_text())["rotary_angles"] == "float32"

@@ -90,6 +90,8 @@ def test_published_values(tag: str, factor: int, window: int, max_positions: int
         (["--sft.max_sample_tokens", "2048"], ["2048", "1024", "never cut"]),
         (["--prepare.separator", "</s>"], ["prepare.separator", "</s>"]),
         (["--prepare.seed", "-1"], ["prepare.seed", "-1", "greater than or equal to 0"]),
+        (["--pretrain.seed", "-1"], ["pretrain.seed", "-1", "greater than or equal to 0"]),
+        (["--sft.seed", "-1"], ["sft.seed", "-1", "greater than or equal to 0"]),
         (["--prepare.token_budget", "1" + 30 * "0"], ["prepare.token_budget", "less than or equal to"]),
         (["--prepare.domain_mix", "{}"], ["prepare.domain_mix", "at least 1"]),
         (["--prepare.domain_mix", '{"code": Infinity}'], ["prepare.domain_mix", "finite"]),

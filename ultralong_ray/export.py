@@ -19,13 +19,14 @@ from ultralong_ray.types import UserError
 
 
 def export(recipe: Recipe, model: Location, stage: StageDirectory, provenance: dict[str, Any]) -> dict[str, Any]:
-    """Write `<stage>/model/` from the trained folder `model`, load it afresh, and return what was found.
+    """Write `<stage>/model/` anew from the trained folder `model`, load it afresh, and return what was found.
 
     `provenance` maps a stage's name to what that stage recorded in its `_SUCCESS.json`; it goes into the model card.
 
     Raises: UserError when the folder does not hold the model that its config describes, or a weight is not finite.
     """
     target = stage.location / "model"
+    target.delete_dir()  # an export that was killed leaves scratch files there
     copy_files(model, target, skip=("README.md",))
     _add_older_spelling(target / "config.json")
     with tempfile.TemporaryDirectory() as cache:  # evaluation may run on other machines

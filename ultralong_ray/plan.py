@@ -14,7 +14,7 @@ from ultralong_ray.model.extend import check_written
 from ultralong_ray.model.folder import read_config
 from ultralong_ray.planner.hardware import Hardware
 from ultralong_ray.planner.plan import Planned, hardware_of, plan_training
-from ultralong_ray.planner.words import plan_words, summary
+from ultralong_ray.planner.words import plan_words, summary, warmup_words
 from ultralong_ray.stages import inputs, stage_directory, stages
 from ultralong_ray.storage import Location, refusals_in_words
 from ultralong_ray.types import UserError
@@ -176,6 +176,8 @@ def _train_lines(recipe: Recipe, name: str, train: TrainConfig, length: int, out
             f"  steps     {steps:,} iterations x batch {train.global_batch_sequences} x {length:,} tokens = "
             f"{total:,} tokens ({total / 1e9:.3g}B){epochs}"
         )
+        note = warmup_words(name, train, steps)
+        lines += [f"  note      {note}"] if note else []
     lines.append(
         f"  degrees   {workers} workers = {groups} data-parallel x {ulysses} Ulysses x {ring} ring, ZeRO-"
         f"{train.zero_stage}; {length // (ulysses * ring):,} tokens of a sequence per worker; micro-batch "

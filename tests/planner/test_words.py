@@ -141,6 +141,15 @@ def test_the_dry_run_shows_layout_and_prediction() -> None:
     assert "layout    pretrain cannot run on 8 x H100" in refused
 
 
+def test_a_warm_up_that_the_run_does_not_end_is_said() -> None:
+    given = ["--pretrain.learning_rate", "1e-3", "--pretrain.steps", "8", "--workdir", "/nowhere"]
+    text = describe(load_recipe("jobs/recipes/quickstart.toml", [*given, "--pretrain.warmup_steps", "20"]))
+    assert "  note      pretrain.warmup_steps 20 is more than the 8 steps: the learning rate ends at 0.0004" in text
+    assert "warmup_steps 8 is" not in describe(
+        load_recipe("jobs/recipes/quickstart.toml", [*given, "--pretrain.warmup_steps", "8"])
+    )
+
+
 def test_stages_are_planned_one_by_one() -> None:
     outcomes = plan_stages(llama_recipe("4m"), parse_cluster("4xH200"))
     assert isinstance(outcomes[0], UserError) and not isinstance(outcomes[1], UserError)

@@ -141,7 +141,7 @@ def given_up(folder: Path, name: str, later: str | None) -> str:
         if dist.get_rank() == 0 and asked[0] == 3:
             while not any(event["event"] == "checkpoint" for event in read_events(task.stage)):
                 time.sleep(0.01)
-            (task.stage / CHECKPOINTS / "step-00000001-other" / "state-00000.bin").write_bytes(b"on its way")
+            (task.stage / CHECKPOINTS / "step-00000001-07e700" / "state-00000.bin").write_bytes(b"on its way")
             if later is not None:
                 record_event(task.stage, "submit", driver=later)
             record_event(task.stage, "resume", step=2, attempt="another", nodes=["n2"], driver=later or task.driver)
@@ -164,7 +164,7 @@ def test_an_attempt_that_was_given_up_neither_commits_nor_removes(tmp_path: Path
     stage = Location.of(tmp_path / "given-up")
     (name,) = committed(stage / CHECKPOINTS)
     assert name.startswith("step-00000002-")
-    assert (stage / CHECKPOINTS / "step-00000001-other" / "state-00000.bin").exists()
+    assert (stage / CHECKPOINTS / "step-00000001-07e700" / "state-00000.bin").exists()
     assert [event["event"] for event in read_events(stage)] == ["submit", "start", "checkpoint", "resume"]
 
 

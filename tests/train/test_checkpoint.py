@@ -23,6 +23,8 @@ from ultralong_ray.train.checkpoint import (
     full_weights,
     refuse_other,
     root_to_resume,
+    step_of,
+    uncommitted,
 )
 from ultralong_ray.train.checkpoint_files import MANIFEST_FILE, Damaged, Manifest, damage_of
 from ultralong_ray.train.events import read_events
@@ -182,9 +184,24 @@ def test_old_checkpoints_go_but_for_every_nth(tmp_path: Path) -> None:
 
 
 def test_what_a_run_passed_over_goes_when_it_commits_anew(tmp_path: Path) -> None:
-    root = written(tmp_path, "step-00000002-a", "step-00000004-a", "step-00000006-a", "step-00000004-b")
-    forget_others(root, "step-00000004-b", 2, None)
-    assert committed(root) == ["step-00000004-b", "step-00000002-a"]
+    root = written(
+        tmp_path, "step-00000002-aaaaaa", "step-00000004-aaaaaa", "step-00000006-aaaaaa", "step-00000004-bbbbbb"
+    )
+    forget_others(root, "step-00000004-bbbbbb", 2, None)
+    assert committed(root) == ["step-00000004-bbbbbb", "step-00000002-aaaaaa"]
+
+
+def test_folders_of_other_names_are_no_checkpoints_and_stay(tmp_path: Path) -> None:
+    mine = "step-00000002-aaaaaa"
+    copies = "backup", "backup of mine", "step-00000004-copy", f"{mine}-copy"
+    root = written(tmp_path, mine, *copies, "step-00000001-aaaaaa")
+    (tmp_path / "backup of mine" / MANIFEST_FILE).unlink()
+    assert committed(root) == [mine, "step-00000001-aaaaaa"]
+    assert uncommitted(root) == []
+    forget_others(root, mine, 1, None)
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([mine, *copies])
+    with pytest.raises(ValueError, match="'backup' is no checkpoint's folder"):
+        step_of("backup")
 
 
 def test_a_checkpoint_of_another_run_is_refused_with_the_differing_fields() -> None:
@@ -237,7 +254,7 @@ def test_ranges_across_blocks_are_read_and_checked(tmp_path: Path, monkeypatch: 
 
 def test_with_accepted_fields_the_checkpoints_of_a_sibling_are_found(tmp_path: Path) -> None:
     def commit(stage: str, step: int, **identity: Any) -> None:
-        folder = Location.of(tmp_path) / stage / CHECKPOINTS / f"step-{step:08d}-a"
+        folder = Location.of(tmp_path) / stage / CHECKPOINTS / f"step-{step:08d}-aaaaaa"
         (folder / MANIFEST_FILE).write_bytes(Manifest(step, identity, {}, {}).to_bytes())
 
     commit("pretrain-one", 10, rate=1, seed=1)

@@ -70,7 +70,7 @@ def test_steps_go_on_while_the_state_of_the_snapshot_is_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: Any
 ) -> None:
     root, local, engine, gate = Location.of(tmp_path / "root"), tmp_path / "local", made_engine(), Gate(monkeypatch)
-    (local / "step-00000001-before").mkdir(parents=True)
+    (local / "step-00000001-be0000").mkdir(parents=True)
     writer, saved = writer_of(engine, root, how, local)
     taken = state_of(engine)
     writer.take(about(1))
@@ -191,10 +191,10 @@ def test_what_was_cut_short_is_no_checkpoint_and_goes(tmp_path: Path) -> None:
     root, engine = Location.of(tmp_path / "root"), made_engine()
     writer, saved = writer_of(engine, root)
     save(writer, 1)
-    (root / "step-00000002-torn" / "state-00000.bin").write_bytes(b"half")
+    (root / "step-00000002-70e700" / "state-00000.bin").write_bytes(b"half")
     restored = load_newest(engine, root, IDENTITY)
     assert restored is not None and restored.step == 1
-    assert restored.passed_over == ("step-00000002-torn: it has no manifest.json: its upload was cut short",)
+    assert restored.passed_over == ("step-00000002-70e700: it has no manifest.json: its upload was cut short",)
     save(writer, 2)
     forget_others(root, saved[-1].name, 2, None)
     assert uncommitted(root) == [] and len(committed(root)) == 2
@@ -202,11 +202,17 @@ def test_what_was_cut_short_is_no_checkpoint_and_goes(tmp_path: Path) -> None:
 
 def test_an_attempt_that_was_replaced_removes_nothing_of_its_successor(tmp_path: Path) -> None:
     root = Location.of(tmp_path)
-    for name in ("step-00000002-old", "step-00000004-new", "step-00000006-new", "step-00000008-new", "step-00000003-x"):
+    for name in (
+        "step-00000002-01d000",
+        "step-00000004-3e3000",
+        "step-00000006-3e3000",
+        "step-00000008-3e3000",
+        "step-00000003-0f0000",
+    ):
         (root / name / "manifest.json").write_bytes(b"{}")
-    seen = frozenset({"step-00000003-x"})
-    forget_others(root, "step-00000004-old", 1, None, seen)  # it comes back after the others went on
-    assert committed(root) == ["step-00000008-new", "step-00000006-new", "step-00000004-new"]
+    seen = frozenset({"step-00000003-0f0000"})
+    forget_others(root, "step-00000004-01d000", 1, None, seen)  # it comes back after the others went on
+    assert committed(root) == ["step-00000008-3e3000", "step-00000006-3e3000", "step-00000004-3e3000"]
 
 
 @pytest.mark.parametrize("numel", [[30], [1, 6, 7, 8, 2], [7, 7], [3, 4, 14]])

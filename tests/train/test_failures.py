@@ -236,14 +236,14 @@ def test_a_frame_in_a_collective_waits() -> None:
 
 def test_a_broken_number_names_the_last_good_checkpoint_from_before(tmp_path: Path) -> None:
     for step in (4, 6):
-        (Location.of(tmp_path) / f"step-{step:08d}-a" / MANIFEST_FILE).write_bytes(b"{}")
+        (Location.of(tmp_path) / f"step-{step:08d}-aaaaaa" / MANIFEST_FILE).write_bytes(b"{}")
     sums = [[float("nan"), 10.0, 1.0]]
     with pytest.raises(UserError, match=r"sequences \[8, 9\]\. The last good checkpoint is step-00000004-a"):
-        refuse_broken(5, sums, 1.0, [8, 9], Location.of(tmp_path))
+        refuse_broken(5, sums, 1.0, [8, 9], Location.of(tmp_path), "pretrain")
     with pytest.raises(UserError, match="There is no checkpoint from before this step"):
-        refuse_broken(3, [[1.0, 10.0, 1.0]], float("inf"), [8, 9], Location.of(tmp_path))
+        refuse_broken(3, [[1.0, 10.0, 1.0]], float("inf"), [8, 9], Location.of(tmp_path), "pretrain")
     with pytest.raises(UserError, match=r"step 7: loss 9.*The last good checkpoint is step-00000006-a"):
-        refuse_spike(7, "step 7: loss 9", Location.of(tmp_path))
+        refuse_spike(7, "step 7: loss 9", Location.of(tmp_path), "pretrain")
 
 
 def test_each_row_of_the_failure_table_names_tests_that_exist() -> None:

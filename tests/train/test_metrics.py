@@ -59,5 +59,5 @@ def test_log_line_tells_the_time_left_from_the_median_step() -> None:
 )
 def test_a_broken_step_is_named(sums: list[list[float]], norm: float, words: str) -> None:
     with pytest.raises(UserError, match=words):
-        refuse_broken(7, sums, norm, [4, 9], NO_CHECKPOINTS)
-    refuse_broken(7, [[1.0, 2.0, 0.1], [0.0, 0.0, 0.1]], 1.0, [4, 9], NO_CHECKPOINTS)
+        refuse_broken(7, sums, norm, [4, 9], NO_CHECKPOINTS, "pretrain")
+    refuse_broken(7, [[1.0, 2.0, 0.1], [0.0, 0.0, 0.1]], 1.0, [4, 9], NO_CHECKPOINTS, "pretrain")

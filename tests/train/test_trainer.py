@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 import ray
+import torch
 
-from tests.train.made_jobs import NUM_SEQUENCES, recipe, write_inputs
+from tests.train.made_jobs import NUM_SEQUENCES, job, recipe, write_inputs
 from ultralong_ray.storage import Location, StageDirectory
-from ultralong_ray.train import trainer
+from ultralong_ray.train import checkpoint, trainer
 from ultralong_ray.train.events import read_events
 from ultralong_ray.train.metrics import read_metrics
 from ultralong_ray.train.trainer import train
@@ -58,12 +59,39 @@ def test_a_layout_given_to_the_last_field_is_tried_against_the_prediction(
     assert "host memory per node" in (where / "plan.json").read_json()["refused"]
 
 
+def test_what_a_killed_save_left_is_no_part_of_the_model(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    write_inputs(tmp_path)
+    task, left = job(tmp_path, "pretrain-abc"), tmp_path / "pretrain-abc" / "model"
+    (task.stage / "checkpoints" / "step-00000006-1f0c2a" / "manifest.json").write_bytes(b"{}")
+    monkeypatch.setattr(checkpoint, "full_weights", lambda folder: iter([("w", torch.zeros(2))]))
+    for name in ("tmp1a2b3c/model.safetensors", "model.safetensors.0a1b2c3d.tmp"):
+        Location.of(left / name).write_bytes(b"half")
+    trainer._consolidate(task)
+    assert sorted(path.name for path in left.iterdir()) == ["config.json", "model.safetensors"]
+
+
+def test_the_log_says_that_a_warm_up_does_not_end(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write_inputs(tmp_path)
+    trainer._warn_of_warmup(job(tmp_path, "pretrain-abc", warmup_steps=6))
+    assert not caplog.records
+    trainer._warn_of_warmup(job(tmp_path, "pretrain-abc", warmup_steps=12))
+    assert "pretrain.warmup_steps 12 is more than the 6 steps: the learning rate ends at 0.005" in caplog.text
+
+
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[None]:
     environment = {"env_vars": {"PYTHONPATH": f"{ROOT}:{Path(__file__).parent}"}}
     ray.init(address="local", num_cpus=3, include_dashboard=False, runtime_env=environment)
     yield
     ray.shutdown()
+
+
+def test_what_stops_the_last_task_is_told_without_a_traceback(cluster: None, tmp_path: Path) -> None:
+    write_inputs(tmp_path)
+    with pytest.raises(UserError) as refusal:
+        trainer._join(job(tmp_path, "pretrain-abc"))
+    assert str(refusal.value).startswith(f"{tmp_path}/pretrain-abc/checkpoints: training ended without a checkpoint")
+    assert type(refusal.value) is UserError
 
 
 def test_an_interrupted_run_continues_and_a_finished_one_loads(cluster: None, tmp_path: Path) -> None:

@@ -56,6 +56,10 @@ def test_a_range_has_a_folder_of_its_own(tiny_recipe: Callable[..., Recipe]) -> 
         ({"search": {"staged": [False, True]}}, "needs tune.staged"),
         ({}, "needs tune.search, tune.variants or tune.seeds"),
         ({"seeds": [1]}, "tune.seeds and tune.seed_fields need each other"),
+        (
+            {"seeds": [1, 2, 1, 3, 3], "seed_fields": ["prepare.seed"]},
+            r"tune\.seeds \[1, 2, 1, 3, 3\] has 1, 3 more than once",
+        ),
         ({"variants": {"a/b": {}}}, "'a/b' names files"),
         ({"variants": {"twice": {"first": 3}}}, "tune.variants.twice.first is a table"),
     ],

@@ -227,7 +227,7 @@ class TrainConfig(Section):
     """bfloat16 keeps float32 master weights and optimizer state."""
     mask_documents: bool = False
     """True: a token attends only to its own document. The recipe's packs are plain causal: False."""
-    seed: int = 42
+    seed: NonNegative = 42
     sequence_parallel_degree: Positive | Literal["auto"] = operational(1)
     """Ranks that share one sequence: ulysses_degree x ring_degree."""
     ulysses_degree: Positive | Literal["auto"] = operational("auto")

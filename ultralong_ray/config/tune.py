@@ -79,6 +79,12 @@ class TuneConfig(Section):
             raise ValueError(
                 "tune.seeds and tune.seed_fields need each other: the seeds, and the keys of the recipe that take them"
             )
+        twice = [seed for place, seed in enumerate(self.seeds) if self.seeds.index(seed) < place]
+        if twice:
+            raise ValueError(
+                f"tune.seeds {list(self.seeds)} has {', '.join(map(str, twice))} more than once, which would make "
+                f"trials of one name; give each seed once"
+            )
         for name, values in self.variants.items():
             if not re.fullmatch(VARIANT_NAME, name):
                 raise ValueError(f"tune.variants {name!r} names files; use letters, digits, '_', '.' and '-' alone")

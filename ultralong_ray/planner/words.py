@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ultralong_ray.config import TrainConfig
 from ultralong_ray.planner.plan import Planned
 from ultralong_ray.planner.predict import Prediction
 from ultralong_ray.types import LayerKeep, TrainPlan
@@ -37,6 +38,17 @@ def plan_words(plan: TrainPlan) -> str:
     return (
         f"Ulysses {plan.ulysses_degree} x ring {plan.ring_degree}, optimizer on the {optimizer}, tiles of "
         f"{plan.mlp_tile_tokens:,} (MLP) and {plan.loss_tile_tokens:,} (loss) rows; {keep_words(plan.keep)}"
+    )
+
+
+def warmup_words(section: str, train: TrainConfig, num_steps: int) -> str | None:
+    """Where the warm-up is longer than the run, so that no step has the full learning rate; else None."""
+    if train.warmup_steps <= num_steps:
+        return None
+    last = train.learning_rate * num_steps / train.warmup_steps
+    return (
+        f"{section}.warmup_steps {train.warmup_steps:,} is more than the {num_steps:,} steps: the learning rate ends "
+        f"at {last:.3g}, short of {section}.learning_rate {train.learning_rate:g}; lower warmup_steps to reach it"
     )
 
 

@@ -24,9 +24,11 @@ class NotFinite(UserError):
 
 
 def refuse_broken(
-    step: int, sums: list[list[float]], grad_norm: float, sequences: list[int], checkpoints: Location
+    step: int, sums: list[list[float]], grad_norm: float, sequences: list[int], checkpoints: Location, section: str
 ) -> None:
-    """Raise UserError when a step had no targets, NotFinite for a loss or gradient that is. `sums`: StepResult's."""
+    """Raise UserError when a step had no targets, NotFinite for a loss or gradient that is. `sums`: StepResult's;
+    `section`: the recipe's.
+    """
     if sum(row[1] for row in sums) == 0:
         raise UserError(f"step {step}: no token of sequences {sequences} is a target (all loss weights are 0)")
     ranks = [rank for rank, row in enumerate(sums) if not math.isfinite(row[0])]
@@ -35,6 +37,7 @@ def refuse_broken(
         raise NotFinite(
             f"step {step}: the {what} is not finite, sequences {sequences}. {last_good(checkpoints, step)}; "
             f"lower learning_rate, lengthen warmup_steps or set gradient_clip, then submit again"
+            f"{how_to_go_on(checkpoints, step, section)}"
         )
 
 
@@ -44,11 +47,22 @@ def last_good(checkpoints: Location, step: int) -> str:
     return f"The last good checkpoint is {names[0]}" if names else "There is no checkpoint from before this step"
 
 
-def refuse_spike(step: int, words: str, checkpoints: Location) -> NoReturn:
+def how_to_go_on(checkpoints: Location, step: int, section: str) -> str:
+    """What makes a changed recipe, whose stage has another directory, continue from `last_good`; "" without one."""
+    if not any(step_of(name) < step for name in committed(checkpoints)):
+        return ""
+    return (
+        f". To go on from that checkpoint with another learning_rate, submit jobs/{section}.py with --resume-anyway "
+        f"stage_fingerprint --resume-anyway {section}.learning_rate, and likewise for any other key that you change; "
+        f"without them it starts again from step 0"
+    )
+
+
+def refuse_spike(step: int, words: str, checkpoints: Location, section: str) -> NoReturn:
     """Raise UserError for a loss that stands out, where the recipe wants to stop there."""
     raise UserError(
         f'{words}. {last_good(checkpoints, step)}; lower learning_rate, or set on_loss_spike to "warn" to go on '
-        f"through it, then submit again"
+        f"through it, then submit again{how_to_go_on(checkpoints, step, section)}"
     )
 
 

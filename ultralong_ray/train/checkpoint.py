@@ -10,6 +10,7 @@ that it needs, whatever layout wrote them: ranks, sequence-parallel degrees and 
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -35,6 +36,7 @@ logger = logging.getLogger(__name__)
 CHECKPOINTS = "checkpoints"  # below a stage's directory
 MODEL_PREFIX = "causal_lm."  # where LanguageModelLoss keeps the Hugging Face model
 FLOAT32_BYTES = 4
+NAME = re.compile(r"step-(\d{8,})-[0-9a-f]{6}")  # of a folder that CheckpointWriter makes; others are not ours
 NEVER_COMMITTED = f"it has no {MANIFEST_FILE}: its upload was cut short"
 
 
@@ -86,18 +88,20 @@ def load_newest(
 
 
 def committed(root: Location) -> list[str]:
-    """Folders below `root` that have a manifest, the newest step first."""
-    files = [file.uri[len(root.uri) + 1 :].split("/") for file in root.files(recursive=True)]
-    return sorted((path[0] for path in files if len(path) == 2 and path[1] == MANIFEST_FILE), reverse=True)
+    """Checkpoints below `root` that have a manifest, the newest step first."""
+    return sorted((path[0] for path in _paths(root) if path[1:] == [MANIFEST_FILE]), reverse=True)
 
 
 def step_of(name: str) -> int:
-    """The step in the name of a checkpoint's folder."""
-    return int(name.split("-")[1])
+    """The step in the name of a checkpoint's folder. Raises ValueError for another name."""
+    found = NAME.fullmatch(name)
+    if found is None:
+        raise ValueError(f"{name!r} is no checkpoint's folder; they are called step-00000004-1f0c2a")
+    return int(found[1])
 
 
 def uncommitted(root: Location) -> list[str]:
-    """Folders below `root` without a manifest, the newest step first: uploads that were cut short."""
+    """Checkpoints below `root` without a manifest, the newest step first: uploads that were cut short."""
     return sorted(folders(root) - set(committed(root)), reverse=True)
 
 
@@ -121,9 +125,14 @@ def forget_others(
 
 
 def folders(root: Location) -> frozenset[str]:
-    """All folders below `root` that have files, checkpoints or not."""
+    """Checkpoints below `root` that have files, whole or not. What has another name is somebody else's."""
+    return frozenset(path[0] for path in _paths(root) if len(path) > 1)
+
+
+def _paths(root: Location) -> list[list[str]]:
+    """Of every file of a checkpoint below `root`: the checkpoint's name and the rest of the way."""
     paths = [file.uri[len(root.uri) + 1 :].split("/") for file in root.files(recursive=True)]
-    return frozenset(path[0] for path in paths if len(path) > 1)
+    return [path for path in paths if NAME.fullmatch(path[0])]
 
 
 def root_to_resume(stage: Location, identity: dict[str, Any], accepted: tuple[str, ...]) -> Location:
@@ -140,7 +149,8 @@ def root_to_resume(stage: Location, identity: dict[str, Any], accepted: tuple[st
     found: list[tuple[int, int, Location, Manifest]] = []
     for file in stage.parent.files(recursive=True):
         root = file.parent.parent
-        if file.name == MANIFEST_FILE and root.name == CHECKPOINTS and root.parent.name.startswith(f"{section}-"):
+        ours = file.name == MANIFEST_FILE and NAME.fullmatch(file.parent.name) and root.name == CHECKPOINTS
+        if ours and root.parent.name.startswith(f"{section}-"):
             with suppress(Damaged):
                 manifest = Manifest.from_bytes(file.read_bytes())
                 strange = sum(

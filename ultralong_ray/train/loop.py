@@ -26,9 +26,17 @@ from ultralong_ray.parallel.kernels.choose import choose_kernel
 from ultralong_ray.parallel.mesh import create_mesh
 from ultralong_ray.parallel.topology import Topology
 from ultralong_ray.planner.hardware import peak_flops
+from ultralong_ray.storage import Location
 from ultralong_ray.train.bad_steps import SpikeWatch, refuse_broken, refuse_spike
 from ultralong_ray.train.batches import accumulation_steps, read_ahead
-from ultralong_ray.train.checkpoint import CHECKPOINTS, folders, forget_others, load_newest, root_to_resume
+from ultralong_ray.train.checkpoint import (
+    CHECKPOINTS,
+    Restored,
+    folders,
+    forget_others,
+    load_newest,
+    root_to_resume,
+)
 from ultralong_ray.train.checkpoint_files import Manifest
 from ultralong_ray.train.checkpoint_write import CheckpointWriter, Saved
 from ultralong_ray.train.engine import deepspeed_config, init_distributed, initialize, make_optimizer, set_learning_rate
@@ -113,12 +121,15 @@ class Trainer:
     def restore(self, seconds: dict[str, float]) -> int:
         """Continue from the newest whole checkpoint; the steps that it holds. Collective. `saver` is made here.
 
-        seconds: what the start took before this, by its parts, for the event.
+        seconds: what the start took before this, by its parts, for the event. Raises UserError where the checkpoint is
+        of another stage and leaves nothing to train.
         """
         began = time.perf_counter()
         accepted = self.job.resume_anyway
         root = root_to_resume(self.job.stage, self.identity, accepted)
         restored = load_newest(self.engine, root, self.identity, accepted)
+        if restored is not None and root != self.job.stage / CHECKPOINTS:
+            self._refuse_ended(root, restored)
         everyone: list[Any] = [None] * self.topology.world_size
         refusal = taken_over(read_events(self.job.stage), self.job.driver) if self.topology.rank == 0 else None
         dist.all_gather_object(everyone, (node_name(), uuid.uuid4().hex[:8], refusal))
@@ -150,6 +161,16 @@ class Trainer:
         )
         self.patience_seconds = checkpoint_seconds(self.saver.num_bytes)
         return 0 if restored is None else restored.step
+
+    def _refuse_ended(self, root: Location, restored: Restored) -> None:
+        """Raise UserError where a checkpoint of another stage is at or beyond our last step: no step would be ours."""
+        if restored.step >= self.num_steps:
+            field = f"{self.job.section}.steps"
+            given = f"one epoch, as {field} is not given, is" if self.train.steps is None else f"{field} is"
+            raise UserError(
+                f"checkpoint {root / restored.name} is of step {restored.step}, {given} {self.num_steps}; set {field} "
+                f"above {restored.step}, or submit without --resume-anyway to start again"
+            )
 
     def checkpoint(self, step: int) -> float:
         """Take a snapshot; the seconds that it took. `saver.start()` then lets it be written. Collective."""
@@ -204,7 +225,7 @@ class Trainer:
         sums, grad_norm = result.rank_sums.tolist(), float(result.grad_norm)
         step_seconds = time.perf_counter() - started_seconds
         batch, manifest = self.train.global_batch_sequences, self.reader.manifest
-        refuse_broken(step, sums, grad_norm, self.sequences(step), self.job.stage / CHECKPOINTS)
+        refuse_broken(step, sums, grad_norm, self.sequences(step), self.job.stage / CHECKPOINTS, self.job.section)
         shape = ModelShape.from_config(self.shape)
         flops = ledger(shape, manifest.sequence_length, self.job.plan).times(batch)
         cursor = cursor_after(step, batch, manifest.num_sequences)
@@ -237,7 +258,7 @@ class Trainer:
         if cause is not None:
             words = f"step {step}: {cause}, sequences {self.sequences(step)}"
             if self.train.on_loss_spike == "stop":
-                refuse_spike(step, words, self.job.stage / CHECKPOINTS)
+                refuse_spike(step, words, self.job.stage / CHECKPOINTS, self.job.section)
             if self.topology.rank == 0:
                 logger.warning("%s", words)
                 record_event(self.job.stage, "spike", step=step, sequences=self.sequences(step), cause=cause)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TextIO
 
 from ultralong_ray.storage import Location, copy_files, explain_full_disk
-from ultralong_ray.train.events import read_events
+from ultralong_ray.train.events import read_events, read_lines
 from ultralong_ray.types import StepMetrics
 
 logger = logging.getLogger(__name__)
@@ -39,12 +39,8 @@ DRAWN = (
 
 
 def read_metrics(stage: Location) -> list[StepMetrics]:
-    """The steps recorded below a stage's directory; a half-written last line is left out."""
-    file = stage / METRICS_FILE
-    if not file.exists():
-        return []
-    lines = file.read_bytes().decode().splitlines(keepends=True)
-    return [StepMetrics(**json.loads(line)) for line in lines if line.endswith("\n")]
+    """The steps recorded below a stage's directory; lines cut short or damaged are left out."""
+    return read_lines(stage / METRICS_FILE, lambda fields: StepMetrics(**fields))
 
 
 class MetricsWriter:

@@ -24,7 +24,7 @@ from typing import Any, Literal
 import ray
 import ray.train
 import ray.train.torch
-from ray.exceptions import RayActorError
+from ray.exceptions import RayActorError, RayTaskError
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig
 from ray.train.v2._internal.constants import WORKER_GROUP_START_TIMEOUT_S_ENV_VAR
@@ -38,7 +38,7 @@ from ultralong_ray.parallel.allocator import allocator_environment
 from ultralong_ray.planner.hardware import peak_flops
 from ultralong_ray.planner.plan import as_json, hardware_of, plan_training
 from ultralong_ray.planner.refuse import PlanRefused
-from ultralong_ray.planner.words import describe_plan, plan_words
+from ultralong_ray.planner.words import describe_plan, plan_words, warmup_words
 from ultralong_ray.storage import Location, StageDirectory
 from ultralong_ray.train.controller import (
     BreakdownRecorder,
@@ -101,6 +101,7 @@ def train(
     job = TrainJob(recipe, section, packed, model, place, stage.fingerprint, plan, preflight_only, resume_anyway, plans)
     check_inputs(job)
     job = dataclasses.replace(job, longest_step_seconds=_longest_step_seconds(job))
+    _warn_of_warmup(job)
     if not preflight_only:
         record_event(place, "submit", driver=job.driver)
     for name, value in RAY_SETTINGS.items():
@@ -130,9 +131,7 @@ def train(
         return {}
     if result.return_value is None:
         raise SystemExit(128 + signal.SIGTERM)
-    needs: dict[str, Any] = {"num_cpus": 1, "label_selector": recipe.cluster.node_label("train") or None}
-    needs["scheduling_strategy"] = "DEFAULT"  # not inside the placement group of a trial of Ray Tune
-    ray.get(ray.remote(**needs)(_consolidate).remote(job))
+    _join(job)
     return _summary(job, result.return_value)
 
 
@@ -334,8 +333,29 @@ def _quiet_worker_log() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\..*")
 
 
+def _warn_of_warmup(job: TrainJob) -> None:
+    steps = job.num_steps(PackedManifest.read(job.packed).num_sequences)
+    if (words := warmup_words(job.section, job.train, steps)) is not None:
+        logger.warning("%s", words)
+
+
+def _join(job: TrainJob) -> None:
+    """Run `_consolidate` on a node that trains. Raises its UserError as it was, without Ray's traceback."""
+    needs: dict[str, Any] = {"num_cpus": 1, "label_selector": job.recipe.cluster.node_label("train") or None}
+    needs["scheduling_strategy"] = "DEFAULT"  # not inside the placement group of a trial of Ray Tune
+    try:
+        ray.get(ray.remote(**needs)(_consolidate).remote(job))
+    except RayTaskError as error:
+        if isinstance(error.cause, UserError):
+            raise error.cause from None
+        raise
+
+
 def _consolidate(job: TrainJob) -> None:
-    """The newest checkpoint to the Hugging Face folder `<stage>/model`. Runs as a Ray task, beside the disk."""
+    """The newest checkpoint to the Hugging Face folder `<stage>/model`, made anew. Runs as a Ray task, beside the disk.
+
+    Raises UserError where there is no checkpoint, or a damaged one.
+    """
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     import torch
 
@@ -347,7 +367,9 @@ def _consolidate(job: TrainJob) -> None:
     if not names:
         raise UserError(f"{root}: training ended without a checkpoint; see the log of the workers")
     dtype = torch.bfloat16 if job.train.precision == "bfloat16" else torch.float32
-    save_hf_folder(job.stage / "model", job.model, full_weights(root / names[0]), dtype)
+    target = job.stage / "model"
+    target.delete_dir()  # a save that was killed leaves scratch files there
+    save_hf_folder(target, job.model, full_weights(root / names[0]), dtype)
 
 
 def _raise_user_error(error_file: Location, error: Exception | None) -> None:
