@@ -37,7 +37,7 @@ def test_what_the_environment_says_counts() -> None:
 def test_training_workers(gpus: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_inputs(tmp_path)
     made = job(tmp_path, "run", cluster={"gpus_per_worker": gpus})
-    built = trainer._trainer(made, BreakdownRecorder(made.stage, 0, lambda step: []), ())
+    built = trainer._trainer(made, BreakdownRecorder(made.stage, 0, lambda step: [], made.driver), ())
     assert built.run_config.worker_runtime_env == (EXPECTED if gpus else {})
 
 

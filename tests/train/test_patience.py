@@ -60,7 +60,7 @@ def test_a_given_timeout_counts_and_reaches_every_group(tmp_path: Path, monkeypa
     made = dataclasses.replace(job(tmp_path, "long"), longest_step_seconds=20_000.0)
     assert made.first_step_seconds == 20_000.0
     assert job(tmp_path, "given", hang_timeout_seconds=900).first_step_seconds == 9000.0
-    recorder = BreakdownRecorder(made.stage, 0, lambda step: [])
+    recorder = BreakdownRecorder(made.stage, 0, lambda step: [], made.driver)
     backend: Any = trainer._trainer(made, recorder, ()).backend_config
     assert backend.timeout_s == 20_600
     asked: list[dict[str, Any]] = []
